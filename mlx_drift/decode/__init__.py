@@ -1,0 +1,1 @@
+"""The round of speculative decoding: propose, verify, accept, roll back, ingest."""

@@ -1,0 +1,81 @@
+"""What happened in the rounds: the acceptance figures of the field, with their definitions.
+
+A drafted token is *tested* if every draft before it in its round was accepted and its text was
+still wanted (not past an end-of-text token). Engines differ in what they call acceptance length
+(paper §9 of the reference list: vLLM, SGLang and SafeAILab count the bonus token); both forms are
+given here under names that say which is which.
+"""
+
+import statistics
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+
+@dataclass
+class Statistics:
+    """Counts over the rounds of one generation, or of several added up.
+
+    Attributes:
+        rounds: Target passes after the prompt.
+        tested: For each draft position, how many drafts were tested there.
+        accepted: For each draft position, how many were accepted.
+        round_seconds: Wall-clock seconds of each round, drafting and verifying.
+        plain_step_seconds: Median seconds of a one-row target step, where it was timed.
+    """
+
+    rounds: int = 0
+    tested: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    round_seconds: list[float] = field(default_factory=list)
+    plain_step_seconds: float | None = None
+
+    def record(self, tested: int, accepted: int, seconds: float) -> None:
+        """Adds one round in which `accepted` of the `tested` drafts were accepted."""
+        self.add(Statistics(1, [1] * tested, [1] * accepted, [seconds]))
+
+    def add(self, other: "Statistics") -> None:
+        """Adds another generation's rounds."""
+        self.rounds += other.rounds
+        self.round_seconds += other.round_seconds
+        self.tested = _sum(self.tested, other.tested)
+        self.accepted = _sum(self.accepted, other.accepted)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Accepted drafts a round, without the target's own token (the paper's τ)."""
+        return sum(self.accepted) / self.rounds if self.rounds else 0.0
+
+    @property
+    def tokens_per_round(self) -> float:
+        """The same plus one: drafts and the target's own token (vLLM's, SGLang's figure)."""
+        return self.acceptance_length + 1.0
+
+    @property
+    def conditional_acceptance(self) -> list[float]:
+        """For each draft position, the share accepted of those tested there."""
+        return [a / t for a, t in zip_longest(self.accepted, self.tested, fillvalue=0) if t]
+
+    @property
+    def speedup(self) -> float | None:
+        """Tokens a second over plain decoding's, from medians; None if plain was not timed."""
+        if self.plain_step_seconds is None or not self.rounds:
+            return None
+        round_seconds = statistics.median(self.round_seconds)
+        return self.tokens_per_round * self.plain_step_seconds / round_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the figures for `--json`."""
+        return {
+            "rounds": self.rounds,
+            "acceptance_length": self.acceptance_length,
+            "tokens_per_round": self.tokens_per_round,
+            "conditional_acceptance": self.conditional_acceptance,
+            "round_seconds": statistics.median(self.round_seconds) if self.rounds else None,
+            "plain_step_seconds": self.plain_step_seconds,
+            "speedup_over_plain": self.speedup,
+        }
+
+
+def _sum(a: list[int], b: list[int]) -> list[int]:
+    return [x + y for x, y in zip_longest(a, b, fillvalue=0)]

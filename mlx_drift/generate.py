@@ -1,0 +1,186 @@
+"""mlx-lm's `stream_generate` and `generate`, with `drafter=`.
+
+An app changes one import and adds one keyword. Without a drafter the call goes to mlx-lm itself.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from mlx_lm.generate import GenerationResponse, wired_limit
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_drift.decode.speculate import prefill, speculate, time_plain_step
+from mlx_drift.decode.statistics import Statistics
+from mlx_drift.drafters.protocol import Drafter
+from mlx_drift.errors import DriftError
+from mlx_drift.target import Target
+
+MAX_DRAFT_TOKENS = 64
+"""More drafts a round than any drafter was ever trained for; a larger number is a mistake."""
+
+
+@dataclass
+class DriftResponse(GenerationResponse):
+    """mlx-lm's response for one token, plus the statistics of all rounds so far."""
+
+    statistics: Statistics = field(default_factory=Statistics)
+
+
+def stream_generate(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: str | list[int] | mx.array,
+    max_tokens: int = 256,
+    *,
+    drafter: Drafter | None = None,
+    num_draft_tokens: int = 3,
+    prefill_step_size: int = 2048,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    compare_plain: bool = False,
+    **kwargs: Any,
+) -> Iterator[DriftResponse]:
+    """Generates text greedily; with a drafter, token for token what the target alone gives.
+
+    Args:
+        model: The target, as `mlx_lm.load` returns it.
+        tokenizer: Its tokenizer.
+        prompt: Text, or token ids.
+        max_tokens: Tokens to generate at most; −1 for no limit.
+        drafter: A drafter loaded for this target; None for mlx-lm's own generation.
+        num_draft_tokens: Drafts a round, K.
+        prefill_step_size: Prompt tokens to process at a time.
+        prompt_progress_callback: Called with the prompt tokens processed so far, and all of them.
+        compare_plain: At the end, time a few one-row target steps, each rolled back, so that the
+            last response's statistics tell whether plain decoding would have been faster.
+        kwargs: Further keywords of `mlx_lm.stream_generate`, without a drafter only.
+
+    Yields:
+        One `DriftResponse` a token, as soon as it is accepted. As in mlx-lm, an end-of-text token
+        comes with `finish_reason="stop"` and adds no text. Unlike there, `generation_tps` counts
+        from the end of the prompt, since the first round may bring several tokens.
+
+    Raises:
+        DriftError: If the prompt is empty or a number is out of range, or if the target's caches
+            cannot be rolled back.
+    """
+    if not isinstance(tokenizer, TokenizerWrapper):
+        tokenizer = TokenizerWrapper(tokenizer)
+    tokens = _encode(tokenizer, prompt)
+    if max_tokens == 0 or max_tokens < -1:
+        raise DriftError(f"max_tokens is {max_tokens}; expected at least 1, or -1 for no limit")
+    progress = prompt_progress_callback or (lambda done, total: None)
+    if drafter is None:
+        for response in mlx_lm.stream_generate(
+            model,
+            tokenizer,
+            tokens,
+            max_tokens,
+            prefill_step_size=prefill_step_size,
+            prompt_progress_callback=progress,
+            **kwargs,
+        ):
+            yield DriftResponse(**vars(response))
+        return
+    if kwargs:
+        raise DriftError(
+            f"the keyword {sorted(kwargs)[0]!r} is not supported with a drafter yet; "
+            "generate without one, or leave it out"
+        )
+    check_num_draft_tokens(num_draft_tokens)
+
+    target = Target(model, drafter.taps)
+    target_cache, drafter_cache = target.make_cache(), drafter.make_cache()
+    statistics = Statistics()
+    detokenizer = tokenizer.detokenizer
+    count = 0
+    with wired_limit([model, getattr(drafter, "network", [])]):
+        start = time.perf_counter()
+        prefill(
+            target,
+            drafter,
+            tokens,
+            target_cache,
+            drafter_cache,
+            step_size=prefill_step_size,
+            progress=progress,
+        )
+        prompt_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        for round in speculate(
+            target,
+            drafter,
+            tokens[-1:],
+            target_cache,
+            drafter_cache,
+            num_draft_tokens=num_draft_tokens,
+            max_tokens=max_tokens,
+            stop_tokens=set(tokenizer.eos_token_ids),
+        ):
+            statistics.record(round.tested, round.accepted, round.seconds)
+            log_probabilities = round.logits - mx.logsumexp(round.logits, axis=-1, keepdims=True)
+            for row, token in enumerate(round.tokens):
+                count += 1
+                finish_reason = None
+                if token in tokenizer.eos_token_ids:
+                    finish_reason = "stop"
+                else:
+                    detokenizer.add_token(token)
+                    if count == max_tokens:
+                        finish_reason = "length"
+                seconds = time.perf_counter() - start
+                if finish_reason is not None:
+                    detokenizer.finalize()
+                    if compare_plain:
+                        last = mx.array([token])
+                        statistics.plain_step_seconds = time_plain_step(target, last, target_cache)
+                yield DriftResponse(
+                    text=detokenizer.last_segment,
+                    token=token,
+                    logprobs=log_probabilities[row],
+                    from_draft=row < round.accepted,
+                    prompt_tokens=tokens.size,
+                    prompt_tps=tokens.size / prompt_seconds,
+                    generation_tokens=count,
+                    generation_tps=count / seconds,
+                    peak_memory=mx.get_peak_memory() / 1e9,
+                    finish_reason=finish_reason,
+                    statistics=statistics,
+                )
+
+
+def check_num_draft_tokens(num_draft_tokens: int) -> None:
+    """Checks K.
+
+    Raises:
+        DriftError: If it is no number of drafts that makes sense.
+    """
+    if not 1 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
+        raise DriftError(
+            f"num_draft_tokens is {num_draft_tokens}; expected 1 to {MAX_DRAFT_TOKENS} "
+            "(to generate without drafts, leave the drafter out: --no-draft)"
+        )
+
+
+def generate(
+    model: nn.Module, tokenizer: TokenizerWrapper, prompt: str | list[int] | mx.array, **kwargs: Any
+) -> str:
+    """Generates a complete response; the keywords are those of `stream_generate`."""
+    return "".join(r.text for r in stream_generate(model, tokenizer, prompt, **kwargs))
+
+
+def _encode(tokenizer: TokenizerWrapper, prompt: str | list[int] | mx.array) -> mx.array:
+    """Turns a prompt into token ids `[L]`, as mlx-lm does: BoS is added unless the text has it."""
+    if isinstance(prompt, str):
+        bos = tokenizer.bos_token
+        prompt = tokenizer.encode(
+            prompt, add_special_tokens=bos is None or not prompt.startswith(bos)
+        )
+    tokens = mx.array(prompt, dtype=mx.int32)
+    if tokens.size == 0:
+        raise DriftError("the prompt is empty; give some text")
+    return tokens

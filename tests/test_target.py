@@ -1,0 +1,118 @@
+"""Tap capture and rollback on an mlx-lm model."""
+
+from threading import Thread
+
+import mlx.core as mx
+import pytest
+
+from mlx_drift.errors import DriftError
+from mlx_drift.target import Target, remove_taps
+from tiny import HIDDEN, LAYERS, tiny_llama
+
+ALL_TAPS = tuple(range(LAYERS + 2))
+TOKENS = mx.array([5, 9, 2, 44, 17, 3])
+
+
+def states_by_hand(model, tokens):
+    """[embedding, out_0 … out_{n−1}, final norm], each [L, H]."""
+    hidden = model.model.embed_tokens(tokens[None])
+    states = [hidden]
+    for layer in model.model.layers:
+        hidden = layer(hidden, "causal")
+        states.append(hidden)
+    return [state[0] for state in [*states, model.model.norm(hidden)]]
+
+
+def test_taps_are_the_states_by_hand():
+    model = tiny_llama()
+    expected = states_by_hand(model, TOKENS)
+    target = Target(model, ALL_TAPS)
+    _, taps = target(TOKENS, target.make_cache())
+    assert taps.shape == (TOKENS.size, LAYERS + 2, HIDDEN)
+    for tap in ALL_TAPS:
+        assert mx.array_equal(taps[:, tap], expected[tap])
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_logits_keep_every_bit(dtype, bits):
+    model = tiny_llama(dtype, bits)
+    before = model(TOKENS[None])
+    target = Target(model, ALL_TAPS)
+    during, _ = target(TOKENS, target.make_cache())
+    assert mx.array_equal(before[0], during)
+    assert mx.array_equal(before, model(TOKENS[None]))
+
+
+def test_taps_are_removable():
+    model = tiny_llama()
+    classes = [type(module) for module in model.modules()]
+    Target(model, (0, 1, 2))
+    Target(model, (1, LAYERS + 1))
+    assert [type(module) for module in model.modules()] != classes
+    remove_taps(model)
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_tapping_again_adds_nothing():
+    model = tiny_llama()
+    Target(model, (1, 2))
+    classes = [type(module) for module in model.modules()]
+    Target(model, (2, 1))
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_threads_sharing_a_model_see_their_own_taps():
+    model = tiny_llama()
+    prompts = [mx.array([i, i + 1, i + 2]) for i in range(8)]
+    expected = [states_by_hand(model, prompt)[2] for prompt in prompts]
+    target, got = Target(model, (2,)), {}
+
+    def work(index):
+        for _ in range(5):
+            got[index] = target(prompts[index], target.make_cache())[1][:, 0]
+            mx.eval(got[index])
+
+    threads = [Thread(target=work, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(mx.array_equal(got[i], expected[i]) for i in range(len(prompts)))
+
+
+def test_embed_and_head_are_the_models_own():
+    for tied in (True, False):
+        model = tiny_llama(tie_word_embeddings=tied, bits=4)
+        target = Target(model, (LAYERS + 1,))
+        logits, taps = target(TOKENS, target.make_cache())
+        assert mx.array_equal(target.head(taps[:, 0]), logits)
+        assert mx.array_equal(target.embed(TOKENS), model.model.embed_tokens(TOKENS))
+
+
+def test_rollback_is_exact():
+    target = Target(tiny_llama(), (1,))
+    cache, reference = target.make_cache(), target.make_cache()
+    target(TOKENS, reference)
+    target(TOKENS, cache)
+    for rows in (1, 3, 5):
+        target(mx.array([7] * rows), cache)
+        target.rollback(cache, rows)
+    for ours, theirs in zip(cache, reference, strict=True):
+        assert ours.offset == theirs.offset
+        for a, b in zip(ours.keys_and_values(), theirs.keys_and_values(), strict=True):
+            assert mx.array_equal(a, b)
+
+
+def test_refuses_a_cache_that_cannot_roll_back():
+    kinds = ["sliding_attention", "full_attention"] * 2
+    target = Target(tiny_llama(layer_types=kinds, sliding_window=8), (1,))
+    with pytest.raises(DriftError, match=r"llama.*RotatingKVCache"):
+        target.make_cache()
+
+
+def test_refuses_a_model_laid_out_otherwise():
+    model = tiny_llama()
+    model.backbone = model.pop("model")
+    with pytest.raises(DriftError, match=r"'llama' is not laid out as model\.embed_tokens"):
+        Target(model, (1,))

@@ -1,0 +1,86 @@
+"""Tiny targets with random weights, and a drafter that is right as often as it is told to be."""
+
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import generate_step
+from mlx_lm.models import llama
+
+from mlx_drift.drafters.protocol import Draft
+
+VOCAB = 64
+LAYERS = 4
+HIDDEN = 32
+
+
+def tiny_llama(dtype: mx.Dtype = mx.float32, bits: int | None = None, **overrides) -> nn.Module:
+    """A Llama whose greedy text does not settle into a loop at once."""
+    mx.random.seed(3)
+    arguments = {
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": False,
+    }
+    model = llama.Model(llama.ModelArgs(**arguments | overrides))
+    model.apply(lambda weight: mx.random.normal(weight.shape) * (0.3 if weight.ndim > 1 else 1.0))
+    model.set_dtype(dtype)
+    if bits is not None:
+        nn.quantize(model, group_size=32, bits=bits)
+    mx.eval(model.parameters())
+    return model
+
+
+def plain_greedy(model: nn.Module, prompt: list[int], count: int) -> list[int]:
+    """What mlx-lm generates."""
+    return [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=count)]
+
+
+@dataclass
+class OracleCache:
+    """Counts ingested rows and keeps them."""
+
+    tokens: list[int] = field(default_factory=list)
+    taps: list[mx.array] = field(default_factory=list)
+
+    @property
+    def state(self) -> list[mx.array]:
+        return self.taps
+
+
+class Oracle:
+    """Drafts the target's true continuation, spoilt where `spoil` says so.
+
+    Args:
+        text: Prompt and true continuation.
+        spoil: For each round, the draft positions to get wrong.
+        taps: What it asks the target for.
+    """
+
+    def __init__(self, text: list[int], spoil: list[set[int]], taps: tuple[int, ...] = (1, 3)):
+        self.text = text
+        self.spoil = spoil
+        self.taps = taps
+        self.rounds = 0
+
+    def make_cache(self) -> OracleCache:
+        return OracleCache(tokens=self.text[:1])
+
+    def ingest(self, tokens: mx.array, taps: mx.array, cache: OracleCache) -> None:
+        assert taps.shape == (tokens.size, len(self.taps), HIDDEN)
+        cache.tokens += tokens.tolist()
+        cache.taps.append(taps)
+
+    def propose(self, k: int, cache: OracleCache) -> Draft:
+        start = len(cache.tokens)
+        right = (self.text[start : start + k] + [0] * k)[:k]
+        spoilt = self.spoil[self.rounds % len(self.spoil)]
+        self.rounds += 1
+        tokens = [(t + 1) % VOCAB if i in spoilt else t for i, t in enumerate(right)]
+        return Draft(mx.array(tokens, dtype=mx.int32))
