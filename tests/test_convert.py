@@ -1,0 +1,271 @@
+"""Conversion: canonical, strict, resolved with provenance, reproducible."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from checkpoints import DRAFT_VOCAB, specforge_config, specforge_tensors, write_checkpoint
+from mlx_drift import DriftError, convert_drafter, load_drafter
+from mlx_drift.demo import DEMO
+from mlx_drift.tensors import read_safetensors
+from tiny import LAYERS, tiny_llama
+
+BIN = Path(__file__).parent / "data" / "eagle3.1-bin"
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_checkpoint(tmp_path / "source", specforge_tensors())
+
+
+def convert(source, out, **keywords):
+    return convert_drafter(str(source), out, **keywords)
+
+
+def test_tensors_are_canonical_and_unchanged(source, tmp_path):
+    convert(source, tmp_path / "out")
+    converted = load_file(tmp_path / "out" / "model.safetensors")
+    expected = specforge_tensors()
+    del expected["t2d"]
+    assert converted.keys() == {n.replace("midlayer.", "layers.0.") for n in expected}
+    for name, tensor in expected.items():
+        got = converted[name.replace("midlayer.", "layers.0.")]
+        assert got.dtype == tensor.dtype
+        assert np.array_equal(got, tensor)
+
+
+def test_conventions_are_resolved(source, tmp_path):
+    resolved = convert(source, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["taps"] == [2, 3, 4]  # SpecForge's ids are outputs
+    assert config["feedback"] == "post"
+    assert config["fc_norm"] is True
+    assert config["norm_before_fc"] is False
+    assert config["norm_before_residual"] is False
+    assert config["rope_theta"] == 10000.0
+    assert config["sliding_window"] is None
+    assert config["draft_vocab_size"] == DRAFT_VOCAB
+    assert config["source"]["file"] == "model.safetensors"
+    assert len(config["source"]["sha256"]) == 64
+    assert config["provenance"]["norm_before_residual"] == "default"
+    assert config["provenance"]["feedback"] == "file"
+    assert "output of layer" in config["provenance"]["taps"]
+    assert resolved.unknown_keys == []
+
+
+def test_converting_twice_gives_identical_bytes(source, tmp_path):
+    for name in ("a", "b"):
+        convert(source, tmp_path / name / "out")
+    for file in ("model.safetensors", "config.json", "README.md"):
+        a, b = ((tmp_path / name / "out" / file).read_bytes() for name in ("a", "b"))
+        assert a == b
+
+
+def test_reloads_without_the_source(source, tmp_path):
+    convert(source, tmp_path / "out")
+    for file in source.iterdir():
+        file.unlink()
+    drafter = load_drafter(str(tmp_path / "out"), tiny_llama())
+    cache = drafter.make_cache()
+    drafter.ingest(mx.array([1, 2]), mx.zeros((2, 3, 32)), cache)
+    drafted = drafter.propose(4, cache).tokens.tolist()
+    used = np.flatnonzero(specforge_tensors()["t2d"])
+    assert set(drafted) <= set(used.tolist())  # mapped into the target's vocabulary
+
+
+def test_floats_follow_the_target(source, tmp_path):
+    convert(source, tmp_path / "out")
+    drafter = load_drafter(str(tmp_path / "out"), tiny_llama(mx.bfloat16))
+    cache = drafter.make_cache()
+    drafter.ingest(mx.array([1]), mx.zeros((1, 3, 32), mx.bfloat16), cache)
+    assert cache.recycled.dtype == cache.draft_logits.dtype == mx.bfloat16
+
+
+def test_bin_gives_the_tensors_that_safetensors_gave(tmp_path):
+    """The shipped drafter was converted from the safetensors form of the same head."""
+    convert(BIN, tmp_path / "out")
+    shipped = read_safetensors(DEMO / "eagle3.1" / "model.safetensors")
+    converted = read_safetensors(tmp_path / "out" / "model.safetensors")
+    assert converted.keys() == shipped.keys()
+    for name, tensor in converted.items():
+        assert tensor.dtype == shipped[name].dtype
+        assert mx.array_equal(tensor, shipped[name])
+
+
+@pytest.mark.torch
+def test_bin_written_by_torch(source, tmp_path):
+    import torch
+
+    tensors = {name: torch.from_numpy(t) for name, t in specforge_tensors().items()}
+    (tmp_path / "bin").mkdir()
+    torch.save(tensors, tmp_path / "bin" / "pytorch_model.bin")
+    (tmp_path / "bin" / "config.json").write_text((source / "config.json").read_text())
+    convert(source, tmp_path / "from_safetensors")
+    convert(tmp_path / "bin", tmp_path / "from_bin")
+    files = [tmp_path / f"from_{kind}" / "model.safetensors" for kind in ("safetensors", "bin")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_weights_file_is_a_source(source, tmp_path):
+    convert(source / "model.safetensors", tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_quantizes_linears_only(source, tmp_path):
+    convert(source, tmp_path / "out", quantize=True, q_bits=4, q_group_size=32, dtype="float32")
+    converted = read_safetensors(tmp_path / "out" / "model.safetensors")
+    assert converted["fc.weight"].dtype == mx.uint32
+    assert converted["fc_norm.0.weight"].dtype == mx.float32
+    drafter = load_drafter(str(tmp_path / "out"), tiny_llama())
+    cache = drafter.make_cache()
+    drafter.ingest(mx.array([1]), mx.ones((1, 3, 32)), cache)
+    assert drafter.propose(3, cache).tokens.size == 3
+
+
+def test_taps_without_ids_depend_on_the_target(tmp_path):
+    config = specforge_config(eagle_config=None)
+    source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
+    with pytest.raises(DriftError, match=r"number of layers. Give the target: --target MODEL"):
+        convert(source, tmp_path / "out")
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "config.json").write_text(
+        json.dumps({"hidden_size": 32, "vocab_size": 64, "num_hidden_layers": 10})
+    )
+    resolved = convert(source, tmp_path / "out", target=str(target))
+    assert resolved.config.taps == (2, 5, 7)
+    assert resolved.config.target.num_layers == 10
+
+
+@pytest.mark.parametrize(
+    ("ids", "override", "taps"),
+    [
+        ([1, 3, 5], None, (2, 4, 6)),  # output: the first is 1
+        ([0, 3, 5], None, (0, 3, 5)),  # input: nothing comes out before layer 0
+        ([2, 5, 7], None, (2, 5, 7)),  # input: the default of EAGLE-3 for 10 layers
+        ([3, 6, 10], None, (3, 6, 10)),  # input: the end of the last of 10 layers
+        ([3, 6, 8], None, (4, 7, 9)),  # SpecForge writes outputs
+        ([3, 6, 8], "input", (3, 6, 8)),
+    ],
+)
+def test_tap_conventions(tmp_path, ids, override, taps):
+    config = specforge_config(
+        eagle_config={"eagle_aux_hidden_state_layer_ids": ids}, target_num_hidden_layers=10
+    )
+    source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
+    assert convert(source, tmp_path / "out", taps=override).config.taps == taps
+
+
+def test_feedback_can_be_overridden(source, tmp_path):
+    config = convert(source, tmp_path / "out", feedback="pre").config
+    assert config.feedback == "pre"
+    assert config.provenance["feedback"] == "override"
+
+
+def test_absolute_d2t_is_put_right(tmp_path):
+    tensors = specforge_tensors()
+    offsets = tensors["d2t"].copy()
+    tensors["d2t"] = tensors["d2t"] + np.arange(DRAFT_VOCAB)
+    source = write_checkpoint(tmp_path / "source", tensors)
+    convert(source, tmp_path / "out")
+    converted = load_file(tmp_path / "out" / "model.safetensors")
+    assert np.array_equal(converted["d2t"], offsets)
+
+
+def test_unknown_config_keys_are_named(tmp_path):
+    config = specforge_config(gated_attention=True, bos_token_id=1)
+    source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
+    assert convert(source, tmp_path / "out").unknown_keys == ["gated_attention"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({"midlayer.gate": t["norm.weight"]}), "has the tensor layers.0.gate"),
+        (lambda t: t.pop("norm.weight"), "lacks the tensor norm.weight"),
+        (lambda t: t.update({"norm.weight": t["d2t"]}), "norm.weight has shape"),
+        (lambda t: t.pop("fc_norm.0.weight"), "fc_norm is True, but the weights have no"),
+        (lambda t: t.pop("midlayer.hidden_norm.weight"), "not an EAGLE-3 checkpoint"),
+        (lambda t: t.pop("d2t"), "lacks d2t"),
+        (lambda t: t.update(d2t=t["d2t"] + 1), "d2t and t2d disagree"),
+        (lambda t: (t.pop("t2d"), t.update(d2t=t["d2t"] + 30)), "outside the target's vocabulary"),
+        (lambda t: t.update({"layers.0.hidden_norm.weight": t["norm.weight"]}), "both mean"),
+        (lambda t: t.pop("lm_head.weight"), "draft_vocab_size is 40"),
+    ],
+)
+def test_refuses_tensors_that_do_not_fit(tmp_path, change, message):
+    tensors = specforge_tensors()
+    change(tensors)
+    source = write_checkpoint(tmp_path / "source", tensors)
+    with pytest.raises(DriftError, match=message):
+        convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "lacks the key 'hidden_size'"),
+        ({"hidden_size": 30}, "fc.weight has shape"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"num_attention_heads": "four"}, "num_attention_heads is 'four'"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2]}}, "names 2 tap layers"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [3, 1, 2]}}, "ascending order"),
+        ({"draft_vocab_size": 41}, "draft_vocab_size is 41"),
+        ({"rope_scaling": {"rope_type": "spiral"}}, "Unsupported RoPE type spiral"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types mixes"),
+    ],
+)
+def test_refuses_configs_that_do_not_fit(tmp_path, change, message):
+    source = write_checkpoint(tmp_path / "source", specforge_tensors(), specforge_config(**change))
+    with pytest.raises(DriftError, match=message):
+        convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"hidden_size": 64, "num_attention_heads": 8},
+            "hidden size is 32, but this target's is 64",
+        ),
+        ({"vocab_size": 65}, "vocabulary size is 64, but this target's is 65"),
+        ({"num_hidden_layers": 1}, "taps the output of layer 3, but this target has 1 layers"),
+    ],
+)
+def test_drafter_for_another_target(source, tmp_path, overrides, message):
+    convert(source, tmp_path / "out")
+    with pytest.raises(DriftError, match=message):
+        load_drafter(str(tmp_path / "out"), tiny_llama(**overrides))
+
+
+def test_number_of_layers_is_checked_where_the_source_names_it(tmp_path):
+    config = specforge_config(target_num_hidden_layers=LAYERS + 1)
+    source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
+    convert(source, tmp_path / "out")
+    with pytest.raises(DriftError, match=f"number of layers is {LAYERS + 1}"):
+        load_drafter(str(tmp_path / "out"), tiny_llama())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drafter_type": "eagle9"}, "drafter_type is 'eagle9'"),
+        ({"format_version": 2}, "format_version is 2"),
+        ({"surprise": 1}, "unknown key 'surprise'"),
+        ({"taps": "123"}, "taps"),
+        ({"head_dim": -8}, "head_dim"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+    ],
+)
+def test_the_canonical_config_is_read_strictly(source, tmp_path, change, message):
+    convert(source, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DriftError, match=message):
+        load_drafter(str(tmp_path / "out"), tiny_llama())
