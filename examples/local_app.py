@@ -1,0 +1,52 @@
+"""mlx-drift inside an app: two conversations in worker threads share one target and one drafter.
+
+The app keeps mlx-lm's `load` and `stream_generate`; the import and `drafter=` are what changes.
+All state of a conversation lives in its own generator, so threads need no lock between them.
+
+    python examples/local_app.py
+"""
+
+from queue import Queue
+from threading import Thread
+
+from mlx_drift import load_demo, stream_generate
+
+QUESTIONS = {
+    "left": "What does `textwrap.dedent` do?",
+    "right": "Show me the source of `shlex.quote`.",
+}
+DONE = None
+
+
+def converse(name, question, model, tokenizer, drafter, pieces):
+    """Answers one question, handing every piece of text to the app as soon as it is accepted."""
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True
+    )
+    for response in stream_generate(model, tokenizer, prompt, max_tokens=200, drafter=drafter):
+        pieces.put((name, response.text))
+    pieces.put((name, DONE))
+    rounds = response.statistics
+    print(f"[{name}: {rounds.acceptance_length:.2f} drafts accepted a round]")
+
+
+def main():
+    """Runs both conversations at once and prints each answer when it is complete."""
+    pieces: Queue = Queue()
+    pair = load_demo()
+    for name, question in QUESTIONS.items():
+        Thread(target=converse, args=(name, question, *pair, pieces), daemon=True).start()
+
+    answers = dict.fromkeys(QUESTIONS, "")
+    open_conversations = set(QUESTIONS)
+    while open_conversations:
+        name, text = pieces.get()
+        if text is DONE:
+            open_conversations.discard(name)
+            print(f"--- {QUESTIONS[name]}\n{answers[name]}\n")
+        else:
+            answers[name] += text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""`mlx-drift generate`: the answer on stdout as it is accepted, the statistics on stderr."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import mlx.core as mx
+import typer
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from mlx_drift.cli.load import load_model
+from mlx_drift.demo import DEMO, DRAFTERS, QUESTION, TARGET
+from mlx_drift.drafters.load import load_drafter
+from mlx_drift.errors import DriftError
+from mlx_drift.generate import DriftResponse, check_num_draft_tokens, stream_generate
+
+INTERRUPTED = 130  # the shell's code for Ctrl-C
+
+
+def generate(
+    text: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="The prompt; - reads stdin.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The prompt; - reads stdin.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file that holds the prompt.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The target: a folder or Hub repository. Default: the embedded pair."),
+    ] = None,
+    drafter: Annotated[
+        str | None,
+        typer.Option(
+            help="A converted drafter: a folder or Hub repository; with the embedded target "
+            "eagle3.1 (default) or eagle3."
+        ),
+    ] = None,
+    adapter_path: Annotated[str | None, typer.Option(help="LoRA adapters of the target.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    prefill_response: Annotated[
+        str | None, typer.Option(help="How the response is to begin.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", help="Tokens to generate at most; -1: no limit.")
+    ] = 256,
+    num_draft_tokens: Annotated[int, typer.Option(metavar="K", help="Drafts a round.")] = 3,
+    no_draft: Annotated[
+        bool, typer.Option("--no-draft", help="Generate with mlx-lm alone.")
+    ] = False,
+    ignore_chat_template: Annotated[
+        bool, typer.Option("--ignore-chat-template", help="Feed the raw prompt.")
+    ] = False,
+    chat_template_config: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Keywords of the chat template.")
+    ] = None,
+    extra_eos_token: Annotated[
+        list[str] | None, typer.Option(help="A further token that ends the text; repeatable.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout instead of the text.")
+    ] = False,
+) -> None:
+    """Generate text, greedily and losslessly, through a drafter."""
+    question = _read_prompt(text, prompt, prompt_file, model)
+    template_keywords = _parse_object(chat_template_config, "--chat-template-config")
+    if not no_draft:
+        check_num_draft_tokens(num_draft_tokens)
+        if model is not None and drafter is None:
+            raise DriftError(
+                "no drafter given for this model: add --drafter FOLDER, or --no-draft to "
+                "generate without one"
+            )
+    if model is None and drafter is not None:
+        if drafter not in DRAFTERS:
+            raise DriftError(
+                f"--drafter {drafter} needs its --model; the embedded target has the drafters "
+                f"{' and '.join(DRAFTERS)}"
+            )
+        drafter = str(DEMO / drafter)
+    elif model is None:
+        drafter = str(DEMO / DRAFTERS[0])
+
+    target, tokenizer = load_model(model or str(TARGET), adapter_path)
+    for token in extra_eos_token or []:
+        tokenizer.add_eos_token(token)
+    loaded = None if no_draft else load_drafter(str(drafter), target)
+    prompt_tokens = _encode(
+        tokenizer,
+        question,
+        system_prompt,
+        prefill_response,
+        ignore_chat_template,
+        template_keywords,
+    )
+
+    console = Console(stderr=True)
+    said: list[str] = []
+    last: DriftResponse | None = None
+    interrupted = False
+    try:
+        with _prompt_progress(console, len(prompt_tokens)) as progress:
+            for last in stream_generate(
+                target,
+                tokenizer,
+                prompt_tokens,
+                max_tokens,
+                drafter=loaded,
+                num_draft_tokens=num_draft_tokens,
+                prompt_progress_callback=progress,
+                compare_plain=loaded is not None,
+            ):
+                said.append(last.text)
+                if not as_json:
+                    typer.echo(last.text, nl=False)
+                    sys.stdout.flush()
+    except KeyboardInterrupt:
+        interrupted = True
+    if not as_json:
+        typer.echo()
+    if last is not None:
+        if as_json:
+            typer.echo(json.dumps(_report("".join(said), last, interrupted), ensure_ascii=False))
+        console.print(_table(last, num_draft_tokens, interrupted))
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _read_prompt(
+    text: str | None, prompt: str | None, prompt_file: Path | None, model: str | None
+) -> str:
+    given = [value for value in (text, prompt, prompt_file) if value is not None]
+    if len(given) > 1:
+        raise typer.BadParameter("give one of PROMPT, --prompt and --prompt-file")
+    if not given and model is None:
+        return QUESTION
+    if not given:
+        raise DriftError("no prompt; give it as an argument, with --prompt-file, or - for stdin")
+    if prompt_file is not None:
+        try:
+            content = prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DriftError(f"{prompt_file}: cannot be read as text ({error})") from None
+    else:
+        content = sys.stdin.read() if given == ["-"] else str(given[0])
+    if not content.strip():
+        raise DriftError("the prompt is empty; give some text")
+    return content
+
+
+def _parse_object(text: str | None, flag: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        raise DriftError(f"{flag} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise DriftError(f"{flag} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _encode(
+    tokenizer: TokenizerWrapper,
+    question: str,
+    system_prompt: str | None,
+    prefill_response: str | None,
+    ignore_chat_template: bool,
+    template_keywords: dict[str, Any],
+) -> list[int]:
+    """Applies the chat template as `mlx_lm.generate` does, and encodes."""
+    if ignore_chat_template or not tokenizer.has_chat_template:
+        return tokenizer.encode(question)
+    messages = [{"role": "user", "content": question}]
+    if system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    if prefill_response is not None:
+        messages.append({"role": "assistant", "content": prefill_response})
+    text = tokenizer.apply_chat_template(
+        messages,
+        tokenize=False,
+        continue_final_message=prefill_response is not None,
+        add_generation_prompt=prefill_response is None,
+        **template_keywords,
+    )
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+@contextmanager
+def _prompt_progress(console: Console, total: int) -> Iterator[Any]:
+    """Yields a callback that shows a bar while the prompt is processed, on a terminal only."""
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("prompt", total=total)
+
+    def update(done: int, total: int) -> None:
+        bar.update(task, completed=done)
+        if done >= total - 1:
+            bar.stop()
+
+    with bar:
+        yield update
+
+
+def _report(text: str, last: DriftResponse, interrupted: bool) -> dict[str, Any]:
+    return {
+        "text": text,
+        "finish_reason": "interrupted" if interrupted else last.finish_reason,
+        "prompt_tokens": last.prompt_tokens,
+        "prompt_tps": last.prompt_tps,
+        "generation_tokens": last.generation_tokens,
+        "generation_tps": last.generation_tps,
+        "peak_memory_gb": last.peak_memory,
+        "statistics": last.statistics.to_dict() if last.statistics.rounds else None,
+    }
+
+
+def _table(last: DriftResponse, k: int, interrupted: bool) -> Table:
+    """Lays out the statistics of a generation."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("prompt", f"{last.prompt_tokens} tokens, {last.prompt_tps:.0f} tokens/s")
+    table.add_row(
+        "generation",
+        f"{last.generation_tokens} tokens, {last.generation_tps:.0f} tokens/s"
+        + (" (interrupted)" if interrupted else ""),
+    )
+    statistics = last.statistics
+    if statistics.rounds:
+        table.add_row("rounds", f"{statistics.rounds}, drafting K = {k}")
+        table.add_row(
+            "acceptance_length", f"{statistics.acceptance_length:.2f} drafts accepted a round"
+        )
+        table.add_row("tokens_per_round", f"{statistics.tokens_per_round:.2f}")
+        table.add_row(
+            "conditional acceptance",
+            "  ".join(f"{rate:.2f}" for rate in statistics.conditional_acceptance)
+            + "  (draft 1, 2, …, if all before were accepted)",
+        )
+    if statistics.speedup is not None and statistics.plain_step_seconds is not None:
+        faster = statistics.speedup >= 1
+        table.add_row(
+            "plain decoding",
+            f"{1 / statistics.plain_step_seconds:.0f} tokens/s: drafting is "
+            f"{statistics.speedup if faster else 1 / statistics.speedup:.2f}× "
+            + ("faster" if faster else "slower" + _why_slower()),
+        )
+    table.add_row("peak memory", f"{last.peak_memory:.2f} GB")
+    return table
+
+
+def _why_slower() -> str:
+    if mx.default_device() == mx.Device(mx.cpu):
+        return " (MLX's CPU code pays for every row it verifies; a GPU hardly does)"
+    return ""

@@ -1,0 +1,195 @@
+"""The Python API on the embedded pair: equal to mlx-lm, from threads and interleaved."""
+
+import json
+from itertools import zip_longest
+from pathlib import Path
+from threading import Thread
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_drift import DriftError, generate, load_demo, stream_generate
+from mlx_drift.demo import DRAFTERS
+
+ROOT = Path(__file__).parent.parent
+HELD_OUT_FILE = ROOT / "examples" / "train_demo_pair" / "heldout.jsonl"
+HELD_OUT = [json.loads(line) for line in HELD_OUT_FILE.read_text().splitlines()]
+PROMPTS = 20
+ON_GPU = mx.default_device() == mx.Device(mx.gpu)
+NEAR_TIE = 0.05  # logits; on a GPU a block of rows is rounded otherwise than single rows
+
+
+@pytest.fixture(scope="module", params=DRAFTERS)
+def pair(request):
+    return load_demo(request.param)
+
+
+@pytest.fixture(scope="module")
+def normalized():
+    return load_demo()
+
+
+def prompt_of(index: int, tokenizer) -> list[int]:
+    """Prompts of both splits in turn: unseen wordings and unseen symbols."""
+    splits = [[r for r in HELD_OUT if r["split"] == split] for split in ("wording", "symbol")]
+    in_turn = [record for both in zip(*splits, strict=False) for record in both]
+    return tokenizer.apply_chat_template(in_turn[index]["messages"], add_generation_prompt=True)
+
+
+def assert_same_tokens(model, prompt, got, expected):
+    """Equal on the CPU; on a GPU the first difference must be a near-tie of the target's."""
+    if got == expected:
+        return
+    assert ON_GPU, f"{got} is not {expected}"
+    where = next(i for i, (a, b) in enumerate(zip_longest(got, expected)) if a != b)
+    logits = model(mx.array([prompt + expected[:where]]), cache=make_prompt_cache(model))[0, -1]
+    assert abs(logits[got[where]] - logits[expected[where]]).item() < NEAR_TIE
+
+
+def check_prompts(pair, prompts, k, max_tokens):
+    model, tokenizer, drafter = pair
+    for index in prompts:
+        prompt = prompt_of(index, tokenizer)
+        plain = list(mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens))
+        ours = list(
+            stream_generate(
+                model, tokenizer, prompt, max_tokens, drafter=drafter, num_draft_tokens=k
+            )
+        )
+        assert_same_tokens(model, prompt, [r.token for r in ours], [r.token for r in plain])
+        if not ON_GPU:
+            assert "".join(r.text for r in ours) == "".join(r.text for r in plain)
+            assert ours[-1].finish_reason == plain[-1].finish_reason
+            for a, b in zip(ours, plain, strict=True):
+                assert mx.array_equal(a.logprobs, b.logprobs)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_equals_mlx_lm(pair, k):
+    check_prompts(pair, range(4), k, max_tokens=32)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 8])
+def test_equals_mlx_lm_on_the_whole_grid(pair, k):
+    check_prompts(pair, range(PROMPTS), k, max_tokens=128)
+
+
+def test_there_are_enough_prompts_of_both_splits():
+    for split in ("wording", "symbol"):
+        assert sum(record["split"] == split for record in HELD_OUT) >= PROMPTS // 2
+
+
+def test_from_worker_threads(normalized):
+    model, tokenizer, drafter = normalized
+    prompts = [prompt_of(i, tokenizer) for i in range(3)]
+    expected = [generate(model, tokenizer, p, drafter=drafter, max_tokens=24) for p in prompts]
+    got = {}
+
+    def work(index):
+        got[index] = generate(model, tokenizer, prompts[index], drafter=drafter, max_tokens=24)
+
+    threads = [Thread(target=work, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [got[i] for i in range(len(prompts))] == expected
+
+
+def test_interleaved_conversations(normalized):
+    model, tokenizer, drafter = normalized
+    prompts = [prompt_of(i, tokenizer) for i in range(2)]
+
+    def stream(prompt):
+        return stream_generate(model, tokenizer, prompt, 24, drafter=drafter)
+
+    expected = [[r.token for r in stream(prompt)] for prompt in prompts]
+    interleaved = list(zip_longest(*map(stream, prompts)))
+    got = [[r[i].token for r in interleaved if r[i] is not None] for i in range(2)]
+    assert got == expected
+
+
+def test_drafts_are_accepted(pair):
+    """Both drafters were trained for this target: well over one draft a round."""
+    model, tokenizer, drafter = pair
+    accepted = rounds = 0
+    for index in range(4):
+        prompt = prompt_of(index, tokenizer)
+        *_, last = stream_generate(
+            model, tokenizer, prompt, 32, drafter=drafter, num_draft_tokens=4
+        )
+        accepted += sum(last.statistics.accepted)
+        rounds += last.statistics.rounds
+    assert accepted / rounds > 1.0
+
+
+def test_responses_are_mlx_lms_and_more(normalized):
+    model, tokenizer, drafter = normalized
+    prompt = prompt_of(0, tokenizer)
+    responses = list(
+        stream_generate(model, tokenizer, prompt, 20, drafter=drafter, compare_plain=True)
+    )
+    last = responses[-1]
+    assert last.prompt_tokens == len(prompt)
+    assert [r.generation_tokens for r in responses] == list(range(1, len(responses) + 1))
+    assert any(r.from_draft for r in responses)
+    assert not all(r.from_draft for r in responses)
+    assert all(r.finish_reason is None for r in responses[:-1])
+    assert last.statistics.rounds < len(responses)
+    assert last.statistics.plain_step_seconds > 0
+    assert last.prompt_tps > 0
+    assert last.generation_tps > 0
+
+
+def test_without_a_drafter_mlx_lm_generates(normalized):
+    model, tokenizer, _ = normalized
+    prompt = prompt_of(1, tokenizer)
+    assert generate(model, tokenizer, prompt, max_tokens=12, prefill_step_size=8) == (
+        mlx_lm.generate(model, tokenizer, prompt, max_tokens=12)
+    )
+
+
+def test_prompt_in_chunks_and_progress(normalized):
+    model, tokenizer, drafter = normalized
+    prompt = prompt_of(0, tokenizer)
+    expected = generate(model, tokenizer, prompt, drafter=drafter, max_tokens=16)
+    calls = []
+    got = generate(
+        model,
+        tokenizer,
+        prompt,
+        drafter=drafter,
+        max_tokens=16,
+        prefill_step_size=5,
+        prompt_progress_callback=lambda done, total: calls.append((done, total)),
+    )
+    assert got == expected
+    assert calls[0] == (0, len(prompt))
+    assert calls[-1] == (len(prompt) - 1, len(prompt))
+    assert len(calls) > 2
+
+
+def test_text_prompts_are_encoded_as_mlx_lm_does(normalized):
+    model, tokenizer, drafter = normalized
+    assert generate(model, tokenizer, "def quote", drafter=drafter, max_tokens=8) == (
+        mlx_lm.generate(model, tokenizer, "def quote", max_tokens=8)
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "keywords", "message"),
+    [
+        ("", {}, "the prompt is empty"),
+        ([], {}, "the prompt is empty"),
+        ("x", {"num_draft_tokens": 0}, "num_draft_tokens is 0; expected 1 to 64"),
+        ("x", {"max_tokens": 0}, "max_tokens is 0"),
+        ("x", {"temp": 0.7}, "'temp' is not supported with a drafter yet"),
+    ],
+)
+def test_refuses(normalized, prompt, keywords, message):
+    model, tokenizer, drafter = normalized
+    with pytest.raises(DriftError, match=message):
+        generate(model, tokenizer, prompt, drafter=drafter, **keywords)
