@@ -15,10 +15,11 @@ from mlx_drift.convert.conventions import TapConvention
 from mlx_drift.convert.eagle3 import Overrides, Resolved, understand
 from mlx_drift.convert.source import read_checkpoint
 from mlx_drift.convert.write import check_free, write_drafter
-from mlx_drift.drafters.config import Quantization, TargetShape, check_target, read_json
+from mlx_drift.drafters.config import Quantization, check_target, read_json
 from mlx_drift.drafters.load import build_network, quantize_linears, target_ids
 from mlx_drift.errors import DriftError
 from mlx_drift.hub import resolve
+from mlx_drift.target import TargetShape
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
@@ -29,8 +30,8 @@ def convert_drafter(
     *,
     target: str | None = None,
     quantize: bool = False,
-    q_bits: int = 4,
-    q_group_size: int = 64,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
     q_mode: str = "affine",
     dtype: str | None = None,
     revision: str | None = None,
@@ -45,9 +46,9 @@ def convert_drafter(
         target: The target's folder or Hub repository: gives the number of layers where the
             checkpoint's tap layers depend on it, and is checked against. Only its config is read.
         quantize: Quantize the linear layers.
-        q_bits: Bits a weight.
-        q_group_size: Weights that share a scale.
-        q_mode: mlx's quantization mode.
+        q_bits: Bits a weight; None for the mode's default.
+        q_group_size: Weights that share a scale; None for the mode's default.
+        q_mode: mlx's quantization mode: affine, mxfp4, nvfp4 or mxfp8.
         dtype: Cast the floats: float16, bfloat16 or float32; None keeps the source's.
         revision: Branch, tag or commit on the Hub.
         taps: What the checkpoint's tap layers mean, where the rules do not tell or are wrong.
@@ -81,8 +82,10 @@ def convert_drafter(
             quantize_linears(network, q_group_size, q_bits, q_mode)
         except ValueError as error:
             raise DriftError(f"the drafter cannot be quantized so: {error}") from None
+        fc = network.fc
         config = replace(
-            config, quantization=Quantization(group_size=q_group_size, bits=q_bits, mode=q_mode)
+            config,
+            quantization=Quantization(group_size=fc.group_size, bits=fc.bits, mode=fc.mode),
         )
     tensors = dict(tree_flatten(network.parameters()))
     if d2t is not None:
@@ -99,12 +102,12 @@ def read_target_shape(path_or_hf_repo: str) -> TargetShape:
     """
     config_path = resolve(path_or_hf_repo, "target", None, ["config.json"]) / "config.json"
     config = read_json(config_path)
-    config = config.get("text_config", config)
+    config = config.get("text_config") or config
     try:
         return TargetShape(
             hidden_size=config["hidden_size"],
             vocab_size=config["vocab_size"],
             num_layers=config["num_hidden_layers"],
         )
-    except KeyError as error:
-        raise DriftError(f"{config_path} lacks the key {error}; expected a target's") from None
+    except (KeyError, TypeError) as error:
+        raise DriftError(f"{config_path} is not the config of a target: {error}") from None

@@ -2,12 +2,12 @@
 
 Tap ids are the worst of it: producers write `i` for the *input* of layer i (vLLM, SafeAILab,
 speculators) or for its *output* (SGLang, SpecForge, TorchSpec), and one layer off costs from 0.1
-accepted tokens to a collapse. The rules below are those of the format survey (SGLang #25454 and
-#32334, vLLM #43671); where they do not decide, the user must.
+accepted tokens to a collapse. The rules below were made from engines' own patches (sgl-project/
+sglang #25454 and #32334, vllm-project/vllm #43671); where they do not decide, the user must.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from mlx_drift.errors import DriftError
 
@@ -24,6 +24,10 @@ BOOKKEEPING = frozenset(
 """Keys of transformers' that say nothing about the arithmetic of a drafter."""
 
 
+Kind = TypeVar("Kind", bool, list, dict)  # type: ignore[type-arg]
+KINDS = {bool: "true or false", list: "list", dict: "JSON object"}
+
+
 @dataclass
 class Values:
     """The keys of a source config, taken one by one, with the provenance of each value.
@@ -37,6 +41,7 @@ class Values:
     config: dict[str, Any]
     file: str
     provenance: dict[str, str] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)  # parts of taken keys that nobody reads
     _taken: set[str] = field(default_factory=set)
 
     def take(self, key: str, default: Any = None, *, name: str | None = None) -> Any:
@@ -59,6 +64,17 @@ class Values:
             raise DriftError(f"{self.file}: {key} is {value!r}; expected a positive whole number")
         return value
 
+    def checked(self, key: str, kind: type[Kind], *, name: str | None = None) -> Kind | None:
+        """Takes a key whose value must be of one kind; None if the file lacks it.
+
+        Raises:
+            DriftError: If it is of another kind.
+        """
+        value = self.take(key, name=name)
+        if value is not None and type(value) is not kind:
+            raise DriftError(f"{self.file}: {key} is {value!r}; expected a {KINDS[kind]}")
+        return value
+
     def rule(self, name: str, value: Any, why: str) -> Any:
         """Notes a value that was not read but follows from something else."""
         self.provenance[name] = f"rule: {why}"
@@ -70,13 +86,12 @@ class Values:
         return value
 
     def unknown(self) -> list[str]:
-        """The keys nobody took, transformers' bookkeeping aside."""
-        return sorted(self.config.keys() - self._taken - BOOKKEEPING)
+        """The keys nobody read, transformers' bookkeeping aside."""
+        return sorted(self.config.keys() - self._taken - BOOKKEEPING) + self.unread
 
 
 def resolve_taps(
     values: Values,
-    ids: list[int] | None,
     num_taps: int,
     num_layers: int | None,
     producer: TapConvention | None,
@@ -85,8 +100,7 @@ def resolve_taps(
     """Turns a checkpoint's layer ids into taps, indices into ``[embedding, out_0 … out_{n−1}]``.
 
     Args:
-        values: Where the provenance is noted.
-        ids: The ids in the checkpoint's config, if it has any.
+        values: The config, with the ids if it has any.
         num_taps: How many taps `fc` was made for.
         num_layers: The target's number of layers, n, if known.
         producer: What ids mean to the tool that wrote the checkpoint, if that is known.
@@ -95,21 +109,15 @@ def resolve_taps(
     Raises:
         DriftError: If the ids do not fit `fc`, or their meaning cannot be decided.
     """
+    ids = values.checked("eagle_aux_hidden_state_layer_ids", list, name="taps")
     if ids is None:
-        if num_taps != 3:
-            raise DriftError(
-                f"{values.file} names no tap layers, and fc was made for {num_taps} of them; "
-                "the default of EAGLE-3 is for 3"
-            )
-        if num_layers is None:
-            raise DriftError(
-                f"{values.file} names no tap layers; their default depends on the target's "
-                "number of layers. Give the target: --target MODEL"
-            )
-        return values.rule(
-            "taps",
-            (2, num_layers // 2, num_layers - 3),
-            "no ids in the file; inputs of layers 2, n//2, n-3, the default of EAGLE-3",
+        return _default_taps(values, num_taps, num_layers, override)
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise DriftError(f"{values.file}: the tap layers are {ids}; expected layer numbers")
+    if ids != sorted(set(ids)):
+        raise DriftError(
+            f"{values.file}: the tap layers are {ids}; expected distinct ones in ascending order, "
+            "since fc's columns follow them"
         )
     if len(ids) != num_taps:
         raise DriftError(
@@ -120,26 +128,52 @@ def resolve_taps(
         convention, values.provenance["taps"] = override, f"file; override: {override} of layer"
     elif convention is None:
         raise DriftError(
-            f"{values.file}: the tap layers {ids} may be inputs or outputs of those layers; "
-            "say which: --taps input or --taps output"
+            f"{values.file}: the tap layers {ids} may be inputs or outputs of those layers. "
+            "Say which: --taps input or --taps output; or give the target, which may tell: "
+            "--target MODEL"
         )
     else:
         values.provenance["taps"] = f"file; rule: {convention} of layer, since {why}"
     return tuple(ids) if convention == "input" else tuple(i + 1 for i in ids)
 
 
+def _default_taps(
+    values: Values, num_taps: int, num_layers: int | None, override: TapConvention | None
+) -> tuple[int, ...]:
+    if override is not None:
+        raise DriftError(
+            f"{values.file} names no tap layers, so --taps {override} has nothing to say; leave "
+            "it out"
+        )
+    if num_taps != 3:
+        raise DriftError(
+            f"{values.file} names no tap layers, and fc was made for {num_taps} of them; the "
+            "default of EAGLE-3 is for 3"
+        )
+    if num_layers is None:
+        raise DriftError(
+            f"{values.file} names no tap layers; their default depends on the target's number of "
+            "layers. Give the target: --target MODEL"
+        )
+    return values.rule(
+        "taps",
+        (2, num_layers // 2, num_layers - 3),
+        "no ids in the file; inputs of layers 2, n//2, n-3, the default of EAGLE-3",
+    )
+
+
 def _tap_convention(
     ids: list[int], num_layers: int | None, producer: TapConvention | None
 ) -> tuple[TapConvention | None, str]:
-    n = num_layers
     if ids[0] == 1:
         return "output", "the first is 1, as in the default outputs 1, n//2-1, n-4"
     if 0 in ids:
         return "input", "there is no output before layer 0's"
-    if n is not None and ids == [2, n // 2, n - 3]:
+    n = num_layers
+    if n is None:  # the ids may be the default inputs, or end at the last layer's end
+        return None, ""
+    if ids == [2, n // 2, n - 3]:
         return "input", "they are the default inputs 2, n//2, n-3"
-    if n is not None and max(ids) == n:
+    if max(ids) == n:
         return "input", "the last is n, the end of the last layer"
-    if producer is not None:
-        return producer, "the producer writes them so"
-    return None, ""
+    return producer, "the producer writes them so"

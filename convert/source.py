@@ -16,7 +16,6 @@ from mlx_drift.errors import DriftError
 from mlx_drift.hub import resolve
 from mlx_drift.tensors import read_safetensors
 
-ALLOWED = ["*.json", "*.safetensors", "pytorch_model*.bin"]
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there
 
 
@@ -46,8 +45,7 @@ def read_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     if path.is_file():
         folder, weights = path.parent, path
     else:
-        folder = resolve(source, "drafter checkpoint", revision, ALLOWED)
-        weights = _weights_file(folder)
+        folder, weights = _find(source, revision)
     if path.exists():
         origin = {"path": folder.resolve().name}  # the rest of the path is nobody else's business
     else:
@@ -62,10 +60,12 @@ def read_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     )
 
 
-def _weights_file(folder: Path) -> Path:
+def _find(source: str, revision: str | None) -> tuple[Path, Path]:
+    """Returns the folder and its weights; of a Hub repository one form of them is fetched."""
     for name in WEIGHTS:
+        folder = resolve(source, "drafter checkpoint", revision, ["config.json", name])
         if (folder / name).is_file():
-            return folder / name
+            return folder, folder / name
     raise DriftError(f"{folder}: holds no weights; expected {' or '.join(WEIGHTS)}")
 
 

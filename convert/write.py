@@ -48,6 +48,7 @@ def write_drafter(path: Path, config: Eagle3Config, tensors: dict[str, mx.array]
         DriftError: If the folder exists or cannot be written.
     """
     check_free(path)
+    made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -65,6 +66,9 @@ def write_drafter(path: Path, config: Eagle3Config, tensors: dict[str, mx.array]
         raise DriftError(f"{path}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if not path.exists():
+            for parent in made:
+                parent.rmdir()
 
 
 def _card(name: str, config: Eagle3Config) -> str:

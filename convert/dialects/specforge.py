@@ -26,8 +26,10 @@ def rename(name: str) -> str | None:
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
     """Lifts the keys of `eagle_config` to the top level, where older files have them."""
-    config = dict(config)
-    return config | (config.pop("eagle_config", None) or {})
+    nested = config.get("eagle_config")
+    if not isinstance(nested, dict):
+        return config
+    return {key: value for key, value in config.items() if key != "eagle_config"} | nested
 
 
 SPECFORGE = Dialect("SafeAILab / SpecForge", recognises, rename, flatten, tap_ids="output")

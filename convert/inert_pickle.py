@@ -1,0 +1,217 @@
+"""Runs the pickle inside a PyTorch checkpoint as the data it should be, never as a program.
+
+A pickle is a program: `pickle.load` calls any function it names. Here `pickletools.genops`, which
+decodes and does not execute, feeds a small stack machine that knows the opcodes a state dict needs;
+a global becomes an inert name, and REDUCE picks one of five rebuild rules below. BUILD sets
+nothing, no name is imported, no attribute is looked up.
+
+The persistent id `('storage', type, key, location, numel)` stands for a storage, and
+`_rebuild_tensor_v2` views it by offset, size and stride, all in elements. `_rebuild_tensor_v3` is
+for dtypes without a storage type of their own (uint16/32/64, fp8): bytes, the dtype passed apart.
+"""
+
+import pickletools
+from dataclasses import dataclass
+from typing import IO, Any
+
+_MAX_OPCODES = 4_000_000  # about 40 a tensor; bounds time, and memory where one byte makes a dict
+MAX_ELEMENTS = 2**59  # their count of bytes still fits int64
+
+_DTYPES = {
+    f"torch.{name}"
+    for name in (
+        "bfloat16 float16 float32 float64 bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 "
+        "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
+    ).split()
+}
+_STORAGE_DTYPES = {
+    "torch.BFloat16Storage": "torch.bfloat16",
+    "torch.HalfStorage": "torch.float16",
+    "torch.FloatStorage": "torch.float32",
+    "torch.DoubleStorage": "torch.float64",
+    "torch.CharStorage": "torch.int8",
+    "torch.ShortStorage": "torch.int16",
+    "torch.IntStorage": "torch.int32",
+    "torch.LongStorage": "torch.int64",
+    "torch.ByteStorage": "torch.uint8",
+    "torch.BoolStorage": "torch.bool",
+    "torch.storage.UntypedStorage": "torch.uint8",  # its numel counts bytes
+}
+_FUNCTIONS = {
+    "collections.OrderedDict",
+    "torch.Size",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+    "torch._utils._rebuild_parameter",
+}
+# Every other global is refused; these are only names.
+_GLOBALS = _FUNCTIONS | _STORAGE_DTYPES.keys() | _DTYPES
+
+_LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_OPERANDS = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}  # others: to a MARK
+
+_RESAVE = "load it in PyTorch only if you trust it, and save its tensors as safetensors"
+
+
+class Refusal(Exception):
+    """What was found, what was expected, what to do; the reader adds the file's name."""
+
+    def __init__(self, found: str, expected: str, remedy: str = _RESAVE) -> None:
+        super().__init__(f"found {found}, expected {expected}; {remedy}")
+
+
+@dataclass(frozen=True)
+class Global:
+    """An inert name: never imported, never called."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Raw elements that tensors view, known by a key."""
+
+    key: str
+    dtype: str
+    numel: int
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A view of a storage; its fields are the file's claims, checked when it is read."""
+
+    storage: Storage
+    dtype: str
+    offset: Any
+    shape: Any
+    stride: Any
+
+
+class Machine:
+    """The stack machine of the pickle format, for dicts, lists, tuples, scalars and tensors.
+
+    Hashing, comparing or printing an untrusted container can take exponential time or overflow the
+    C stack, so values are only moved; dict keys are strings or small integers.
+    """
+
+    def __init__(self) -> None:
+        self.storages: dict[str, Storage] = {}
+        self._stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
+
+    def run(self, stream: IO[bytes]) -> Any:
+        """Executes one pickle and leaves `stream` behind its STOP."""
+        try:
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+                if count == _MAX_OPCODES:
+                    raise Refusal(f"more than {_MAX_OPCODES} pickle opcodes", "a state dict")
+                self._step(opcode.name, argument, count)
+            return self._stack.pop()
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise Refusal(f"a malformed pickle ({error!s:.80})", "one torch.save wrote") from error
+
+    def _step(self, opcode: str, argument: Any, count: int) -> None:
+        stack = self._stack
+        match opcode:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
+                stack.append(_LITERALS[opcode])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT":
+                stack.append(argument)
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
+                stack.append(argument)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "MARK":
+                self._marks.append(len(stack))
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(self._operands(opcode)))
+            case "APPEND" | "APPENDS":
+                self._extend(self._operands(opcode))
+            case "SETITEM" | "SETITEMS":
+                self._update(self._operands(opcode))
+            case "BINPUT" | "LONG_BINPUT" if argument <= count:
+                self._memo[argument] = stack[-1]
+            case "MEMOIZE":
+                self._memo[len(self._memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(self._memo[argument])
+            case "GLOBAL":
+                stack.append(_resolve(argument.replace(" ", ".", 1)))
+            case "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                stack.append(_resolve(".".join((module, name))))
+            case "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(_rebuild(function, arguments))
+            case "BUILD" if isinstance(stack[-2], dict):
+                stack.pop()  # attributes of an OrderedDict: the `_metadata` of a state dict
+            case "BINPERSID":
+                stack.append(self._storage(stack.pop()))
+            case _:
+                raise Refusal(f"the pickle opcode {opcode}", "those of a plain state dict")
+
+    def _operands(self, opcode: str) -> list[Any]:
+        count = _OPERANDS.get(opcode)
+        start = self._marks.pop() if count is None else len(self._stack) - count
+        if not 0 <= start <= len(self._stack):
+            raise IndexError("stack underflow")
+        items = self._stack[start:]
+        del self._stack[start:]
+        return items
+
+    def _extend(self, items: list[Any]) -> None:
+        if not isinstance(self._stack[-1], list):
+            raise TypeError("append to what is no list")
+        self._stack[-1].extend(items)
+
+    def _update(self, items: list[Any]) -> None:
+        if not isinstance(self._stack[-1], dict):
+            raise TypeError("item of what is no dict")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < 2**31):
+                raise TypeError("a dict key that is neither a string nor a small integer")
+            self._stack[-1][key] = value
+
+    def _storage(self, persistent_id: Any) -> Storage:
+        match persistent_id:
+            # The stream container appends the metadata of a storage view, None since torch 0.4.
+            case ("storage", Global(kind), str(key), _, int(numel), *view) if view in ([], [None]):
+                if kind in _STORAGE_DTYPES and 0 <= numel <= MAX_ELEMENTS:
+                    storage = Storage(key, _STORAGE_DTYPES[kind], numel)
+                    if self.storages.setdefault(key, storage) == storage:
+                        return storage
+        raise Refusal("an unknown persistent id", "('storage', type, key, location, numel)")
+
+
+def _resolve(name: str) -> Global:
+    if name not in _GLOBALS:
+        raise Refusal(f"the global {name!r:.80}", "tensors and plain containers only")
+    return Global(name)
+
+
+def _rebuild(function: Any, arguments: Any) -> Any:
+    """The value of REDUCE; hooks and requires_grad of a tensor mean nothing here."""
+    match function, arguments:
+        case Global("collections.OrderedDict"), ():
+            return {}
+        case Global("torch.Size"), (tuple(sizes),):
+            return sizes
+        case Global("torch._utils._rebuild_parameter"), (Tensor() as data, _, _):
+            return data
+        case (
+            Global("torch._utils._rebuild_tensor_v2"),
+            (Storage() as storage, offset, shape, stride, _, _, *metadata),
+        ) if not any(metadata):  # metadata marks the lazy conjugate and negative views
+            return Tensor(storage, storage.dtype, offset, shape, stride)
+        case (
+            Global("torch._utils._rebuild_tensor_v3"),
+            (Storage() as storage, offset, shape, stride, _, _, Global(dtype), *metadata),
+        ) if not any(metadata):
+            return Tensor(storage, dtype, offset, shape, stride)
+    name = function.name if isinstance(function, Global) else f"a {type(function).__name__}"
+    raise Refusal(f"a call of {name} with unknown arguments", "a tensor, parameter or OrderedDict")
