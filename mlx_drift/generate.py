@@ -14,7 +14,7 @@ import mlx_lm
 from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_drift.decode.speculate import prefill, speculate, time_plain_step
+from mlx_drift.decode.speculate import prefill, speculate, time_plain_steps
 from mlx_drift.decode.statistics import Statistics
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
@@ -26,7 +26,10 @@ MAX_DRAFT_TOKENS = 64
 
 @dataclass
 class DriftResponse(GenerationResponse):
-    """mlx-lm's response for one token, plus the statistics of all rounds so far."""
+    """mlx-lm's response for one token, plus the statistics of the rounds.
+
+    All responses of one generation share one `statistics`, which grows with the rounds.
+    """
 
     statistics: Statistics = field(default_factory=Statistics)
 
@@ -55,8 +58,8 @@ def stream_generate(
         num_draft_tokens: Drafts a round, K.
         prefill_step_size: Prompt tokens to process at a time.
         prompt_progress_callback: Called with the prompt tokens processed so far, and all of them.
-        compare_plain: At the end, time a few one-row target steps, each rolled back, so that the
-            last response's statistics tell whether plain decoding would have been faster.
+        compare_plain: After the last token, time a few one-row target steps, rolled back again,
+            so that `statistics` tells whether plain decoding would have been faster.
         kwargs: Further keywords of `mlx_lm.stream_generate`, without a drafter only.
 
     Yields:
@@ -65,8 +68,8 @@ def stream_generate(
         from the end of the prompt, since the first round may bring several tokens.
 
     Raises:
-        DriftError: If the prompt is empty or a number is out of range, or if the target's caches
-            cannot be rolled back.
+        DriftError: If the prompt is empty, a number is out of range, the drafter was loaded for
+            another model, or the target's caches cannot be rolled back.
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
@@ -80,6 +83,7 @@ def stream_generate(
             tokenizer,
             tokens,
             max_tokens,
+            num_draft_tokens=num_draft_tokens,
             prefill_step_size=prefill_step_size,
             prompt_progress_callback=progress,
             **kwargs,
@@ -92,37 +96,34 @@ def stream_generate(
             "generate without one, or leave it out"
         )
     check_num_draft_tokens(num_draft_tokens)
+    if drafter.model is not model:
+        raise DriftError(
+            "the drafter was loaded for another model than the one to generate with; "
+            "load it with load_drafter(path, model)"
+        )
 
     target = Target(model, drafter.taps)
-    target_cache, drafter_cache = target.make_cache(), drafter.make_cache()
+    caches = target.make_cache(), drafter.make_cache()
     statistics = Statistics()
     detokenizer = tokenizer.detokenizer
     count = 0
-    with wired_limit([model, getattr(drafter, "network", [])]):
+    with wired_limit([model, drafter.network]):
         start = time.perf_counter()
-        prefill(
-            target,
-            drafter,
-            tokens,
-            target_cache,
-            drafter_cache,
-            step_size=prefill_step_size,
-            progress=progress,
-        )
+        prefill(target, drafter, tokens, *caches, step_size=prefill_step_size, progress=progress)
         prompt_seconds = time.perf_counter() - start
         start = time.perf_counter()
         for round in speculate(
             target,
             drafter,
             tokens[-1:],
-            target_cache,
-            drafter_cache,
+            *caches,
             num_draft_tokens=num_draft_tokens,
             max_tokens=max_tokens,
             stop_tokens=set(tokenizer.eos_token_ids),
         ):
+            if not statistics.rounds:
+                progress(tokens.size, tokens.size)
             statistics.record(round.tested, round.accepted, round.seconds)
-            log_probabilities = round.logits - mx.logsumexp(round.logits, axis=-1, keepdims=True)
             for row, token in enumerate(round.tokens):
                 count += 1
                 finish_reason = None
@@ -132,25 +133,57 @@ def stream_generate(
                     detokenizer.add_token(token)
                     if count == max_tokens:
                         finish_reason = "length"
-                seconds = time.perf_counter() - start
                 if finish_reason is not None:
                     detokenizer.finalize()
-                    if compare_plain:
-                        last = mx.array([token])
-                        statistics.plain_step_seconds = time_plain_step(target, last, target_cache)
                 yield DriftResponse(
                     text=detokenizer.last_segment,
                     token=token,
-                    logprobs=log_probabilities[row],
+                    logprobs=round.log_probabilities[row],
                     from_draft=row < round.accepted,
                     prompt_tokens=tokens.size,
                     prompt_tps=tokens.size / prompt_seconds,
                     generation_tokens=count,
-                    generation_tps=count / seconds,
+                    generation_tps=count / (time.perf_counter() - start),
                     peak_memory=mx.get_peak_memory() / 1e9,
                     finish_reason=finish_reason,
                     statistics=statistics,
                 )
+        if compare_plain:
+            last = mx.array(round.tokens[-1:])
+            statistics.plain_step_seconds = time_plain_steps(target, last, caches[0])
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: str | list[int] | mx.array,
+    verbose: bool = False,
+    **kwargs: Any,
+) -> str:
+    """Generates a complete response; further keywords are those of `stream_generate`.
+
+    Args:
+        model: The target, as `mlx_lm.load` returns it.
+        tokenizer: Its tokenizer.
+        prompt: Text, or token ids.
+        verbose: Print the text as it is accepted, then the speed.
+        kwargs: See `stream_generate`.
+    """
+    text = ""
+    for response in stream_generate(model, tokenizer, prompt, **kwargs):
+        text += response.text
+        if verbose:
+            print(response.text, end="", flush=True)
+    if verbose:
+        print(
+            f"\nPrompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec"
+        )
+        print(
+            f"Generation: {response.generation_tokens} tokens, "
+            f"{response.generation_tps:.3f} tokens-per-sec"
+        )
+        print(f"Peak memory: {response.peak_memory:.3f} GB")
+    return text
 
 
 def check_num_draft_tokens(num_draft_tokens: int) -> None:
@@ -166,20 +199,12 @@ def check_num_draft_tokens(num_draft_tokens: int) -> None:
         )
 
 
-def generate(
-    model: nn.Module, tokenizer: TokenizerWrapper, prompt: str | list[int] | mx.array, **kwargs: Any
-) -> str:
-    """Generates a complete response; the keywords are those of `stream_generate`."""
-    return "".join(r.text for r in stream_generate(model, tokenizer, prompt, **kwargs))
-
-
 def _encode(tokenizer: TokenizerWrapper, prompt: str | list[int] | mx.array) -> mx.array:
     """Turns a prompt into token ids `[L]`, as mlx-lm does: BoS is added unless the text has it."""
     if isinstance(prompt, str):
         bos = tokenizer.bos_token
-        prompt = tokenizer.encode(
-            prompt, add_special_tokens=bos is None or not prompt.startswith(bos)
-        )
+        has_bos = bos is not None and prompt.startswith(bos)
+        prompt = tokenizer.encode(prompt, add_special_tokens=not has_bos) if prompt else []
     tokens = mx.array(prompt, dtype=mx.int32)
     if tokens.size == 0:
         raise DriftError("the prompt is empty; give some text")

@@ -4,7 +4,13 @@ import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from mlx_drift.errors import DriftError
 
@@ -43,6 +49,13 @@ def resolve(
         raise DriftError(
             f"{path_or_hf_repo}: no such folder here, and as a Hub repository it is not in the "
             "local cache and the Hub cannot be reached. Check the path, or go online"
+        ) from None
+    except RevisionNotFoundError:
+        raise DriftError(f"{path_or_hf_repo}: the Hub has no revision {revision!r} of it") from None
+    except RepositoryNotFoundError:
+        raise DriftError(
+            f"{path_or_hf_repo}: no such folder here and no such repository on the Hub, or a "
+            "private one: check the name, or log in with `hf auth login`"
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

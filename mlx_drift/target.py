@@ -14,6 +14,7 @@ Notable:
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -21,11 +22,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from mlx_drift.drafters.config import TargetShape
 from mlx_drift.errors import DriftError
 
 Cache = list[Any]
 """One mlx-lm cache object a layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetShape:
+    """What a drafter must know of a target to fit it (None where a checkpoint does not say)."""
+
+    hidden_size: int
+    vocab_size: int
+    num_layers: int | None = None
+
 
 _installing = Lock()
 _captured: ContextVar[dict[int, mx.array] | None] = ContextVar("captured_taps", default=None)
@@ -57,6 +67,8 @@ class Target:
             num_layers=len(self._backbone.layers),
         )
         self._install_taps()
+        # RoPE tables too, which mlx-lm leaves lazy: another thread may be the first to use them.
+        mx.eval(model)
 
     def make_cache(self) -> Cache:
         """Makes an empty cache for one conversation.
@@ -87,7 +99,8 @@ class Target:
         """
         with _capture() as captured:
             logits = self.model(tokens[None], cache=cache)
-        return logits[0], mx.stack([captured[tap][0] for tap in self.taps], axis=1)
+        taps = [self._checked(captured.get(tap), tap, tokens.size) for tap in self.taps]
+        return logits[0], mx.stack(taps, axis=1)
 
     def rollback(self, cache: Cache, rows: int) -> None:
         """Takes back the last `rows` rows, as if they had never been fed."""
@@ -101,7 +114,22 @@ class Target:
     def head(self, states: mx.array) -> mx.array:
         """Maps normed states `[M, hidden_size]` to logits `[M, vocabulary]`."""
         lm_head = self.model.get("lm_head")
-        return lm_head(states) if lm_head else self._backbone.embed_tokens.as_linear(states)
+        return (
+            lm_head(states)
+            if lm_head is not None
+            else self._backbone.embed_tokens.as_linear(states)
+        )
+
+    def _checked(self, state: Any, tap: int, rows: int) -> mx.array:
+        """Returns one captured state `[M, hidden_size]`, if that is what the layer gave."""
+        expected = (1, rows, self.shape.hidden_size)
+        if not isinstance(state, mx.array) or state.shape != expected:
+            raise DriftError(
+                f"the target's model type {self.model.model_type!r} does not hand a plain hidden "
+                f"state from layer to layer, so tap {tap} cannot be captured. Use another target, "
+                "or generate without a drafter (--no-draft)"
+            )
+        return state[0]
 
     def _install_taps(self) -> None:
         layers = self._backbone.layers

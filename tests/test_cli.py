@@ -137,7 +137,8 @@ def test_ctrl_c_ends_cleanly(cli, monkeypatch):
                 raise KeyboardInterrupt
             yield response
 
-    monkeypatch.setattr("mlx_drift.cli.generate.stream_generate", interrupted_after_five)
+    command = sys.modules["mlx_drift.cli.generate"]  # the name is the command's, too
+    monkeypatch.setattr(command, "stream_generate", interrupted_after_five)
     code, out, err = cli("generate", "-m", 40)
     assert code == 130
     assert out.strip()
@@ -152,6 +153,10 @@ def test_ctrl_c_ends_cleanly(cli, monkeypatch):
 @pytest.fixture
 def checkpoint(tmp_path):
     return write_checkpoint(tmp_path / "source", specforge_tensors())
+
+
+def test_refuses_an_end_token_the_tokenizer_lacks(refuses):
+    refuses("has no such token", "generate", "--extra-eos-token", "<|no such|>")
 
 
 @pytest.mark.parametrize("k", [0, -1, 10_000])
@@ -177,6 +182,12 @@ def test_refuses_a_missing_drafter(refuses, tmp_path):
 
 def test_refuses_a_model_without_a_drafter(refuses):
     refuses("no drafter given", "generate", "--model", TARGET, "-p", "x")
+
+
+def test_refuses_template_options_the_template_refuses(refuses):
+    refuses("is not valid JSON", "generate", "--chat-template-config", "{")
+    refuses("expected an object", "generate", "--chat-template-config", "[]")
+    refuses("chat template refuses", "generate", "--chat-template-config", '{"messages": 1}')
 
 
 def test_refuses_an_unconverted_drafter(refuses, checkpoint):

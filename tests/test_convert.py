@@ -126,16 +126,19 @@ def test_quantizes_linears_only(source, tmp_path):
     assert drafter.propose(3, cache).tokens.size == 3
 
 
+def write_target_config(folder, **changes):
+    folder.mkdir()
+    config = {"hidden_size": 32, "vocab_size": 64, "num_hidden_layers": LAYERS} | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def test_taps_without_ids_depend_on_the_target(tmp_path):
     config = specforge_config(eagle_config=None)
     source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
     with pytest.raises(DriftError, match=r"number of layers. Give the target: --target MODEL"):
         convert(source, tmp_path / "out")
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "config.json").write_text(
-        json.dumps({"hidden_size": 32, "vocab_size": 64, "num_hidden_layers": 10})
-    )
+    target = write_target_config(tmp_path / "target", num_hidden_layers=10)
     resolved = convert(source, tmp_path / "out", target=str(target))
     assert resolved.config.taps == (2, 5, 7)
     assert resolved.config.target.num_layers == 10
@@ -158,6 +161,53 @@ def test_tap_conventions(tmp_path, ids, override, taps):
     )
     source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
     assert convert(source, tmp_path / "out", taps=override).config.taps == taps
+
+
+@pytest.mark.parametrize("ids", [[2, 18, 33], [24, 30, 36]])
+def test_taps_that_depend_on_the_number_of_layers_are_not_guessed(tmp_path, ids):
+    """Defaults and ends of a 36-layer target: inputs, though SpecForge writes outputs."""
+    config = specforge_config(eagle_config={"eagle_aux_hidden_state_layer_ids": ids})
+    source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
+    with pytest.raises(DriftError, match=r"--taps input or --taps output.*--target MODEL"):
+        convert(source, tmp_path / "out")
+    target = write_target_config(tmp_path / "target", num_hidden_layers=36)
+    assert convert(source, tmp_path / "out", target=str(target)).config.taps == tuple(ids)
+
+
+def test_rope_in_either_spelling(tmp_path):
+    llama3 = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    spellings = [
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | llama3},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3"} | llama3},
+        {
+            "rope_theta": None,
+            "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | llama3,
+        },
+    ]
+    for i, spelling in enumerate(spellings):
+        config = specforge_config(**spelling)
+        source = write_checkpoint(tmp_path / f"source{i}", specforge_tensors(), config)
+        config = convert(source, tmp_path / f"out{i}").config
+        assert config.rope_theta == 5e5
+        assert config.rope_scaling == {"rope_type": "llama3"} | llama3
+
+
+def test_rope_keys_that_nothing_reads_are_named(tmp_path):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.2}
+    config = specforge_config(rope_scaling=scaling)
+    source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
+    assert convert(source, tmp_path / "out").unknown_keys == ["rope_scaling.attention_factor"]
+
+
+def test_head_dim_comes_from_the_tensors_where_the_config_lacks_it(tmp_path):
+    config = specforge_config(head_dim=None, num_attention_heads=2, num_key_value_heads=1)
+    source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
+    assert convert(source, tmp_path / "out").config.head_dim == 16
 
 
 def test_feedback_can_be_overridden(source, tmp_path):
@@ -189,12 +239,16 @@ def test_unknown_config_keys_are_named(tmp_path):
         (lambda t: t.pop("norm.weight"), "lacks the tensor norm.weight"),
         (lambda t: t.update({"norm.weight": t["d2t"]}), "norm.weight has shape"),
         (lambda t: t.pop("fc_norm.0.weight"), "fc_norm is True, but the weights have no"),
-        (lambda t: t.pop("midlayer.hidden_norm.weight"), "not an EAGLE-3 checkpoint"),
+        (
+            lambda t: t.pop("midlayer.hidden_norm.weight"),
+            "not a drafter of a layout this version reads",
+        ),
         (lambda t: t.pop("d2t"), "lacks d2t"),
         (lambda t: t.update(d2t=t["d2t"] + 1), "d2t and t2d disagree"),
         (lambda t: (t.pop("t2d"), t.update(d2t=t["d2t"] + 30)), "outside the target's vocabulary"),
         (lambda t: t.update({"layers.0.hidden_norm.weight": t["norm.weight"]}), "both mean"),
         (lambda t: t.pop("lm_head.weight"), "draft_vocab_size is 40"),
+        (lambda t: t.update({"fc.weight": t["norm.weight"]}), "expected a matrix"),
     ],
 )
 def test_refuses_tensors_that_do_not_fit(tmp_path, change, message):
@@ -216,8 +270,22 @@ def test_refuses_tensors_that_do_not_fit(tmp_path, change, message):
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2]}}, "names 2 tap layers"),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [3, 1, 2]}}, "ascending order"),
         ({"draft_vocab_size": 41}, "draft_vocab_size is 41"),
-        ({"rope_scaling": {"rope_type": "spiral"}}, "Unsupported RoPE type spiral"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types mixes"),
+        ({"rope_scaling": {"rope_type": "spiral"}}, "RoPE of the kind 'spiral' is not supported"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'factor'"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected a JSON object"),
+        ({"rope_parameters": {"rope_theta": 5.0}}, "more than one rope_theta"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"norm_output": "false"}, "norm_output is 'false'; expected a true or false"),
+        ({"layer_types": ["sliding_attention"]}, "there is no sliding_window"),
+        ({"layer_types": 3}, "layer_types is 3; expected a list"),
+        ({"target_num_hidden_layers": "ten"}, "target_num_hidden_layers is 'ten'"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": 5}}, "is 5; expected a list"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": ["1", 2, 3]}}, "layer numbers"),
+        ({"eagle_config": "x"}, "names no tap layers"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8},
+            "layer_types mixes",
+        ),
     ],
 )
 def test_refuses_configs_that_do_not_fit(tmp_path, change, message):
@@ -261,6 +329,11 @@ def test_number_of_layers_is_checked_where_the_source_names_it(tmp_path):
         ({"taps": "123"}, "taps"),
         ({"head_dim": -8}, "head_dim"),
         ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"num_layers": 0}, "num_layers is 0"),
+        ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"taps": 5}, "taps"),
+        ({"hidden_size": 2**40}, "hidden_size is 1099511627776"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "no network can be built"),
     ],
 )
 def test_the_canonical_config_is_read_strictly(source, tmp_path, change, message):

@@ -1,6 +1,7 @@
 """The Python API on the embedded pair: equal to mlx-lm, from threads and interleaved."""
 
 import json
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from threading import Thread
@@ -48,33 +49,45 @@ def assert_same_tokens(model, prompt, got, expected):
     assert abs(logits[got[where]] - logits[expected[where]]).item() < NEAR_TIE
 
 
-def check_prompts(pair, prompts, k, max_tokens):
+@pytest.fixture(scope="module")
+def plain(normalized):
+    """What mlx-lm answers to a held-out prompt, computed once: one response a token."""
+    model, tokenizer, _ = normalized
+
+    @cache
+    def answer(index: int, max_tokens: int):
+        prompt = prompt_of(index, tokenizer)
+        return list(mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens))
+
+    return answer
+
+
+def assert_equals_mlx_lm(pair, plain, prompts, k, max_tokens):
     model, tokenizer, drafter = pair
     for index in prompts:
-        prompt = prompt_of(index, tokenizer)
-        plain = list(mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens))
+        prompt, expected = prompt_of(index, tokenizer), plain(index, max_tokens)
         ours = list(
             stream_generate(
                 model, tokenizer, prompt, max_tokens, drafter=drafter, num_draft_tokens=k
             )
         )
-        assert_same_tokens(model, prompt, [r.token for r in ours], [r.token for r in plain])
+        assert_same_tokens(model, prompt, [r.token for r in ours], [r.token for r in expected])
         if not ON_GPU:
-            assert "".join(r.text for r in ours) == "".join(r.text for r in plain)
-            assert ours[-1].finish_reason == plain[-1].finish_reason
-            for a, b in zip(ours, plain, strict=True):
+            assert "".join(r.text for r in ours) == "".join(r.text for r in expected)
+            assert ours[-1].finish_reason == expected[-1].finish_reason
+            for a, b in zip(ours, expected, strict=True):
                 assert mx.array_equal(a.logprobs, b.logprobs)
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_equals_mlx_lm(pair, k):
-    check_prompts(pair, range(4), k, max_tokens=32)
+def test_equals_mlx_lm(pair, plain, k):
+    assert_equals_mlx_lm(pair, plain, range(4), k, max_tokens=32)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 8])
-def test_equals_mlx_lm_on_the_whole_grid(pair, k):
-    check_prompts(pair, range(PROMPTS), k, max_tokens=128)
+def test_equals_mlx_lm_on_the_whole_grid(pair, plain, k):
+    assert_equals_mlx_lm(pair, plain, range(PROMPTS), k, max_tokens=128)
 
 
 def test_there_are_enough_prompts_of_both_splits():
@@ -82,10 +95,10 @@ def test_there_are_enough_prompts_of_both_splits():
         assert sum(record["split"] == split for record in HELD_OUT) >= PROMPTS // 2
 
 
-def test_from_worker_threads(normalized):
+def test_from_worker_threads(normalized, plain):
     model, tokenizer, drafter = normalized
     prompts = [prompt_of(i, tokenizer) for i in range(3)]
-    expected = [generate(model, tokenizer, p, drafter=drafter, max_tokens=24) for p in prompts]
+    expected = ["".join(r.text for r in plain(i, 24)) for i in range(3)]
     got = {}
 
     def work(index):
@@ -99,17 +112,49 @@ def test_from_worker_threads(normalized):
     assert [got[i] for i in range(len(prompts))] == expected
 
 
-def test_interleaved_conversations(normalized):
+def test_interleaved_conversations(normalized, plain):
     model, tokenizer, drafter = normalized
     prompts = [prompt_of(i, tokenizer) for i in range(2)]
 
     def stream(prompt):
         return stream_generate(model, tokenizer, prompt, 24, drafter=drafter)
 
-    expected = [[r.token for r in stream(prompt)] for prompt in prompts]
+    expected = [[r.token for r in plain(i, 24)] for i in range(2)]
     interleaved = list(zip_longest(*map(stream, prompts)))
     got = [[r[i].token for r in interleaved if r[i] is not None] for i in range(2)]
     assert got == expected
+
+
+def test_one_generator_driven_from_several_threads(normalized, plain):
+    """A web server's thread pool asks for each next token from whichever thread is free."""
+    model, tokenizer, drafter = normalized
+    stream = stream_generate(model, tokenizer, prompt_of(0, tokenizer), 24, drafter=drafter)
+    responses = []
+
+    def advance():
+        responses.append(next(stream, None))
+
+    while not responses or responses[-1] is not None:
+        thread = Thread(target=advance)
+        thread.start()
+        thread.join()
+    assert [r.token for r in responses[:-1]] == [r.token for r in plain(0, 24)]
+    assert mx.isfinite(responses[-2].logprobs[0]).item()
+
+
+def test_a_drafter_of_another_model(normalized):
+    model, tokenizer, _ = normalized
+    _, _, other = load_demo()
+    with pytest.raises(DriftError, match="loaded for another model"):
+        generate(model, tokenizer, "x", drafter=other)
+
+
+def test_verbose_prints_the_text_and_the_speed(normalized, capsys):
+    model, tokenizer, drafter = normalized
+    text = generate(model, tokenizer, "def quote", drafter=drafter, max_tokens=8, verbose=True)
+    printed = capsys.readouterr().out
+    assert printed.startswith(text)
+    assert "tokens-per-sec" in printed
 
 
 def test_drafts_are_accepted(pair):
@@ -168,7 +213,7 @@ def test_prompt_in_chunks_and_progress(normalized):
     )
     assert got == expected
     assert calls[0] == (0, len(prompt))
-    assert calls[-1] == (len(prompt) - 1, len(prompt))
+    assert calls[-1] == (len(prompt), len(prompt))
     assert len(calls) > 2
 
 

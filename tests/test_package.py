@@ -1,5 +1,6 @@
 """What a wheel holds."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,13 +14,15 @@ MEBIBYTE = 2**20
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    out = tmp_path_factory.mktemp("dist")
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT],
-        check=True,
-        capture_output=True,
-    )
-    with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
+    """Name and size of each file of a wheel, built from a copy: building leaves files behind."""
+    tmp = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp)
+    for name in ("mlx_drift", "convert", "tests", "examples"):
+        shutil.copytree(ROOT / name, tmp / name)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp, tmp]
+    subprocess.run(command, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp.glob("*.whl"))) as archive:
         return {info.filename: info.file_size for info in archive.infolist()}
 
 

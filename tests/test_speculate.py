@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_drift.decode import speculate as module
-from mlx_drift.decode.speculate import prefill, speculate, time_plain_step
+from mlx_drift.decode.speculate import prefill, speculate, time_plain_steps
 from mlx_drift.target import Target
 from tiny import Oracle, plain_greedy, tiny_llama
 
@@ -164,7 +164,7 @@ def test_one_synchronisation_a_round(model, text, monkeypatch):
     target_cache, drafter_cache = target.make_cache(), drafter.make_cache()
     target(mx.array(PROMPT[:-1]), target_cache)
     drafter_cache.tokens = list(PROMPT)
-    for name in ("eval", "async_eval", "synchronize"):
+    for name in ("eval", "synchronize"):
         monkeypatch.setattr(mx, name, lambda *a, name=name: pytest.fail(f"mx.{name} in a round"))
     rounds = speculate(
         target,
@@ -183,5 +183,5 @@ def test_plain_steps_are_rolled_back(model):
     target = Target(model, (1,))
     cache = target.make_cache()
     target(mx.array(PROMPT), cache)
-    assert time_plain_step(target, mx.array([1]), cache) > 0
+    assert time_plain_steps(target, mx.array([1]), cache) > 0
     assert cache[0].offset == len(PROMPT)

@@ -111,6 +111,43 @@ def test_refuses_a_cache_that_cannot_roll_back():
         target.make_cache()
 
 
+def test_works_in_a_thread_that_did_not_load_it():
+    """mlx-lm leaves scaled RoPE tables lazy, bound to the loading thread's stream."""
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    target = Target(tiny_llama(rope_scaling=scaling), (1,))
+    failures = []
+
+    def work():
+        try:
+            mx.eval(target(TOKENS, target.make_cache()))
+        except RuntimeError as error:
+            failures.append(error)
+
+    thread = Thread(target=work)
+    thread.start()
+    thread.join()
+    assert failures == []
+
+
+def test_refuses_layers_that_hand_on_something_else():
+    model = tiny_llama()
+
+    class Fused(type(model.model)):
+        def __call__(self, inputs, cache=None, input_embeddings=None):
+            return self.norm(self.embed_tokens(inputs))  # the layers are never called
+
+    model.model.__class__ = Fused
+    target = Target(model, (2,))
+    with pytest.raises(DriftError, match="does not hand a plain hidden state"):
+        target(TOKENS, target.make_cache())
+
+
 def test_refuses_a_model_laid_out_otherwise():
     model = tiny_llama()
     model.backbone = model.pop("model")

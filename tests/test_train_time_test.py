@@ -1,6 +1,7 @@
 """The drafter's arithmetic: against an independent PyTorch writing and its own decoding."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -46,7 +47,10 @@ def drafter_of(case: Case) -> Eagle3Drafter:
         weights["embed_tokens.weight"] = embed
         weights.setdefault("lm_head.weight", head)
     network = build_network(config, weights, Path(case.name))
-    return Eagle3Drafter(config, network, lambda ids: embed[ids], lambda x: x @ head.T)
+    target = SimpleNamespace(
+        model=None, embed=lambda ids: embed[ids], head=lambda states: states @ head.T
+    )
+    return Eagle3Drafter(config, network, target, None)
 
 
 def assert_equals_pytorch(case: Case, logits: np.ndarray, states: np.ndarray) -> None:
@@ -62,6 +66,12 @@ def run_pytorch(case: Case) -> tuple[np.ndarray, np.ndarray]:
     from make_references import run_case
 
     return run_case(case, 4, torch.float32)
+
+
+def test_every_combination_of_the_norm_switches_is_there():
+    switches = ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output", "tied")
+    combinations = {tuple(c.config[s] for s in switches) for c in CASES.values()}
+    assert len(combinations) == 2 ** len(switches)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -122,3 +132,47 @@ def test_decoding_window_moves_with_the_query():
     )
     assert mx.abs(everything - enough).max().item() < 1e-5
     assert mx.abs(everything - too_few).max().item() > 1e-3
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if not CASES[n].config["sliding_window"]])
+def test_proposals_are_the_chain_of_the_last_row(name):
+    """`propose` drafts greedily what `train_time_test` gives when its own drafts are forced."""
+    drafter = drafter_of(CASES[name])
+    tokens, taps = mx.array(CASES[name].tokens), mx.array(CASES[name].taps)
+    rows, steps = taps.shape[0], 4
+    cache = drafter.make_cache()
+    drafter.ingest(tokens[1:8], taps[:7], cache)  # in two parts, as rounds do
+    drafter.ingest(tokens[8:], taps[7:], cache)
+    drafted = drafter.propose(steps, cache).tokens
+    forced = mx.concatenate([tokens, drafted.astype(tokens.dtype)])
+    chain = [logits[rows - 1] for logits, _ in drafter.train_time_test_steps(forced, taps, steps)]
+    assert drafted.tolist() == [mx.argmax(logits).item() for logits in chain]
+
+
+def test_a_chain_leaves_only_committed_rows():
+    case = CASES["switches/none/reduced"]
+    drafter = drafter_of(case)
+    tokens, taps = mx.array(case.tokens), mx.array(case.taps)
+    cache, reference = drafter.make_cache(), drafter.make_cache()
+    drafter.ingest(tokens[1:8], taps[:7], cache)
+    drafter.propose(5, cache)
+    drafter.ingest(tokens[8:], taps[7:], cache)
+    drafter.ingest(tokens[1:], taps, reference)
+    for ours, theirs in zip(cache.layers, reference.layers, strict=True):
+        assert ours.offset == theirs.offset == taps.shape[0]
+        for a, b in zip(ours.keys_and_values(), theirs.keys_and_values(), strict=True):
+            assert mx.abs(a - b).max().item() < 1e-5
+
+
+def test_drafting_reads_nothing_back():
+    """Inside `mx.compile` a host read raises: a round's only one is the loop's."""
+    case = CASES["switches/none/reduced"]
+    drafter = drafter_of(case)
+
+    @mx.compile
+    def draft(tokens, taps):
+        cache = drafter.make_cache()
+        drafter.ingest(tokens[1:], taps, cache)
+        return drafter.propose(4, cache).tokens
+
+    assert draft(mx.array(case.tokens), mx.array(case.taps)).size == 4

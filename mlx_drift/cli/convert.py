@@ -1,9 +1,8 @@
 """`mlx-drift convert`: a PyTorch checkpoint in, a canonical directory out."""
 
 import json
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -11,27 +10,10 @@ from rich.table import Table
 
 from mlx_drift.convert import convert_drafter
 
-
-class Dtype(StrEnum):
-    """The floats a drafter can be stored in."""
-
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-
-
-class Taps(StrEnum):
-    """What a checkpoint's tap layers mean."""
-
-    input = "input"
-    output = "output"
-
-
-class Feedback(StrEnum):
-    """Which state the next chain step gets."""
-
-    pre = "pre"
-    post = "post"
+Dtype = Literal["float16", "bfloat16", "float32"]
+QuantizationMode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
+Taps = Literal["input", "output"]
+Feedback = Literal["pre", "post"]
 
 
 def convert(
@@ -45,9 +27,11 @@ def convert(
     quantize: Annotated[
         bool, typer.Option("--quantize", "-q", help="Quantize the linear layers.")
     ] = False,
-    q_bits: Annotated[int, typer.Option(help="Bits a weight.")] = 4,
-    q_group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
-    q_mode: Annotated[str, typer.Option(help="mlx's quantization mode.")] = "affine",
+    q_bits: Annotated[int | None, typer.Option(help="Bits a weight; default: the mode's.")] = None,
+    q_group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale; default: the mode's.")
+    ] = None,
+    q_mode: Annotated[QuantizationMode, typer.Option(help="mlx's quantization mode.")] = "affine",
     dtype: Annotated[Dtype | None, typer.Option(help="Cast the floats.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     taps: Annotated[
@@ -73,8 +57,8 @@ def convert(
             q_mode=q_mode,
             dtype=dtype,
             revision=revision,
-            taps=taps and taps.value,
-            feedback=feedback and feedback.value,
+            taps=taps,
+            feedback=feedback,
         )
     values = resolved.config.to_dict()
     if resolved.unknown_keys:

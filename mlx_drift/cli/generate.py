@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,7 +89,7 @@ def generate(
 
     target, tokenizer = load_model(model or str(TARGET), adapter_path)
     for token in extra_eos_token or []:
-        tokenizer.add_eos_token(token)
+        _add_eos_token(tokenizer, token)
     loaded = None if no_draft else load_drafter(str(drafter), target)
     prompt_tokens = _encode(
         tokenizer,
@@ -100,12 +100,13 @@ def generate(
         template_keywords,
     )
 
-    console = Console(stderr=True)
+    console, stdout = Console(stderr=True), sys.stdout
     said: list[str] = []
     last: DriftResponse | None = None
     interrupted = False
     try:
-        with _prompt_progress(console, len(prompt_tokens)) as progress:
+        # mlx-lm prints its warnings to stdout, which is the answer's alone.
+        with redirect_stdout(sys.stderr), _prompt_progress(console) as progress:
             for last in stream_generate(
                 target,
                 tokenizer,
@@ -118,15 +119,14 @@ def generate(
             ):
                 said.append(last.text)
                 if not as_json:
-                    typer.echo(last.text, nl=False)
-                    sys.stdout.flush()
+                    print(last.text, end="", flush=True, file=stdout)
     except KeyboardInterrupt:
         interrupted = True
     if not as_json:
         typer.echo()
+    if as_json:
+        typer.echo(json.dumps(_report("".join(said), last, interrupted), ensure_ascii=False))
     if last is not None:
-        if as_json:
-            typer.echo(json.dumps(_report("".join(said), last, interrupted), ensure_ascii=False))
         console.print(_table(last, num_draft_tokens, interrupted))
     if interrupted:
         raise typer.Exit(INTERRUPTED)
@@ -180,32 +180,46 @@ def _encode(
         messages.insert(0, {"role": "system", "content": system_prompt})
     if prefill_response is not None:
         messages.append({"role": "assistant", "content": prefill_response})
-    text = tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        continue_final_message=prefill_response is not None,
-        add_generation_prompt=prefill_response is None,
-        **template_keywords,
-    )
+    keywords = {
+        "continue_final_message": prefill_response is not None,
+        "add_generation_prompt": prefill_response is None,
+    }
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, **keywords | template_keywords | {"tokenize": False}
+        )
+    except Exception as error:  # a template is a program and raises what it likes
+        raise DriftError(f"the tokenizer's chat template refuses the prompt ({error})") from error
     return tokenizer.encode(text, add_special_tokens=False)
 
 
+def _add_eos_token(tokenizer: TokenizerWrapper, token: str) -> None:
+    if token not in tokenizer.get_vocab() and not token.isdecimal():
+        raise DriftError(
+            f"--extra-eos-token {token}: the tokenizer has no such token; give one of its tokens, "
+            "or a token id"
+        )
+    tokenizer.add_eos_token(token)
+
+
 @contextmanager
-def _prompt_progress(console: Console, total: int) -> Iterator[Any]:
+def _prompt_progress(console: Console) -> Iterator[Any]:
     """Yields a callback that shows a bar while the prompt is processed, on a terminal only."""
     bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task("prompt", total=total)
+    task = bar.add_task("prompt", total=None)
 
     def update(done: int, total: int) -> None:
-        bar.update(task, completed=done)
-        if done >= total - 1:
+        bar.update(task, completed=done, total=total)
+        if done == total:  # the first token is there: its text follows
             bar.stop()
 
     with bar:
         yield update
 
 
-def _report(text: str, last: DriftResponse, interrupted: bool) -> dict[str, Any]:
+def _report(text: str, last: DriftResponse | None, interrupted: bool) -> dict[str, Any]:
+    if last is None:  # interrupted before the first token
+        return {"text": text, "finish_reason": "interrupted"}
     return {
         "text": text,
         "finish_reason": "interrupted" if interrupted else last.finish_reason,

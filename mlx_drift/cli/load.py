@@ -1,5 +1,7 @@
 """Loads models for the command line: mlx-lm's own loader, its errors in one line."""
 
+from pathlib import Path
+
 import mlx.nn as nn
 import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -15,8 +17,9 @@ def load_model(model: str, adapter_path: str | None) -> tuple[nn.Module, Tokeniz
         DriftError: If there is no such model, or mlx-lm cannot load it.
     """
     resolve(model, "model", None, ["config.json"])
+    path = Path(model).expanduser()
     try:
-        return mlx_lm.load(model, adapter_path=adapter_path)  # type: ignore[return-value]
+        return mlx_lm.load(str(path) if path.is_dir() else model, adapter_path=adapter_path)
     except Exception as error:  # whatever a damaged folder makes mlx-lm or transformers raise
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise DriftError(f"{model}: mlx-lm cannot load it ({reason})") from error

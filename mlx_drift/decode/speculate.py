@@ -6,16 +6,22 @@ So every round is alike, the first after the prompt included, and each has one h
 synchronisation: the `tolist` that brings the number of accepted drafts and the tokens.
 """
 
+import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_drift.decode.accept import accept_greedy
 from mlx_drift.drafters.protocol import Drafter, DrafterCache
 from mlx_drift.target import Cache, Target
+
+PLAIN_RUNS, PLAIN_STEPS = 3, 4
+ROUNDS_BETWEEN_CLEARS = 64  # mlx-lm clears its buffers every 256 tokens
 
 Progress = Callable[[int, int], None]
 """Called with the prompt tokens processed so far, and all of them."""
@@ -26,7 +32,7 @@ class Round:
     """What one round committed."""
 
     tokens: list[int]
-    logits: mx.array  # [len(tokens), V], the target's, from which each token was chosen
+    log_probabilities: list[mx.array]  # [V] for each token: the target's, it was chosen from
     accepted: int  # the first `accepted` tokens were drafted
     tested: int  # drafts that were tested (see `mlx_drift.decode.statistics`)
     seconds: float  # from the round's start to its synchronisation
@@ -93,12 +99,14 @@ def speculate(
         A `Round` for each target pass; the last one ends at a stop token or at `max_tokens`.
     """
     remaining = max_tokens
-    while remaining != 0:
+    for count in itertools.count(1):
         start = time.perf_counter()
         k = num_draft_tokens if remaining < 0 else min(num_draft_tokens, remaining - 1)
         draft = drafter.propose(k, drafter_cache).tokens
         logits, taps = target(mx.concatenate([last, draft]), target_cache)
-        accepted, *tokens = accept_greedy(draft, logits).tolist()  # the synchronisation
+        log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        verdict: Any = accept_greedy(draft, log_probabilities).tolist()  # the synchronisation
+        accepted, *tokens = verdict
         seconds = time.perf_counter() - start
 
         tokens = tokens[: accepted + 1]
@@ -111,23 +119,34 @@ def speculate(
         target.rollback(target_cache, draft.size + 1 - rows)
         last = mx.array(tokens[-1:])
         drafter.ingest(mx.array(tokens), taps[:rows], drafter_cache)
-        yield Round(tokens, logits[:rows], accepted, tested, seconds)
-        if stop is not None:
-            return
+        chosen_from = [log_probabilities[row] for row in range(rows)]
+        # Under way while the caller has its turn. And once they are, another thread may ask for
+        # the next round or read the probabilities: what is lazy belongs to this thread's stream.
+        mx.async_eval(drafter_cache.state, chosen_from)
+        yield Round(tokens, chosen_from, accepted, tested, seconds)
         remaining -= rows
+        if stop is not None or remaining == 0:
+            return
+        if count % ROUNDS_BETWEEN_CLEARS == 0:
+            mx.clear_cache()
 
 
-def time_plain_step(target: Target, last: mx.array, cache: Cache, repeats: int = 7) -> float:
-    """Times one-row target steps, each rolled back: what plain decoding costs a token here.
+def time_plain_steps(target: Target, last: mx.array, cache: Cache) -> float:
+    """Times one-row target steps, rolled back afterwards: what plain decoding costs a token here.
+
+    Each run chains a few steps without reading them back, as mlx-lm's pipelined decoding does.
 
     Returns:
-        The median seconds of `repeats` steps, after one to warm up.
+        Seconds a step: the median of some runs, after one to warm up.
     """
-    seconds = []
-    for _ in range(repeats + 1):
+    runs = []
+    for _ in range(PLAIN_RUNS + 1):
         start = time.perf_counter()
-        logits, _ = target(last, cache)
-        mx.eval(mx.argmax(logits, axis=-1))
-        seconds.append(time.perf_counter() - start)
-        target.rollback(cache, 1)
-    return sorted(seconds[1:])[repeats // 2]
+        token = last
+        for _ in range(PLAIN_STEPS):
+            logits, _ = target(token, cache)
+            token = mx.argmax(logits, axis=-1)
+        mx.eval(token)
+        runs.append((time.perf_counter() - start) / PLAIN_STEPS)
+        target.rollback(cache, PLAIN_STEPS)
+    return statistics.median(runs[1:])

@@ -1,9 +1,9 @@
 """What happened in the rounds: the acceptance figures of the field, with their definitions.
 
 A drafted token is *tested* if every draft before it in its round was accepted and its text was
-still wanted (not past an end-of-text token). Engines differ in what they call acceptance length
-(paper §9 of the reference list: vLLM, SGLang and SafeAILab count the bonus token); both forms are
-given here under names that say which is which.
+still wanted (not past an end-of-text token). Engines differ in what they call acceptance length:
+vLLM (`v1/spec_decode/metrics.py`), SGLang and SafeAILab count the target's own token, the paper
+(arXiv 2605.09992) does not. Both forms are given here, under names that say which is which.
 """
 
 import statistics
@@ -21,7 +21,7 @@ class Statistics:
         tested: For each draft position, how many drafts were tested there.
         accepted: For each draft position, how many were accepted.
         round_seconds: Wall-clock seconds of each round, drafting and verifying.
-        plain_step_seconds: Median seconds of a one-row target step, where it was timed.
+        plain_step_seconds: Seconds of a one-row target step, where it was timed.
     """
 
     rounds: int = 0

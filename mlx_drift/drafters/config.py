@@ -11,22 +11,14 @@ import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from mlx_drift.errors import DriftError
+from mlx_drift.target import TargetShape
 
 FORMAT_VERSION = 1
 
 Schema = TypeVar("Schema", "TargetShape", "Quantization", "Eagle3Config")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetShape:
-    """What a target must be for the drafter to fit it (None where the source did not say)."""
-
-    hidden_size: int
-    vocab_size: int
-    num_layers: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +94,15 @@ class Eagle3Config:
                 f"taps reaches {self.taps[-1]}, but the target has {last} layers: the last tap "
                 f"there can be is {last + 1}, its final norm"
             )
-        if self.num_key_value_heads == 0 or self.num_attention_heads % self.num_key_value_heads:
+        sizes = "hidden_size intermediate_size num_layers num_attention_heads num_key_value_heads"
+        for name in (*sizes.split(), "head_dim", "draft_vocab_size", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise DriftError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise DriftError(
+                f"sliding_window is {self.sliding_window}; expected at least 1, or null for none"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
             raise DriftError(
                 f"num_attention_heads is {self.num_attention_heads}, which "
                 f"num_key_value_heads ({self.num_key_value_heads}) does not divide"
@@ -121,7 +121,7 @@ class Eagle3Config:
             )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: dict[str, Any]) -> "Eagle3Config":
         """Reads a config, strictly.
 
         Raises:
@@ -137,13 +137,14 @@ class Eagle3Config:
                 f"reads {FORMAT_VERSION}: convert the drafter again, or upgrade mlx-drift"
             )
         values = dict(values)
-        values["taps"] = tuple(values.get("taps", ()))
+        if isinstance(values.get("taps"), list):
+            values["taps"] = tuple(values["taps"])
         values["target"] = _from_dict(TargetShape, values.get("target"), "target")
         if values.get("quantization") is not None:
             values["quantization"] = _from_dict(
                 Quantization, values["quantization"], "quantization"
             )
-        return _from_dict(cls, values, "the config")
+        return _from_dict(Eagle3Config, values, "the config")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as `from_dict` reads it."""
@@ -206,9 +207,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not valid JSON ({error})"
-        raise DriftError(f"{path}: {reason}; expected the config of a drafter") from None
+        raise DriftError(f"{path}: {reason}; expected a JSON object") from None
     if not isinstance(values, dict):
         raise DriftError(f"{path}: holds a JSON {type(values).__name__}, expected an object")
     return values

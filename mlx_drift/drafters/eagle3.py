@@ -11,7 +11,7 @@ Notable:
   when the chain is done.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 from mlx_drift.drafters.cache import ChainCache, TrainTimeTestCache
 from mlx_drift.drafters.config import Eagle3Config
 from mlx_drift.drafters.protocol import Draft
+from mlx_drift.target import Target
 
 LayerCache = ChainCache | TrainTimeTestCache
 
@@ -132,7 +133,8 @@ class Eagle3Network(nn.Module):
         if config.norm_before_fc:
             self.input_norm = nn.RMSNorm(num_taps * tap_size, eps=eps)
         self.fc = nn.Linear(num_taps * tap_size, config.hidden_size, bias=config.fc_bias)
-        self.layers = [FirstLayer(config), *(Layer(config) for _ in range(1, config.num_layers))]
+        deeper = [Layer(config) for _ in range(1, config.num_layers)]
+        self.layers: list[Any] = [FirstLayer(config), *deeper]
         self.norm = nn.RMSNorm(config.hidden_size, eps=eps)
         if config.own_embedding:
             self.embed_tokens = nn.Embedding(config.target.vocab_size, config.hidden_size)
@@ -150,7 +152,7 @@ class Eagle3Network(nn.Module):
         return self.fc(taps)
 
     def __call__(
-        self, embedding: mx.array, hidden: mx.array, caches: list[LayerCache]
+        self, embedding: mx.array, hidden: mx.array, caches: Sequence[LayerCache]
     ) -> tuple[mx.array, mx.array]:
         """Runs M rows of one step.
 
@@ -190,8 +192,7 @@ class Eagle3Drafter:
     Args:
         config: The drafter's config.
         network: Its weights.
-        embed: Token ids `[M]` to embedding rows `[M, H]`, where the drafter has none of its own.
-        head: Normed states `[M, H]` to logits `[M, V]`, where the drafter has none of its own.
+        target: What it drafts for; lends its embedding and head where the drafter has none.
         d2t: Target token id of each draft token id, `[D]` int32; None if they are the same.
     """
 
@@ -199,15 +200,15 @@ class Eagle3Drafter:
         self,
         config: Eagle3Config,
         network: Eagle3Network,
-        embed: Callable[[mx.array], mx.array],
-        head: Callable[[mx.array], mx.array],
+        target: Target,
         d2t: mx.array | None = None,
     ):
         self.config = config
         self.network = network
         self.taps = config.taps
-        self._embed = network.get("embed_tokens", embed)
-        self._head = network.get("lm_head", head)
+        self.model = target.model
+        self._embed = network.get("embed_tokens", target.embed)
+        self._head = network.get("lm_head", target.head)
         self._d2t = d2t
 
     def make_cache(self) -> Eagle3Cache:
@@ -263,7 +264,7 @@ class Eagle3Drafter:
         """
         rows = taps.shape[0]
         window = self.config.sliding_window
-        caches: list[LayerCache] = [TrainTimeTestCache(window) for _ in self.network.layers]
+        caches = [TrainTimeTestCache(window) for _ in self.network.layers]
         tokens = mx.pad(tokens, (0, steps - 1))
         state = self.network.fuse(taps)
         for step in range(steps):
@@ -280,9 +281,9 @@ class Eagle3Drafter:
             Draft logits `[steps, L, D]` and recycled states `[steps, L, H]`.
         """
         logits, states = zip(*self.train_time_test_steps(tokens, taps, steps), strict=True)
-        return mx.stack(logits), mx.stack(states)
+        return mx.stack(list(logits)), mx.stack(list(states))
 
     def _choose(self, logits: mx.array) -> mx.array:
         """Picks the likeliest token of draft logits `[1, D]` as a target token id `[1]`."""
-        token = mx.argmax(logits, axis=-1)
+        token = mx.argmax(logits, axis=-1).astype(mx.int32)
         return token if self._d2t is None else self._d2t[token]

@@ -41,10 +41,8 @@ def load_drafter(
     d2t = weights.pop("d2t", None)
     network = build_network(config, weights, folder / WEIGHTS)
     network.set_dtype(target.dtype)
-    mx.eval(network.parameters())
-    return Eagle3Drafter(
-        config, network, target.embed, target.head, target_ids(config, d2t, folder / WEIGHTS)
-    )
+    mx.eval(network)
+    return Eagle3Drafter(config, network, target, target_ids(config, d2t, folder / WEIGHTS))
 
 
 def build_network(config: Eagle3Config, weights: dict[str, mx.array], path: Path) -> Eagle3Network:
@@ -57,8 +55,12 @@ def build_network(config: Eagle3Config, weights: dict[str, mx.array], path: Path
         network = Eagle3Network(config)
         if (q := config.quantization) is not None:
             quantize_linears(network, q.group_size, q.bits, q.mode)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise DriftError(f"{path.parent / 'config.json'}: {error}") from None
+    except KeyError as error:
+        where = path.parent / "config.json"
+        raise DriftError(f"{where}: rope_scaling lacks the key {error}") from None
+    except (ValueError, TypeError, ArithmeticError, AssertionError) as error:
+        where = path.parent / "config.json"
+        raise DriftError(f"{where}: no network can be built from it ({error})") from None
     expected = dict(tree_flatten(network.parameters()))
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights:
@@ -74,8 +76,13 @@ def build_network(config: Eagle3Config, weights: dict[str, mx.array], path: Path
     return network
 
 
-def quantize_linears(network: Eagle3Network, group_size: int, bits: int, mode: str) -> None:
-    """Quantizes the linear layers in place; norms and embedding stay as they are."""
+def quantize_linears(
+    network: Eagle3Network, group_size: int | None, bits: int | None, mode: str
+) -> None:
+    """Quantizes the linear layers in place; norms and embedding stay as they are.
+
+    Group size and bits are mlx's defaults for the mode where they are None.
+    """
 
     def is_linear(path: str, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
@@ -88,7 +95,7 @@ def target_ids(config: Eagle3Config, d2t: mx.array | None, path: Path) -> mx.arr
 
     Args:
         config: The drafter's config.
-        d2t: Offsets `[D]`: target id = draft id + offset (paper reference list: all trainers).
+        d2t: Offsets `[D]`: target id = draft id + offset, as every trainer writes them.
         path: The file they came from, for the message.
 
     Returns:

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 @dataclass(frozen=True)
 class Draft:
-    """Tokens proposed for one round: target token ids `[k]`, lazy."""
+    """Tokens proposed for one round: target token ids `[k]` int32, lazy."""
 
     tokens: mx.array
 
@@ -30,6 +30,14 @@ class Drafter(Protocol):
     @property
     def taps(self) -> tuple[int, ...]:
         """Which hidden states the target must capture for it."""
+
+    @property
+    def model(self) -> Any:
+        """The target model it was loaded for."""
+
+    @property
+    def network(self) -> Any:
+        """Its own weights, a tree of arrays."""
 
     def make_cache(self) -> DrafterCache:
         """Makes the empty state of one conversation."""
