@@ -5,7 +5,7 @@ seen in them (heads, RoPE, feedback, tap ids). Nothing is ignored: a tensor with
 error, a config key that nobody reads is reported.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -131,9 +131,11 @@ def understand(
                 "num_layers": num_layers,
             },
             "source": checkpoint.source,
-            "provenance": values.provenance,
         }
     )
+    known = config.to_dict()
+    provenance = {key: origin for key, origin in values.provenance.items() if key in known}
+    config = replace(config, provenance=provenance)
     return Resolved(dialect.name, config, tensors, values.unknown())
 
 

@@ -84,6 +84,5 @@ def _card(name: str, config: Eagle3Config) -> str:
         conventions="\n".join(
             f"| `{key}` | `{values[key]}` | {origin} |"
             for key, origin in sorted(config.provenance.items())
-            if key in values
         ),
     )

@@ -12,7 +12,7 @@ from threading import Thread
 from mlx_drift import load_demo, stream_generate
 
 QUESTIONS = {
-    "left": "What does `textwrap.dedent` do?",
+    "left": "What does `shutil.copytree` do?",
     "right": "Show me the source of `shlex.quote`.",
 }
 DONE = None

@@ -342,3 +342,37 @@ def test_the_canonical_config_is_read_strictly(source, tmp_path, change, message
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(DriftError, match=message):
         load_drafter(str(tmp_path / "out"), tiny_llama())
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": 64,
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0] * 4,
+        },
+        {"rope_type": "mrope", "mrope_section": [2, 1, 1]},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_every_rope_kind_runs(tmp_path, scaling):
+    config = specforge_config(rope_scaling=scaling)
+    source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
+    assert convert(source, tmp_path / "out").unknown_keys == []
+    drafter = load_drafter(str(tmp_path / "out"), tiny_llama())
+    cache = drafter.make_cache()
+    drafter.ingest(mx.array([1, 2, 3]), mx.ones((3, 3, 32)), cache)
+    assert drafter.propose(4, cache).tokens.size == 4
+    assert mx.isfinite(cache.recycled).all().item()

@@ -71,6 +71,5 @@ def convert(
         typer.echo(json.dumps(values))
     table = Table("convention", "value", "from", title=f"{resolved.dialect} → {mlx_path}")
     for key, origin in resolved.config.provenance.items():
-        if key in values:
-            table.add_row(key, str(values[key]), origin)
+        table.add_row(key, str(values[key]), origin)
     console.print(table)

@@ -18,7 +18,7 @@ from mlx_drift.drafters.load import load_drafter
 DEMO = Path(__file__).parent
 TARGET = DEMO / "target"
 DRAFTERS = ("eagle3.1", "eagle3")  # the normalized one first: it is the default
-QUESTION = "What does `textwrap.dedent` do?"
+QUESTION = "Show me the source of `shlex.quote`."
 """What the command line asks when it is given nothing: a text the target has seen."""
 
 
