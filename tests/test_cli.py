@@ -8,8 +8,11 @@ import sys
 import zipfile
 from pathlib import Path
 
+import mlx.core as mx
 import mlx_lm
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from checkpoints import specforge_config, specforge_tensors, write_checkpoint
 from mlx_drift import load_demo, stream_generate
@@ -96,6 +99,26 @@ def test_explicit_model_and_drafter(cli):
     given = ("--model", TARGET, "--drafter", DEMO / "eagle3.1", "-p", QUESTION, "-m", 12)
     assert cli("generate", *given)[1] == expected_text(12) + "\n"
     assert cli("generate", *given, "--no-draft")[1] == expected_text(12) + "\n"
+
+
+def test_lora_adapters(cli, tmp_path):
+    """Layers that mlx-lm replaced by LoRA layers are tapped all the same."""
+    model, _ = mlx_lm.load(str(TARGET))
+    lora = {"rank": 4, "scale": 10.0, "dropout": 0.0}
+    mx.random.seed(0)
+    linear_to_lora_layers(model, 4, lora)
+    adapters = {
+        name: mx.random.normal(value.shape) * 0.05
+        for name, value in tree_flatten(model.parameters())
+        if "lora" in name
+    }
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), adapters)
+    config = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": lora}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    code, out, _ = cli("generate", "--adapter-path", tmp_path, "-m", 16)
+    assert code == 0
+    assert out != expected_text(16) + "\n"
+    assert out == cli("generate", "--adapter-path", tmp_path, "-m", 16, "--no-draft")[1]
 
 
 def test_no_draft_shows_no_rounds(cli):

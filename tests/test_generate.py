@@ -9,8 +9,8 @@ from threading import Thread
 import mlx.core as mx
 import mlx_lm
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
 
+from backend import ON_GPU, assert_same_tokens
 from mlx_drift import DriftError, generate, load_demo, stream_generate
 from mlx_drift.demo import DRAFTERS
 
@@ -18,8 +18,6 @@ ROOT = Path(__file__).parent.parent
 HELD_OUT_FILE = ROOT / "examples" / "train_demo_pair" / "heldout.jsonl"
 HELD_OUT = [json.loads(line) for line in HELD_OUT_FILE.read_text().splitlines()]
 PROMPTS = 20
-ON_GPU = mx.default_device() == mx.Device(mx.gpu)
-NEAR_TIE = 0.05  # logits; on a GPU a block of rows is rounded otherwise than single rows
 
 
 @pytest.fixture(scope="module", params=DRAFTERS)
@@ -37,16 +35,6 @@ def prompt_of(index: int, tokenizer) -> list[int]:
     splits = [[r for r in HELD_OUT if r["split"] == split] for split in ("wording", "symbol")]
     in_turn = [record for both in zip(*splits, strict=False) for record in both]
     return tokenizer.apply_chat_template(in_turn[index]["messages"], add_generation_prompt=True)
-
-
-def assert_same_tokens(model, prompt, got, expected):
-    """Equal on the CPU; on a GPU the first difference must be a near-tie of the target's."""
-    if got == expected:
-        return
-    assert ON_GPU, f"{got} is not {expected}"
-    where = next(i for i, (a, b) in enumerate(zip_longest(got, expected)) if a != b)
-    logits = model(mx.array([prompt + expected[:where]]), cache=make_prompt_cache(model))[0, -1]
-    assert abs(logits[got[where]] - logits[expected[where]]).item() < NEAR_TIE
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import random
 import mlx.core as mx
 import pytest
 
+from backend import assert_same, assert_same_rows, assert_same_tokens
 from mlx_drift.decode import speculate as module
 from mlx_drift.decode.speculate import prefill, speculate, time_plain_steps
 from mlx_drift.target import Target
@@ -82,8 +83,9 @@ def test_equals_plain_greedy_in_low_precision(dtype, bits):
     """Bit for bit on the plain CPU backend, where a block of rows is what single rows are."""
     model = tiny_llama(dtype, bits)
     text = PROMPT + plain_greedy(model, PROMPT, LENGTH + 10)
+    expected = text[len(PROMPT) :][:LENGTH]
     for k in (1, 4):
-        assert tokens_of(run(model, text, k)) == text[len(PROMPT) :][:LENGTH]
+        assert_same_tokens(model, PROMPT, tokens_of(run(model, text, k)), expected, near_tie=0.25)
 
 
 def test_caches_hold_the_committed_rows_and_true_taps_after_every_round(model, text):
@@ -94,11 +96,8 @@ def test_caches_hold_the_committed_rows_and_true_taps_after_every_round(model, t
         assert committed == text[: len(committed)]
         reference = plain.make_cache()
         _, taps = plain(mx.array(committed[:-1]), reference)
-        assert mx.array_equal(mx.concatenate(drafter_cache.taps), taps)
-        for ours, theirs in zip(target_cache, reference, strict=True):
-            assert ours.offset == theirs.offset
-            for a, b in zip(ours.keys_and_values(), theirs.keys_and_values(), strict=True):
-                assert mx.array_equal(a, b)
+        assert_same(mx.concatenate(drafter_cache.taps), taps)
+        assert_same_rows(target_cache, reference)
 
     run(model, text, 4, after_round=check)
 
