@@ -7,14 +7,13 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
-import mlx.core as mx
 import typer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from mlx_drift.cli.load import load_model
+from mlx_drift.cli.report import report, table
 from mlx_drift.demo import DEMO, DRAFTERS, QUESTION, TARGET
 from mlx_drift.drafters.load import load_drafter
 from mlx_drift.errors import DriftError
@@ -122,12 +121,12 @@ def generate(
                     print(last.text, end="", flush=True, file=stdout)
     except KeyboardInterrupt:
         interrupted = True
-    if not as_json:
-        typer.echo()
     if as_json:
-        typer.echo(json.dumps(_report("".join(said), last, interrupted), ensure_ascii=False))
+        typer.echo(json.dumps(report("".join(said), last, interrupted), ensure_ascii=False))
+    else:
+        typer.echo()
     if last is not None:
-        console.print(_table(last, num_draft_tokens, interrupted))
+        console.print(table(last, num_draft_tokens, interrupted))
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -215,59 +214,3 @@ def _prompt_progress(console: Console) -> Iterator[Any]:
 
     with bar:
         yield update
-
-
-def _report(text: str, last: DriftResponse | None, interrupted: bool) -> dict[str, Any]:
-    if last is None:  # interrupted before the first token
-        return {"text": text, "finish_reason": "interrupted"}
-    return {
-        "text": text,
-        "finish_reason": "interrupted" if interrupted else last.finish_reason,
-        "prompt_tokens": last.prompt_tokens,
-        "prompt_tps": last.prompt_tps,
-        "generation_tokens": last.generation_tokens,
-        "generation_tps": last.generation_tps,
-        "peak_memory_gb": last.peak_memory,
-        "statistics": last.statistics.to_dict() if last.statistics.rounds else None,
-    }
-
-
-def _table(last: DriftResponse, k: int, interrupted: bool) -> Table:
-    """Lays out the statistics of a generation."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column()
-    table.add_row("prompt", f"{last.prompt_tokens} tokens, {last.prompt_tps:.0f} tokens/s")
-    table.add_row(
-        "generation",
-        f"{last.generation_tokens} tokens, {last.generation_tps:.0f} tokens/s"
-        + (" (interrupted)" if interrupted else ""),
-    )
-    statistics = last.statistics
-    if statistics.rounds:
-        table.add_row("rounds", f"{statistics.rounds}, drafting K = {k}")
-        table.add_row(
-            "acceptance_length", f"{statistics.acceptance_length:.2f} drafts accepted a round"
-        )
-        table.add_row("tokens_per_round", f"{statistics.tokens_per_round:.2f}")
-        table.add_row(
-            "conditional acceptance",
-            "  ".join(f"{rate:.2f}" for rate in statistics.conditional_acceptance)
-            + "  (draft 1, 2, …, if all before were accepted)",
-        )
-    if statistics.speedup is not None and statistics.plain_step_seconds is not None:
-        faster = statistics.speedup >= 1
-        table.add_row(
-            "plain decoding",
-            f"{1 / statistics.plain_step_seconds:.0f} tokens/s: drafting is "
-            f"{statistics.speedup if faster else 1 / statistics.speedup:.2f}× "
-            + ("faster" if faster else "slower" + _why_slower()),
-        )
-    table.add_row("peak memory", f"{last.peak_memory:.2f} GB")
-    return table
-
-
-def _why_slower() -> str:
-    if mx.default_device() == mx.Device(mx.cpu):
-        return " (MLX's CPU code pays for every row it verifies; a GPU hardly does)"
-    return ""
