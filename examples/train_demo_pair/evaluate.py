@@ -15,6 +15,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from rich.console import Console
+from rich.progress import track
 
 from mlx_drift import Statistics, load, load_drafter, stream_generate
 from mlx_drift.demo import DEMO, DRAFTERS, TARGET
@@ -40,7 +42,7 @@ def mean_loss(
 def acceptance(model, tokenizer, drafter, records, k: int, max_tokens: int) -> Statistics:
     """Adds up the rounds of greedy answers."""
     total = Statistics()
-    for record in records:
+    for record in track(records, f"K = {k}", console=Console(stderr=True), transient=True):
         prompt = tokenizer.apply_chat_template(record["messages"], add_generation_prompt=True)
         *_, last = stream_generate(
             model, tokenizer, prompt, max_tokens, drafter=drafter, num_draft_tokens=k
