@@ -79,7 +79,7 @@ def _card(name: str, config: Eagle3Config) -> str:
         normalized=normalized,
         hidden=config.target.hidden_size,
         vocab=config.target.vocab_size,
-        source=config.source.get("repo") or Path(config.source["path"]).name,
+        source=config.source.get("repo", config.source.get("path")),
         sha256=config.source["sha256"],
         conventions="\n".join(
             f"| `{key}` | `{values[key]}` | {origin} |"

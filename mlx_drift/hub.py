@@ -18,7 +18,7 @@ _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve(
-    path_or_hf_repo: str, what: str, revision: str | None, allow_patterns: list[str] | None
+    path_or_hf_repo: str, what: str, revision: str | None, allow_patterns: list[str]
 ) -> Path:
     """Returns the local folder of a model, downloading what is allowed if it is on the Hub.
 
@@ -26,7 +26,7 @@ def resolve(
         path_or_hf_repo: A folder, or `organisation/name` on the Hub.
         what: What it is, for the message: "drafter", "model".
         revision: Branch, tag or commit on the Hub.
-        allow_patterns: Which files to download; never code. None for all.
+        allow_patterns: Which files to download; never code.
 
     Raises:
         DriftError: If it is neither a folder nor a repository that can be had.
