@@ -1,6 +1,37 @@
-"""The one exception a user may see: a single clear line, no traceback."""
+"""The one error a user meets."""
+
+from typing import Any
+
+_LONGEST = 1000
 
 
 class DriftError(Exception):
-    """Bad input. The message is one line that names the file, key or value, says what was
-    expected and what to do; the command line prints it and exits with code 1."""
+    """What was found, what was expected and what to do, in one line a user can act on.
+
+    Names and values of untrusted files end up in messages, so characters that would break the line
+    or steer a terminal are escaped, and a very long message is cut.
+    """
+
+    def __init__(self, message: str):
+        message = message if len(message) <= _LONGEST else message[:_LONGEST] + " …"
+        super().__init__(printable(message))
+
+
+class DriftWarning(UserWarning):
+    """What works but should not stay as it is."""
+
+
+def printable(text: str) -> str:
+    """Escapes what would break a line or steer a terminal, in a text of an untrusted file."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def brief(value: Any) -> str:
+    """Shows a value of an untrusted file in a message."""
+    try:
+        shown = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits
+        return f"an unspeakable {type(value).__name__}"
+    return shown if len(shown) <= 80 else shown[:80] + "…"

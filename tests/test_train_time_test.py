@@ -9,9 +9,9 @@ import pytest
 from cases import Case, load_cases, random_case, random_config
 
 from mlx_drift.drafters.cache import ChainCache
-from mlx_drift.drafters.config import Eagle3Config
-from mlx_drift.drafters.eagle3 import Eagle3Drafter
-from mlx_drift.drafters.load import build_network
+from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.drafters.config import config_from_dict
+from mlx_drift.drafters.load import load_network
 
 CASES = {case.name: case for case in load_cases()}
 SAME_NAME = """
@@ -21,11 +21,11 @@ SAME_NAME = """
 """.split()
 
 
-def drafter_of(case: Case) -> Eagle3Drafter:
+def drafter_of(case: Case) -> ChainDrafter:
     """The package's drafter with a case's weights."""
     source = case.config
     other_width = source["hidden_size"] != source["target_hidden_size"]
-    config = Eagle3Config.from_dict(
+    config = config_from_dict(
         {key: source[key] for key in SAME_NAME}
         | {
             "drafter_type": "eagle3",
@@ -34,6 +34,7 @@ def drafter_of(case: Case) -> Eagle3Drafter:
             "num_layers": source["num_hidden_layers"],
             "max_position_embeddings": 64,
             "own_embedding": other_width,
+            "attention_output_bias": source["attention_bias"],
             "own_head": other_width or not source["tied"],
             "target": {
                 "hidden_size": source["target_hidden_size"],
@@ -46,11 +47,11 @@ def drafter_of(case: Case) -> Eagle3Drafter:
     if other_width:  # then the target's rows are of no use
         weights["embed_tokens.weight"] = embed
         weights.setdefault("lm_head.weight", head)
-    network = build_network(config, weights, Path(case.name))
+    network = load_network(config, weights, Path(case.name))
     target = SimpleNamespace(
         model=None, embed=lambda ids: embed[ids], head=lambda states: states @ head.T
     )
-    return Eagle3Drafter(config, network, target, None)
+    return ChainDrafter(config, network, target, None)
 
 
 def assert_equals_pytorch(case: Case, logits: np.ndarray, states: np.ndarray) -> None:

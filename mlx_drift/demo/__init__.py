@@ -12,8 +12,8 @@ import mlx.nn as nn
 from mlx_lm import load
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_drift.drafters.eagle3 import Eagle3Drafter
-from mlx_drift.drafters.load import load_drafter
+from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.drafters.load import load_converted
 
 DEMO = Path(__file__).parent
 TARGET = DEMO / "target"
@@ -24,7 +24,7 @@ QUESTION = "Show me the source of `shlex.quote`."
 
 def load_demo(
     drafter: Literal["eagle3.1", "eagle3"] = "eagle3.1",
-) -> tuple[nn.Module, TokenizerWrapper, Eagle3Drafter]:
+) -> tuple[nn.Module, TokenizerWrapper, ChainDrafter]:
     """Loads the embedded pair.
 
     Args:
@@ -34,4 +34,4 @@ def load_demo(
         The target, its tokenizer and the drafter.
     """
     model, tokenizer = load(str(TARGET))
-    return model, tokenizer, load_drafter(str(DEMO / drafter), model)
+    return model, tokenizer, load_converted(DEMO / drafter, model)

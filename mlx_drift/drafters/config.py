@@ -6,19 +6,26 @@ What a source checkpoint left open was decided by `mlx_drift.convert`, which not
 where each value came from.
 """
 
+import gc
 import json
-import math
+import stat
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from mlx_drift.errors import DriftError
+from mlx_drift.errors import DriftError, brief
 from mlx_drift.target import TargetShape
+
+Schema = TypeVar("Schema")
 
 FORMAT_VERSION = 1
 
-Schema = TypeVar("Schema", "TargetShape", "Quantization", "Eagle3Config")
+MAX_SIZE, MAX_LAYERS, MAX_TAP, MAX_FLOAT = 2**24, 256, 10_000, 1e18
+"""No drafter comes near these; a larger number in a file is an error or an attack."""
+
+MAX_JSON_BYTES, MAX_JSON_DEPTH = 4 << 20, 32
+"""No config comes near these either; parsed, it may take thirty times the memory of its file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,33 +38,29 @@ class Quantization:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eagle3Config:
-    """An EAGLE-3 drafter, normalized (EAGLE-3.1) or not: H hidden, T target hidden, A taps.
+class DrafterConfig:
+    """What the configs of all drafters that chain Llama layers have in common.
+
+    H is the drafter's hidden size, T the target's, A the number of taps.
 
     Attributes:
         taps: Ascending indices into ``[embedding, out_0 … out_{n−1}, final norm]``.
-        feedback: Which state the next chain step gets: before (`pre`) or after (`post`) the final
-            norm. `norm_output` in PyTorch checkpoints; `post` is one half of EAGLE-3.1.
-        fc_norm: One RMSNorm per tap before `fc`, the other half of EAGLE-3.1.
-        norm_before_fc: One RMSNorm over all A·T captured values.
-        norm_before_residual: The residual stream starts at the normed hidden state.
-        qk_norm: RMSNorm of queries and keys per head, before RoPE.
         rope_scaling: A RoPE kind of mlx-lm's `initialize_rope`, with its own keys.
+        max_position_embeddings: The training length, not a limit.
         sliding_window: Key j is visible to query i while i − j < window; None for all keys.
-        draft_vocab_size: Rows of the drafter's head; `d2t` maps them if fewer than the target's.
+        full_attention_layers: Layers that see all keys though there is a window.
+        attention_bias: Queries, keys and values are projected with a bias.
+        attention_output_bias: So is the attention's output.
         own_embedding: The checkpoint brings `embed_tokens`; else the target's rows are used.
-        own_head: The checkpoint brings `lm_head`; else the target's head is used.
-        source: Where the drafter came from: `path` or `repo`, `revision`, `file`, `sha256`.
-        provenance: For each convention, where its value came from.
+        source: Where the drafter came from: `path`, or `repo`, `subfolder` and `revision`; `file`,
+            `sha256`, and the `target` it names.
+        provenance: For each resolved value, where it came from: `file`, `rule: …`, `default`,
+            `override` or `probe`.
     """
 
-    drafter_type: Literal["eagle3"] = "eagle3"
+    drafter_type: str
     format_version: int = FORMAT_VERSION
     taps: tuple[int, ...]
-    feedback: Literal["pre", "post"]
-    fc_norm: bool
-    norm_before_fc: bool
-    norm_before_residual: bool
     hidden_size: int
     intermediate_size: int
     num_layers: int
@@ -66,16 +69,15 @@ class Eagle3Config:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: dict[str, Any] | None = None
+    rope_scaling: dict[str, str | float | list[float]] | None = None
     max_position_embeddings: int
     sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
     fc_bias: bool = False
     attention_bias: bool = False
+    attention_output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
-    draft_vocab_size: int
     own_embedding: bool = False
-    own_head: bool = True
     target: TargetShape
     quantization: Quantization | None = None
     source: dict[str, str] = field(default_factory=dict)
@@ -88,25 +90,80 @@ class Eagle3Config:
                 f"taps is {list(self.taps)}; expected distinct layer indices in ascending order, "
                 "since fc's columns follow them"
             )
+        if self.taps[-1] > MAX_TAP:
+            raise DriftError(f"taps reaches {self.taps[-1]}; expected at most {MAX_TAP}")
         last = self.target.num_layers
         if last is not None and self.taps[-1] > last + 1:
             raise DriftError(
                 f"taps reaches {self.taps[-1]}, but the target has {last} layers: the last tap "
                 f"there can be is {last + 1}, its final norm"
             )
-        sizes = "hidden_size intermediate_size num_layers num_attention_heads num_key_value_heads"
-        for name in (*sizes.split(), "head_dim", "draft_vocab_size", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise DriftError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise DriftError(
-                f"sliding_window is {self.sliding_window}; expected at least 1, or null for none"
-            )
+        for where in (self, self.target):
+            for f in fields(where):
+                if f.type in (int, int | None) and f.name != "format_version":
+                    _check_size(f.name, getattr(where, f.name))
+        for name in ("rms_norm_eps", "rope_theta"):
+            if getattr(self, name) <= 0:
+                raise DriftError(f"{name} is {getattr(self, name)}; expected more than 0")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DriftError(
                 f"num_attention_heads is {self.num_attention_heads}, which "
                 f"num_key_value_heads ({self.num_key_value_heads}) does not divide"
             )
+
+        for key, value in (self.rope_scaling or {}).items():
+            if isinstance(value, list) and len(value) > self.head_dim:
+                raise DriftError(
+                    f"rope_scaling has {len(value)} numbers as {key}; expected at most head_dim "
+                    f"({self.head_dim})"
+                )
+        if unknown := sorted(self.provenance.keys() - {f.name for f in fields(self)}):
+            raise DriftError(f"provenance has the unknown key {unknown[0]!r}")
+        for text in (*self.source.values(), *self.provenance.values()):
+            if not text.isprintable():
+                raise DriftError(f"source or provenance holds {brief(text)}; expected one line")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the config as `config_from_dict` reads it."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def window_of(self, layer: int) -> int | None:
+        """Returns the window of one layer; None if it sees all keys."""
+        return None if layer in self.full_attention_layers else self.sliding_window
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eagle3Config(DrafterConfig):
+    """An EAGLE-3 drafter, normalized (EAGLE-3.1) or not.
+
+    Attributes:
+        feedback: Which state the next chain step gets: before (`pre`) or after (`post`) the final
+            norm. `norm_output` in PyTorch checkpoints; `post` is one half of EAGLE-3.1.
+        fc: The taps are fused by a linear layer. Without one (NVIDIA's heads of a single feature)
+            the one tap is the hidden state.
+        fc_norm: One RMSNorm per tap before `fc`, the other half of EAGLE-3.1.
+        norm_before_fc: One RMSNorm over all A·T captured values.
+        hidden_norm: The first layer norms the hidden state it reads beside the embedding.
+        norm_before_residual: The residual stream starts at the normed hidden state.
+        qk_norm: RMSNorm of queries and keys per head, before RoPE.
+        draft_vocab_size: Rows of the drafter's head; `d2t` maps them if fewer than the target's.
+        own_head: The checkpoint brings `lm_head`; else the target's head is used.
+    """
+
+    drafter_type: Literal["eagle3"] = "eagle3"
+    feedback: Literal["pre", "post"]
+    fc: bool = True
+    fc_norm: bool
+    norm_before_fc: bool
+    hidden_norm: bool = True
+    norm_before_residual: bool
+    qk_norm: bool = False
+    draft_vocab_size: int
+    own_head: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses what no checkpoint can mean."""
+        super().__post_init__()
         if not self.own_head and self.draft_vocab_size != self.target.vocab_size:
             raise DriftError(
                 f"draft_vocab_size is {self.draft_vocab_size} and the target's vocabulary "
@@ -119,39 +176,69 @@ class Eagle3Config:
                 f"hidden_size is {self.hidden_size} and the target's {self.target.hidden_size}, "
                 "so the drafter needs an embed_tokens and an lm_head of its own"
             )
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Eagle3Config":
-        """Reads a config, strictly.
-
-        Raises:
-            DriftError: If a key is unknown or missing, or a value makes no sense.
-        """
-        if values.get("drafter_type") != "eagle3":
+        if not self.fc and (self.fc_bias or len(self.taps) > 1):
             raise DriftError(
-                f"drafter_type is {values.get('drafter_type')!r}; this version runs 'eagle3'"
+                f"a drafter without fc reads one tap as it is, but this has taps {list(self.taps)}"
+                f"{' and fc_bias' if self.fc_bias else ''}"
             )
-        if values.get("format_version") != FORMAT_VERSION:
+        if not self.fc and self.hidden_size != self.target.hidden_size:
             raise DriftError(
-                f"format_version is {values.get('format_version')!r}; this version of mlx-drift "
-                f"reads {FORMAT_VERSION}: convert the drafter again, or upgrade mlx-drift"
+                f"hidden_size is {self.hidden_size} and the target's {self.target.hidden_size}, "
+                "so the drafter needs an fc"
             )
-        values = dict(values)
-        if isinstance(values.get("taps"), list):
-            values["taps"] = tuple(values["taps"])
-        values["target"] = _from_dict(TargetShape, values.get("target"), "target")
-        if values.get("quantization") is not None:
-            values["quantization"] = _from_dict(
-                Quantization, values["quantization"], "quantization"
+        if self.norm_before_residual and not self.hidden_norm:
+            raise DriftError("norm_before_residual is true, but there is no hidden_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EagleConfig(DrafterConfig):
+    """An EAGLE-1 or EAGLE-2 drafter (the same weights; EAGLE-2 only drafts a tree).
+
+    It reads the target's final norm alone, and its output goes to the target's head as it is.
+    """
+
+    drafter_type: Literal["eagle"] = "eagle"
+
+    def __post_init__(self) -> None:
+        """Refuses what no checkpoint can mean."""
+        super().__post_init__()
+        if len(self.taps) != 1 or self.hidden_size != self.target.hidden_size:
+            raise DriftError(
+                "an EAGLE-1/2 drafter reads one tap of its own width, but this has taps "
+                f"{list(self.taps)}, hidden_size {self.hidden_size} and the target's "
+                f"{self.target.hidden_size}"
             )
-        return _from_dict(Eagle3Config, values, "the config")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the config as `from_dict` reads it."""
-        return asdict(self) | {"taps": list(self.taps)}
 
 
-def check_target(config: Eagle3Config, target: TargetShape, where: str) -> None:
+CONFIGS: dict[str, type[Eagle3Config] | type[EagleConfig]] = {
+    "eagle3": Eagle3Config,
+    "eagle": EagleConfig,
+}
+
+
+def config_from_dict(values: dict[str, Any]) -> Eagle3Config | EagleConfig:
+    """Reads a config, strictly.
+
+    Raises:
+        DriftError: If the kind or version is unknown, a key is unknown or missing, or a value makes
+            no sense.
+    """
+    kind = values.get("drafter_type")
+    if not isinstance(kind, str) or kind not in CONFIGS:
+        raise DriftError(f"drafter_type is {brief(kind)}; this version runs {', '.join(CONFIGS)}")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise DriftError(
+            f"format_version is {brief(values.get('format_version'))}; this version of mlx-drift "
+            f"reads {FORMAT_VERSION}: convert the drafter again, or upgrade mlx-drift"
+        )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    values["target"] = _from_dict(TargetShape, values.get("target"), "target")
+    if values.get("quantization") is not None:
+        values["quantization"] = _from_dict(Quantization, values["quantization"], "quantization")
+    return _from_dict(CONFIGS[kind], values, "the config")
+
+
+def check_target(config: DrafterConfig, target: TargetShape, where: str) -> None:
     """Checks that a drafter was made for such a target.
 
     Args:
@@ -180,7 +267,7 @@ def check_target(config: Eagle3Config, target: TargetShape, where: str) -> None:
         )
 
 
-def read_config(folder: Path) -> Eagle3Config:
+def read_config(folder: Path) -> Eagle3Config | EagleConfig:
     """Reads the config of a converted drafter.
 
     Raises:
@@ -194,31 +281,64 @@ def read_config(folder: Path) -> Eagle3Config:
             f"mlx-drift convert {folder} --mlx-path OUT"
         )
     try:
-        return Eagle3Config.from_dict(values)
+        return config_from_dict(values)
     except DriftError as error:
         raise DriftError(f"{path}: {error}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Reads a JSON object from a file.
 
     Raises:
-        DriftError: If the file is missing, unreadable, or holds something else.
+        DriftError: If the file is missing, unreadable, too large, or holds something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
+            raise DriftError(f"{path}: not a regular file; expected a JSON object")
+        if status.st_size > max_bytes:
+            raise DriftError(f"{path}: larger than {max_bytes >> 20} MB; expected a config")
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not valid JSON ({error})"
         raise DriftError(f"{path}: {reason}; expected a JSON object") from None
     if not isinstance(values, dict):
         raise DriftError(f"{path}: holds a JSON {type(values).__name__}, expected an object")
+    level: list[Any] = [values]
+    for _ in range(MAX_JSON_DEPTH):
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [child for v in inner for child in v if child and isinstance(child, dict | list)]
+    if level:  # comparing, copying or printing it might overflow the stack
+        raise DriftError(f"{path}: nested more than {MAX_JSON_DEPTH} deep; expected a config")
     return values
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON, without the garbage collector: it would visit a large file's objects for ever.
+
+    Raises:
+        ValueError: If it is not JSON.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return json.loads(text)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _check_size(name: str, value: int | None) -> None:
+    most = MAX_LAYERS if name == "num_layers" else MAX_SIZE
+    if value is not None and not 1 <= value <= most:
+        none = ", or null for none" if name == "sliding_window" else ""
+        raise DriftError(f"{name} is {value}; expected at least 1 and at most {most}{none}")
 
 
 def _from_dict(cls: type[Schema], values: Any, where: str) -> Schema:
     if not isinstance(values, dict):
-        raise DriftError(f"{where} is {values!r}; expected an object")
-    known = {f.name: f for f in fields(cls)}
+        raise DriftError(f"{where} is {brief(values)}; expected an object")
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(values.keys() - known.keys()):
         raise DriftError(f"{where} has the unknown key {unknown[0]!r}")
     required = {
@@ -230,7 +350,7 @@ def _from_dict(cls: type[Schema], values: Any, where: str) -> Schema:
     for name, value in values.items():
         if not _fits(value, hints[name]):
             expected = getattr(hints[name], "__name__", hints[name])
-            raise DriftError(f"{where} has {name} = {value!r}; expected {expected}")
+            raise DriftError(f"{where} has {name} = {brief(value)}; expected {expected}")
     return cls(**values)
 
 
@@ -241,10 +361,14 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in get_args(hint)
     if origin is UnionType:
         return any(_fits(value, choice) for choice in get_args(hint))
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, get_args(hint)[0]) for v in value)
+    if origin in (tuple, list):
+        item = get_args(hint)[0]
+        return isinstance(value, origin) and all(_fits(v, item) for v in value)
+    if origin is dict:
+        item = get_args(hint)[1]
+        return isinstance(value, dict) and all(_fits(v, item) for v in value.values())
     if hint is int:
         return type(value) is int and value >= 0
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return isinstance(value, origin or hint)
+        return type(value) in (int, float) and abs(value) < MAX_FLOAT  # false for NaN
+    return isinstance(value, hint)

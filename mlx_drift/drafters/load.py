@@ -1,88 +1,139 @@
 """Loads a converted drafter and binds it to a target."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_drift.drafters.config import Eagle3Config, check_target, read_config
-from mlx_drift.drafters.eagle3 import Eagle3Drafter, Eagle3Network
+from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.drafters.config import DrafterConfig, Eagle3Config, check_target, read_config
+from mlx_drift.drafters.eagle import EagleNetwork
+from mlx_drift.drafters.eagle3 import Eagle3Network
 from mlx_drift.errors import DriftError
-from mlx_drift.hub import resolve
+from mlx_drift.paths import inside
 from mlx_drift.target import Target
 from mlx_drift.tensors import read_safetensors
 
 WEIGHTS = "model.safetensors"
 
+NETWORKS: dict[str, Any] = {"eagle3": Eagle3Network, "eagle": EagleNetwork}
 
-def load_drafter(
-    path_or_hf_repo: str, model: nn.Module, *, revision: str | None = None
-) -> Eagle3Drafter:
-    """Loads a converted drafter and binds it to a target.
+
+class ArrayLike(Protocol):
+    """An array, or a tensor that is still in its file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The size of each axis."""
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type of its elements."""
+
+
+def load_converted(folder: Path, model: nn.Module) -> ChainDrafter:
+    """Loads a converted drafter from its folder and binds it to a target.
 
     All weights are evaluated and cast to the dtype of the target's activations, so the drafter may
     be used from any thread and shared between conversations.
 
     Args:
-        path_or_hf_repo: A folder that `convert_drafter` wrote, or a Hub repository of that form.
+        folder: A folder that `convert_drafter` wrote.
         model: The target, as `mlx_lm.load` returns it.
-        revision: Branch, tag or commit on the Hub.
 
     Raises:
         DriftError: If the drafter is missing, damaged, not converted, or made for another target.
     """
-    folder = resolve(path_or_hf_repo, "drafter", revision, ["config.json", WEIGHTS])
+    for name in ("config.json", WEIGHTS):
+        inside(folder, name)
     config = read_config(folder)
     target = Target(model)
     check_target(config, target.shape, str(folder))
-
     weights = read_safetensors(folder / WEIGHTS)
     d2t = weights.pop("d2t", None)
-    network = build_network(config, weights, folder / WEIGHTS)
+    network = load_network(config, weights, folder / WEIGHTS)
     network.set_dtype(target.dtype)
     mx.eval(network)
-    return Eagle3Drafter(config, network, target, target_ids(config, d2t, folder / WEIGHTS))
+    return ChainDrafter(config, network, target, target_ids(config, d2t, folder / WEIGHTS))
 
 
-def build_network(config: Eagle3Config, weights: dict[str, mx.array], path: Path) -> Eagle3Network:
+def load_network(config: DrafterConfig, weights: dict[str, mx.array], path: Path) -> Any:
     """Builds the network a config describes and gives it its weights, strictly.
 
     Raises:
         DriftError: Naming the first tensor that is missing, unknown or of another shape.
     """
-    try:
-        network = Eagle3Network(config)
-        if (q := config.quantization) is not None:
-            quantize_linears(network, q.group_size, q.bits, q.mode)
-    except KeyError as error:
-        where = path.parent / "config.json"
-        raise DriftError(f"{where}: rope_scaling lacks the key {error}") from None
-    except (ValueError, TypeError, ArithmeticError, AssertionError) as error:
-        where = path.parent / "config.json"
-        raise DriftError(f"{where}: no network can be built from it ({error})") from None
-    expected = dict(tree_flatten(network.parameters()))
-    for name in sorted(expected.keys() | weights.keys()):
-        if name not in weights:
-            raise DriftError(f"{path} lacks the tensor {name}, which its config asks for")
-        if name not in expected:
-            raise DriftError(f"{path} has the tensor {name}, for which its config has no place")
-        if weights[name].shape != expected[name].shape:
-            raise DriftError(
-                f"{path}: {name} has shape {weights[name].shape}, "
-                f"its config asks for {expected[name].shape}"
-            )
+    network = build_network(config, path)
+    check_tensors(network, weights, path)
     network.load_weights(list(weights.items()))
     return network
 
 
+def build_network(config: DrafterConfig, path: Path) -> Any:
+    """Builds the network a config describes; nothing is evaluated, so it takes no memory.
+
+    Raises:
+        DriftError: If the config describes none.
+    """
+    where = path.parent / "config.json"
+    try:
+        network = NETWORKS[config.drafter_type](config)
+        if (q := config.quantization) is not None:
+            quantize_linears(network, q.group_size, q.bits, q.mode)
+        network.layers[0].self_attn.rope(mx.zeros((1, 1, 1, config.head_dim)))  # not only built
+    except KeyError as error:
+        raise DriftError(f"{where}: rope_scaling lacks the key {error}") from None
+    except (ValueError, TypeError, ArithmeticError, AssertionError) as error:
+        raise DriftError(f"{where}: no network can be built from it ({error})") from None
+    return network
+
+
+def _is_float(dtype: mx.Dtype) -> bool:
+    return mx.issubdtype(dtype, mx.floating)
+
+
+def check_tensors(network: nn.Module, tensors: Mapping[str, ArrayLike], path: Path) -> None:
+    """Checks that the tensors of a file are those of a network.
+
+    Raises:
+        DriftError: Naming the first tensor that is missing, unknown, of another shape, or of
+            another dtype where one of them is no float.
+    """
+    expected = dict(tree_flatten(network.parameters()))
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise DriftError(f"{path} lacks the tensor {name}, which its config asks for")
+        if name not in expected:
+            raise DriftError(f"{path} has the tensor {name}, for which its config has no place")
+        if tensors[name].shape != expected[name].shape:
+            raise DriftError(
+                f"{path}: {name} has shape {tensors[name].shape}, "
+                f"its config asks for {expected[name].shape}"
+            )
+        found, asked = tensors[name].dtype, expected[name].dtype
+        if found != asked and not (_is_float(found) and _is_float(asked)):
+            raise DriftError(
+                f"{path}: {name} is of the dtype {found}, its config asks for "
+                f"{'floats' if _is_float(asked) else asked}"
+            )
+
+
 def quantize_linears(
-    network: Eagle3Network, group_size: int | None, bits: int | None, mode: str
+    network: nn.Module, group_size: int | None, bits: int | None, mode: str
 ) -> None:
     """Quantizes the linear layers in place; norms and embedding stay as they are.
 
     Group size and bits are mlx's defaults for the mode where they are None.
+
+    Raises:
+        ValueError: If they are none that mlx has.
     """
+    for number in (group_size, bits):
+        if number is not None and not 1 <= number <= 1024:  # mlx divides by them before it checks
+            raise ValueError(f"group size {group_size} and {bits} bits are none that mlx has")
 
     def is_linear(path: str, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
@@ -90,7 +141,7 @@ def quantize_linears(
     nn.quantize(network, group_size, bits, mode=mode, class_predicate=is_linear)
 
 
-def target_ids(config: Eagle3Config, d2t: mx.array | None, path: Path) -> mx.array | None:
+def target_ids(config: DrafterConfig, d2t: mx.array | None, path: Path) -> mx.array | None:
     """Turns `d2t` offsets into the target token id of each draft token id.
 
     Args:
@@ -104,22 +155,20 @@ def target_ids(config: Eagle3Config, d2t: mx.array | None, path: Path) -> mx.arr
     Raises:
         DriftError: If there is none where one is needed, or an id lies outside the vocabulary.
     """
+    vocab = config.target.vocab_size
+    rows = config.draft_vocab_size if isinstance(config, Eagle3Config) else vocab
     if d2t is None:
-        if config.draft_vocab_size != config.target.vocab_size:
+        if rows != vocab:
             raise DriftError(
-                f"{path} lacks d2t, but the drafter's vocabulary ({config.draft_vocab_size}) is "
-                f"not the target's ({config.target.vocab_size})"
+                f"{path} lacks d2t, but the drafter's vocabulary ({rows}) is not the target's "
+                f"({vocab})"
             )
         return None
-    if d2t.shape != (config.draft_vocab_size,):
-        raise DriftError(
-            f"{path}: d2t has shape {d2t.shape}, expected ({config.draft_vocab_size},)"
-        )
-    ids = d2t.astype(mx.int64) + mx.arange(config.draft_vocab_size)
-    if mx.any(ids < 0).item() or mx.any(ids >= config.target.vocab_size).item():
-        raise DriftError(
-            f"{path}: d2t maps outside the target's vocabulary of {config.target.vocab_size}"
-        )
+    if d2t.shape != (rows,):
+        raise DriftError(f"{path}: d2t has shape {d2t.shape}, expected ({rows},)")
+    ids = d2t.astype(mx.int64) + mx.arange(rows)
+    if mx.any(ids < 0).item() or mx.any(ids >= vocab).item():
+        raise DriftError(f"{path}: d2t maps outside the target's vocabulary of {vocab}")
     ids = ids.astype(mx.int32)
     mx.eval(ids)
     return ids
