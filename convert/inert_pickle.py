@@ -14,28 +14,43 @@ import pickletools
 from dataclasses import dataclass
 from typing import IO, Any
 
-_MAX_OPCODES = 4_000_000  # about 40 a tensor; bounds time, and memory where one byte makes a dict
+_MAX_OPCODES = 250_000  # about 40 a tensor; bounds time, and memory where one byte makes a dict
+_MAX_KEY = 1000  # characters; two long keys could be compared once an opcode
 MAX_ELEMENTS = 2**59  # their count of bytes still fits int64
 
+# By safetensors' names. The last three have no place in MLX: the reader refuses them by name.
 _DTYPES = {
-    f"torch.{name}"
-    for name in (
-        "bfloat16 float16 float32 float64 bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 "
-        "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
-    ).split()
+    "torch.bfloat16": "BF16",
+    "torch.float16": "F16",
+    "torch.float32": "F32",
+    "torch.float64": "F64",
+    "torch.int8": "I8",
+    "torch.int16": "I16",
+    "torch.int32": "I32",
+    "torch.int64": "I64",
+    "torch.uint8": "U8",
+    "torch.uint16": "U16",
+    "torch.uint32": "U32",
+    "torch.uint64": "U64",
+    "torch.bool": "BOOL",
+    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
+    "torch.float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "torch.float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "torch.float8_e8m0fnu": "F8_E8M0",
 }
 _STORAGE_DTYPES = {
-    "torch.BFloat16Storage": "torch.bfloat16",
-    "torch.HalfStorage": "torch.float16",
-    "torch.FloatStorage": "torch.float32",
-    "torch.DoubleStorage": "torch.float64",
-    "torch.CharStorage": "torch.int8",
-    "torch.ShortStorage": "torch.int16",
-    "torch.IntStorage": "torch.int32",
-    "torch.LongStorage": "torch.int64",
-    "torch.ByteStorage": "torch.uint8",
-    "torch.BoolStorage": "torch.bool",
-    "torch.storage.UntypedStorage": "torch.uint8",  # its numel counts bytes
+    "torch.BFloat16Storage": "BF16",
+    "torch.HalfStorage": "F16",
+    "torch.FloatStorage": "F32",
+    "torch.DoubleStorage": "F64",
+    "torch.CharStorage": "I8",
+    "torch.ShortStorage": "I16",
+    "torch.IntStorage": "I32",
+    "torch.LongStorage": "I64",
+    "torch.ByteStorage": "U8",
+    "torch.BoolStorage": "BOOL",
+    "torch.storage.UntypedStorage": "U8",  # its numel counts bytes
 }
 _FUNCTIONS = {
     "collections.OrderedDict",
@@ -45,7 +60,7 @@ _FUNCTIONS = {
     "torch._utils._rebuild_parameter",
 }
 # Every other global is refused; these are only names.
-_GLOBALS = _FUNCTIONS | _STORAGE_DTYPES.keys() | _DTYPES
+_GLOBALS = _FUNCTIONS | _STORAGE_DTYPES.keys() | _DTYPES.keys()
 
 _LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _OPERANDS = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}  # others: to a MARK
@@ -69,7 +84,7 @@ class Global:
 
 @dataclass(frozen=True)
 class Storage:
-    """Raw elements that tensors view, known by a key."""
+    """Raw elements that tensors view, known by a key; its dtype by safetensors' name."""
 
     key: str
     dtype: str
@@ -78,7 +93,7 @@ class Storage:
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A view of a storage; its fields are the file's claims, checked when it is read."""
+    """A view of a storage, in elements; but for its dtype, the file's claims, unchecked."""
 
     storage: Storage
     dtype: str
@@ -91,27 +106,34 @@ class Machine:
     """The stack machine of the pickle format, for dicts, lists, tuples, scalars and tensors.
 
     Hashing, comparing or printing an untrusted container can take exponential time or overflow the
-    C stack, so values are only moved; dict keys are strings or small integers.
+    C stack, so values are only moved; dict keys are short strings or small integers. One machine
+    runs all pickles of a file, so that their opcodes are counted together.
     """
 
     def __init__(self) -> None:
         self.storages: dict[str, Storage] = {}
+        self._count = 0  # of opcodes
+
+    def run(self, stream: IO[bytes]) -> Any:
+        """Executes one pickle and leaves `stream` behind its STOP.
+
+        Raises:
+            Refusal: The pickle is malformed, too long, or anything but a plain state dict.
+        """
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
-
-    def run(self, stream: IO[bytes]) -> Any:
-        """Executes one pickle and leaves `stream` behind its STOP."""
         try:
-            for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-                if count == _MAX_OPCODES:
+            for opcode, argument, _ in pickletools.genops(stream):
+                if self._count == _MAX_OPCODES:
                     raise Refusal(f"more than {_MAX_OPCODES} pickle opcodes", "a state dict")
-                self._step(opcode.name, argument, count)
+                self._step(opcode.name, argument)
+                self._count += 1
             return self._stack.pop()
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise Refusal(f"a malformed pickle ({error!s:.80})", "one torch.save wrote") from error
 
-    def _step(self, opcode: str, argument: Any, count: int) -> None:
+    def _step(self, opcode: str, argument: Any) -> None:
         stack = self._stack
         match opcode:
             case "PROTO" | "FRAME" | "STOP":
@@ -134,7 +156,7 @@ class Machine:
                 self._extend(self._operands(opcode))
             case "SETITEM" | "SETITEMS":
                 self._update(self._operands(opcode))
-            case "BINPUT" | "LONG_BINPUT" if argument <= count:
+            case "BINPUT" | "LONG_BINPUT" if argument <= self._count:
                 self._memo[argument] = stack[-1]
             case "MEMOIZE":
                 self._memo[len(self._memo)] = stack[-1]
@@ -173,19 +195,23 @@ class Machine:
         if not isinstance(self._stack[-1], dict):
             raise TypeError("item of what is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < 2**31):
-                raise TypeError("a dict key that is neither a string nor a small integer")
+            if not _is_key(key) and not (isinstance(key, int) and abs(key) < 2**31):
+                raise TypeError("a dict key that is neither a short string nor a small integer")
             self._stack[-1][key] = value
 
     def _storage(self, persistent_id: Any) -> Storage:
         match persistent_id:
             # The stream container appends the metadata of a storage view, None since torch 0.4.
             case ("storage", Global(kind), str(key), _, int(numel), *view) if view in ([], [None]):
-                if kind in _STORAGE_DTYPES and 0 <= numel <= MAX_ELEMENTS:
+                if kind in _STORAGE_DTYPES and _is_key(key) and 0 <= numel <= MAX_ELEMENTS:
                     storage = Storage(key, _STORAGE_DTYPES[kind], numel)
                     if self.storages.setdefault(key, storage) == storage:
                         return storage
         raise Refusal("an unknown persistent id", "('storage', type, key, location, numel)")
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _MAX_KEY
 
 
 def _resolve(name: str) -> Global:
@@ -211,7 +237,7 @@ def _rebuild(function: Any, arguments: Any) -> Any:
         case (
             Global("torch._utils._rebuild_tensor_v3"),
             (Storage() as storage, offset, shape, stride, _, _, Global(dtype), *metadata),
-        ) if not any(metadata):
-            return Tensor(storage, dtype, offset, shape, stride)
+        ) if dtype in _DTYPES and not any(metadata):
+            return Tensor(storage, _DTYPES[dtype], offset, shape, stride)
     name = function.name if isinstance(function, Global) else f"a {type(function).__name__}"
     raise Refusal(f"a call of {name} with unknown arguments", "a tensor, parameter or OrderedDict")

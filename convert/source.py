@@ -1,82 +1,305 @@
-"""Where a checkpoint comes from: a folder, a weights file, or a Hub repository.
+"""Where a checkpoint comes from: a folder, a weights file, or a folder of a Hub repository.
 
-Only json and weights are ever looked at; nothing in a checkpoint is executed.
+Only json and weights are ever looked at, the weights by their headers; nothing in a checkpoint is
+executed, and no file outside its folder is opened.
 """
 
 import hashlib
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import mlx.core as mx
+import numpy as np
 
+from mlx_drift.convert.safetensors_file import read_safetensors_file
+from mlx_drift.convert.stored import Bytes, ReadAt, StoredTensor, file_reader
 from mlx_drift.convert.torch_pickle import read_torch_checkpoint
 from mlx_drift.drafters.config import read_json
-from mlx_drift.errors import DriftError
-from mlx_drift.hub import resolve
-from mlx_drift.tensors import read_safetensors
+from mlx_drift.errors import DriftError, brief
+from mlx_drift.hub import HubFolder, find_hub_folder
+from mlx_drift.paths import existing, inside
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there
+CONFIG = "config.json"
+WEIGHTS = {
+    ".safetensors": ("model.safetensors", "model.safetensors.index.json"),
+    ".bin": ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+}
+"""Of each kind of file the names to look for; else the only file of the kind."""
+MAX_SHARDS = 1000
+MAX_TENSORS = 20_000  # Qwen3-30B-A3B, a target of many experts, has 18,867
+MAX_INDEX_BYTES = 16 << 20
+HASH_BLOCK = 1 << 20
+
+
+class Folder(Protocol):
+    """A folder of files, on this machine or on the Hub."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """`path`, or `repo` and `revision`."""
+
+    @property
+    def files(self) -> AbstractSet[str]:
+        """The names of the files directly in it."""
+
+    def path(self, name: str) -> Path:
+        """Returns where a file is on this machine, fetching it first if need be."""
+
+    def reader(self, name: str) -> tuple[ReadAt, int]:
+        """Returns a reader of a file, which need not be here, and the file's size."""
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder on this machine."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+        return str(self.folder)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Its last name; the rest of the path is nobody else's business."""
+        return {"path": self.folder.resolve().name}
+
+    @property
+    def files(self) -> AbstractSet[str]:
+        """The names of the regular files directly in it, links to such included."""
+        try:
+            return {path.name for path in self.folder.iterdir() if path.is_file()}
+        except OSError as error:
+            raise DriftError(f"{self.folder}: cannot be read ({error.strerror})") from None
+
+    def path(self, name: str) -> Path:
+        """Returns a file's path.
+
+        Raises:
+            DriftError: If it is a link that leads out of the folder.
+        """
+        return inside(self.folder, name)
+
+    def reader(self, name: str) -> tuple[ReadAt, int]:
+        """Returns a reader of a file, and its size."""
+        path = self.path(name)
+        return file_reader(path), path.stat().st_size
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """A folder of a Hub repository at one commit."""
+
+    hub: HubFolder
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+        return "/".join([self.hub.repo, *filter(None, [self.hub.subfolder])])
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """The repository, the subfolder if it is one, and the commit."""
+        subfolder = {"subfolder": self.hub.subfolder} if self.hub.subfolder else {}
+        return {"repo": self.hub.repo, "revision": self.hub.commit} | subfolder
+
+    @property
+    def files(self) -> AbstractSet[str]:
+        """The names of the files directly in it."""
+        return self.hub.files
+
+    def path(self, name: str) -> Path:
+        """Downloads a file, unless the cache has it."""
+        return self.hub.path(name)
+
+    def reader(self, name: str) -> tuple[ReadAt, int]:
+        """Returns a reader that asks the Hub for ranges, and the file's size."""
+        read_at = self.hub.read_at(name)
+
+        def read(offset: int, count: int) -> Bytes:
+            return np.frombuffer(read_at(offset, count), np.uint8)
+
+        return read, self.hub.size(name)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A PyTorch drafter checkpoint, read but not yet understood."""
+    """A drafter checkpoint whose headers were read, not yet understood.
 
-    config_path: Path
-    weights_path: Path
+    Attributes:
+        folder: Where it is.
+        config_file: The config's name, for messages.
+        config: The config.
+        weights: The name of the weights, for messages.
+        weight_files: The files of the weights.
+        tensors: The tensors, still in those files.
+    """
+
+    folder: Folder
+    config_file: str
     config: dict[str, Any]
-    tensors: dict[str, mx.array]
-    source: dict[str, str]  # `repo` or `path`, `revision`, `file`, `sha256`
+    weights: str
+    weight_files: tuple[str, ...]
+    tensors: dict[str, StoredTensor]
+
+    def fetched(self) -> "Checkpoint":
+        """Returns the checkpoint with its weights on this machine, downloading them if need be."""
+        if isinstance(self.folder, LocalFolder):
+            return self
+        for name in self.weight_files:
+            self.folder.path(name)  # from now on the reader finds them in the cache
+        return read_folder(self.folder, Path(self.weights).name)
+
+    def source(self) -> dict[str, str]:
+        """Returns where it came from, with the SHA-256 of the weights (of all shards in turn)."""
+        digest = hashlib.sha256()
+        for name in self.weight_files:
+            path = self.folder.path(name)
+            try:
+                with path.open("rb") as file:
+                    while block := file.read(HASH_BLOCK):
+                        digest.update(block)
+            except OSError as error:
+                raise DriftError(f"{path}: cannot be read ({error.strerror})") from None
+        names = {"file": Path(self.weights).name, "sha256": digest.hexdigest()}
+        return self.folder.origin | names
 
 
-def read_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
-    """Reads the config and all tensors of a checkpoint.
+def find_folder(source: str | HubFolder, revision: str | None) -> tuple[Folder, str | None]:
+    """Finds the folder of a source, and the weights file if the source names one.
 
     Args:
-        source: A folder, a `.safetensors` or `.bin` file with `config.json` beside it, or a Hub
-            repository.
+        source: A folder, a `.safetensors` or `.bin` file, or `owner/name[/subfolder]` on the Hub,
+            or such a folder of a repository found already.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        DriftError: If there is no such thing.
+    """
+    if isinstance(source, HubFolder):
+        return RemoteFolder(source), None
+    if (path := existing(source)) is not None:
+        if path.is_dir():
+            return LocalFolder(path), None
+        if path.is_file():
+            return LocalFolder(path.parent), path.name
+        raise DriftError(f"{path}: neither a folder nor a regular file")
+    return RemoteFolder(find_hub_folder(source, revision, "drafter checkpoint")), None
+
+
+def read_checkpoint(source: str | HubFolder, revision: str | None = None) -> Checkpoint:
+    """Reads the config and the headers of a checkpoint's weights.
+
+    Safetensors stay on the Hub and are read by ranges, until `Checkpoint.fetched`.
+
+    Args:
+        source: As in `find_folder`.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
         DriftError: If anything is missing or damaged.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        folder, weights = path.parent, path
-    else:
-        folder, weights = _find(source, revision)
-    if path.exists():
-        origin = {"path": folder.resolve().name}  # the rest of the path is nobody else's business
-    else:
-        origin = {"repo": source, "revision": folder.name}  # a snapshot is named by its commit
-    config_path = folder / "config.json"
+    folder, file = find_folder(source, revision)
+    return read_folder(folder, file)
+
+
+def read_folder(folder: Folder, file: str | None = None) -> Checkpoint:
+    """Reads a checkpoint from its folder, or the weights file of that name in it."""
+    files = folder.files
+    if CONFIG not in files:
+        raise DriftError(f"{folder.name} has no {CONFIG}{_elsewhere(files)}")
+    config_path = folder.path(CONFIG)
+    config = read_json(config_path)
+    entry = file or _choose_weights(folder)
+    shards = _shards(folder, entry) if entry.endswith(".index.json") else {entry: None}
+    tensors: dict[str, StoredTensor] = {}
+    for name, expected in shards.items():
+        found = _read_tensors(folder, name)
+        if strange := next((tensor for tensor in found if not tensor.isprintable()), None):
+            raise DriftError(f"{folder.name}/{name} has a tensor of the name {brief(strange)}")
+        for tensor in expected or ():
+            if tensor not in found:
+                raise DriftError(f"{folder.name}/{entry} names {tensor} in {name}, which lacks it")
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise DriftError(f"{folder.name}: two shards of {entry} hold {twice[0]}")
+        tensors |= found
+        if len(tensors) > MAX_TENSORS:
+            raise DriftError(
+                f"{folder.name}/{entry} holds {len(tensors)} tensors; that is no drafter"
+            )
     return Checkpoint(
-        config_path=config_path,
-        weights_path=weights,
-        config=read_json(config_path),
-        tensors=_read_tensors(weights),
-        source=origin | {"file": weights.name, "sha256": _sha256(weights)},
+        folder=folder,
+        config_file=f"{folder.name}/{CONFIG}",
+        config=config,
+        weights=f"{folder.name}/{entry}",
+        weight_files=tuple(sorted(shards)),
+        tensors=tensors,
     )
 
 
-def _find(source: str, revision: str | None) -> tuple[Path, Path]:
-    """Returns the folder and its weights; of a Hub repository one form of them is fetched."""
-    for name in WEIGHTS:
-        folder = resolve(source, "drafter checkpoint", revision, ["config.json", name])
-        if (folder / name).is_file():
-            return folder, folder / name
-    raise DriftError(f"{folder}: holds no weights; expected {' or '.join(WEIGHTS)}")
+def _choose_weights(folder: Folder) -> str:
+    """Chooses the weights: `.bin` only where there is no safetensors, whatever it is called."""
+    files = folder.files
+    for suffix, names in WEIGHTS.items():
+        if standard := [name for name in names if name in files]:
+            return standard[0]
+        found = sorted(name for name in files if name.endswith(suffix))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise DriftError(
+                f"{folder.name} holds several {suffix} files ({', '.join(found[:3])}, …) and no "
+                f"index; expected one. Give the file itself"
+            )
+    raise DriftError(
+        f"{folder.name}: holds no weights{_elsewhere(files)}; expected model.safetensors or "
+        "pytorch_model.bin"
+    )
 
 
-def _read_tensors(path: Path) -> dict[str, mx.array]:
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    if path.suffix == ".bin":
-        return read_torch_checkpoint(path)
-    raise DriftError(f"{path}: expected a .safetensors or .bin file")
+def _elsewhere(files: AbstractSet[str]) -> str:
+    """Says what a folder without a checkpoint is, where that can be told."""
+    if any(name.endswith(".gguf") for name in files):
+        return " but is GGUF, llama.cpp's format; give the repository it was made from"
+    if {"medusa_lm_head.pt", "hydra_lm_head.pt"} & files:
+        return " but Medusa or Hydra heads, which mlx-drift does not run; take an EAGLE-3 head"
+    return ""
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _shards(folder: Folder, index: str) -> dict[str, list[str]]:
+    """Reads a shard index: the names of the tensors of each shard."""
+    weight_map = read_json(folder.path(index), MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DriftError(f"{folder.name}/{index} has no weight_map; expected one of all tensors")
+    suffix = ".safetensors" if ".safetensors" in index else ".bin"
+    files = folder.files
+    shards: dict[str, list[str]] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or shard not in files or not shard.endswith(suffix):
+            raise DriftError(
+                f"{folder.name}/{index} names the shard {brief(shard)}; expected a {suffix} file "
+                "beside it"
+            )
+        shards.setdefault(shard, []).append(tensor)
+    if len(shards) > MAX_SHARDS:
+        raise DriftError(f"{folder.name}/{index} names {len(shards)} shards; that is no drafter")
+    return shards
+
+
+def _read_tensors(folder: Folder, name: str) -> dict[str, StoredTensor]:
+    where = f"{folder.name}/{name}"
+    if name.endswith(".safetensors"):
+        return read_safetensors_file(*folder.reader(name), where)
+    if name.endswith(".bin"):
+        return read_torch_checkpoint(folder.path(name))
+    if name.endswith(".gguf"):
+        raise DriftError(
+            f"{where} is GGUF, llama.cpp's format; give the repository it was made from"
+        )
+    raise DriftError(f"{where}: expected a .safetensors or .bin file")

@@ -1,34 +1,149 @@
-"""Writes a converted drafter: beside its place first, then renamed into it, all or nothing."""
+"""Writes a converted drafter: beside its place first, then renamed into it, all or nothing.
 
+The weights stream through, a block of rows at a time, so that a converter never holds a whole
+tensor: mlx's own writer wants all of them at once.
+"""
+
+import fcntl
+import glob
 import json
+import math
+import os
 import shutil
 import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
-from mlx_drift.drafters.config import Eagle3Config
-from mlx_drift.drafters.load import WEIGHTS
+from mlx_drift.convert.stored import DTYPES, StoredTensor, from_mlx, to_mlx
+from mlx_drift.drafters.config import Quantization
 from mlx_drift.errors import DriftError
 
-CARD = """---
-library_name: mlx-drift
-tags: [mlx, mlx-drift, speculative-decoding, eagle3]
----
+NAMES = {dtype: name for name, (_, dtype) in DTYPES.items() if not name.startswith(("F8", "F64"))}
+"""Safetensors' name of each MLX dtype."""
 
-# {name}
+EXPONENTS = {
+    "BF16": (np.uint16, 0x7F80),
+    "F16": (np.uint16, 0x7C00),
+    "F32": (np.uint32, 0x7F800000),
+}
+"""The exponent's bits, all set in NaN and the infinities."""
 
-An EAGLE-3 drafter{normalized} for a target of hidden size {hidden} and vocabulary {vocab},
-converted from `{source}` (sha256 `{sha256}`) with `mlx-drift convert`.
+PARTIAL, SECONDS_TO_LOCK = ".partial", 10
+"""What a folder in the making is called at the end, and how soon it is locked, amply."""
 
-```bash
-mlx-drift generate --model TARGET --drafter {name} -p "…"
-```
+Progress = Callable[[int, int], None]
+"""Called with the bytes read so far, and all of them."""
 
-| convention | value | from |
-|---|---|---|
-{conventions}
-"""
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to write, made block by block from one that is stored.
+
+    Attributes:
+        source: The stored tensor.
+        dtype: What its floats are cast to; None leaves them.
+        quantization: How it is quantized; None leaves it.
+    """
+
+    source: StoredTensor
+    dtype: mx.Dtype | None = None
+    quantization: Quantization | None = None
+
+    def parts(self, block: npt.NDArray[Any]) -> list[tuple[npt.NDArray[Any], str]]:
+        """Turns a block of rows into the rows to write: the weights, or packed ones and scales.
+
+        Returns:
+            Their carriers, each with safetensors' name of its dtype.
+        """
+        dtype = self.source.dtype
+        cast = self.dtype if mx.issubdtype(dtype, mx.floating) else None
+        if cast is None and self.quantization is None:
+            return [(block, NAMES[dtype])]
+        array = to_mlx(block, dtype)
+        parts = [array if cast is None else array.astype(cast)]
+        if (q := self.quantization) is not None:
+            parts = list(mx.quantize(parts[0], q.group_size, q.bits, q.mode))
+        mx.eval(parts)
+        return [(from_mlx(part), NAMES[part.dtype]) for part in parts]
+
+    def names(self, name: str) -> list[str]:
+        """The names of the parts, as mlx's quantized layers call them."""
+        if self.quantization is None:
+            return [name]
+        module = name.removesuffix("weight")
+        affine = self.quantization.mode == "affine"
+        return [name, module + "scales", *([module + "biases"] if affine else [])]
+
+
+def write_weights(path: Path, outputs: Mapping[str, Output], progress: Progress) -> dict[str, int]:
+    """Writes a safetensors file; the same input, the same bytes.
+
+    Args:
+        path: The file, which must not exist.
+        outputs: What to write, by name.
+        progress: Told after each block.
+
+    Returns:
+        For each tensor that has any, how many of its values are NaN or infinite.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    size = 0
+    for name, output in sorted(outputs.items()):
+        rows = output.source.shape[:1]
+        first = output.parts(output.source.read(0, min(1, *rows) if rows else 1))
+        for part_name, (part, dtype) in zip(output.names(name), first, strict=True):
+            shape = [*rows, *part.shape[1:]]
+            nbytes = part.itemsize * math.prod(shape)
+            header[part_name] = {
+                "dtype": dtype,
+                "shape": shape,
+                "data_offsets": [size, size + nbytes],
+            }
+            size += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # aligned, as the reference writer does
+
+    total = sum(output.source.nbytes for output in outputs.values())
+    done = 0
+    bad: dict[str, int] = {}
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        positions = {
+            name: 8 + len(text) + entry["data_offsets"][0]
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        for name, output in sorted(outputs.items()):
+            for block in output.source.blocks():
+                parts = output.parts(block)
+                for part_name, (part, dtype) in zip(output.names(name), parts, strict=True):
+                    if count := _count_not_finite(part, dtype):
+                        bad[part_name] = bad.get(part_name, 0) + count
+                    file.seek(positions[part_name])
+                    file.write(part.data)
+                    positions[part_name] += part.nbytes
+                done += block.nbytes
+                progress(min(done, total), total)
+                mx.clear_cache()
+    return bad
+
+
+def _count_not_finite(data: npt.NDArray[Any], dtype: str) -> int:
+    if dtype not in EXPONENTS:
+        return 0
+    carrier, mask = EXPONENTS[dtype]
+    exponents = data.view(carrier) & carrier(mask)
+    if not data.size or exponents.max() != mask:
+        return 0
+    return int(np.count_nonzero(exponents == mask))
 
 
 def check_free(path: Path) -> None:
@@ -41,48 +156,57 @@ def check_free(path: Path) -> None:
         raise DriftError(f"{path} exists already; choose another --mlx-path, or remove it first")
 
 
-def write_drafter(path: Path, config: Eagle3Config, tensors: dict[str, mx.array]) -> None:
-    """Writes `model.safetensors`, `config.json` and `README.md`; the same input, the same bytes.
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yields a folder to fill that becomes `path` at the end, unless an exception passes.
 
     Raises:
-        DriftError: If the folder exists or cannot be written.
+        DriftError: If something stands there, or it cannot be written.
     """
     check_free(path)
     made = [parent for parent in path.parents if not parent.exists()]
+    partial, lock = None, None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise DriftError(f"{path}: cannot be written ({error.strerror})") from None
-    try:
-        in_order = {name: tensors[name] for name in sorted(tensors)}
-        mx.save_safetensors(str(partial / WEIGHTS), in_order, {"format": "mlx"})
-        text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-        (partial / "config.json").write_text(text, encoding="utf-8")
-        (partial / "README.md").write_text(_card(path.name, config), encoding="utf-8")
+        _remove_left_over(path)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent))
+        lock = _lock(partial)
+        yield partial
         partial.chmod(0o755)  # mkdtemp makes private folders
         partial.rename(path)
-    except (OSError, RuntimeError) as error:
-        raise DriftError(f"{path}: cannot be written ({error})") from None
+    except OSError as error:
+        raise DriftError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
         if not path.exists():
             for parent in made:
-                parent.rmdir()
+                with suppress(OSError):  # somebody else may have put something there
+                    parent.rmdir()
 
 
-def _card(name: str, config: Eagle3Config) -> str:
-    values = config.to_dict()
-    normalized = " (EAGLE-3.1: normalized)" if config.fc_norm and config.feedback == "post" else ""
-    return CARD.format(
-        name=name,
-        normalized=normalized,
-        hidden=config.target.hidden_size,
-        vocab=config.target.vocab_size,
-        source=config.source.get("repo", config.source.get("path")),
-        sha256=config.source["sha256"],
-        conventions="\n".join(
-            f"| `{key}` | `{values[key]}` | {origin} |"
-            for key, origin in sorted(config.provenance.items())
-        ),
-    )
+def _lock(folder: Path) -> int | None:
+    """Locks a folder until the handle is closed, if by the end of the process, however it ends.
+
+    Returns:
+        The handle; None if another process holds the lock.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _remove_left_over(path: Path) -> None:
+    """Removes what a killed process left: partial folders, not brand-new, that nobody holds."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+        with suppress(OSError):
+            old = time.time() - left.stat().st_mtime > SECONDS_TO_LOCK
+            if old and (handle := _lock(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(handle)

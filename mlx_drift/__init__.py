@@ -2,20 +2,22 @@
 
 from mlx_lm import load
 
-from mlx_drift.convert import convert_drafter
+from mlx_drift.convert import convert_drafter, inspect_drafter
 from mlx_drift.decode.statistics import Statistics
 from mlx_drift.demo import load_demo
-from mlx_drift.drafters.load import load_drafter
-from mlx_drift.errors import DriftError
+from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.generate import DriftResponse, generate, stream_generate
+from mlx_drift.loading import load_drafter
 from mlx_drift.target import remove_taps
 
 __all__ = [
     "DriftError",
     "DriftResponse",
+    "DriftWarning",
     "Statistics",
     "convert_drafter",
     "generate",
+    "inspect_drafter",
     "load",
     "load_demo",
     "load_drafter",

@@ -4,6 +4,7 @@ An app changes one import and adds one keyword. Without a drafter the call goes 
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +16,16 @@ from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.decode.speculate import prefill, speculate, time_plain_steps
-from mlx_drift.decode.statistics import Statistics
+from mlx_drift.decode.statistics import LOW_ACCEPTANCE, Statistics
 from mlx_drift.drafters.protocol import Drafter
-from mlx_drift.errors import DriftError
+from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.target import Target
 
 MAX_DRAFT_TOKENS = 64
 """More drafts a round than any drafter was ever trained for; a larger number is a mistake."""
+
+ROUNDS_TO_JUDGE = 32
+"""Rounds after which a drafter that is hardly ever right is spoken of."""
 
 
 @dataclass
@@ -70,6 +74,9 @@ def stream_generate(
     Raises:
         DriftError: If the prompt is empty, a number is out of range, the drafter was loaded for
             another model, or the target's caches cannot be rolled back.
+
+    Warns:
+        DriftWarning: If hardly any draft is accepted.
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
@@ -124,6 +131,8 @@ def stream_generate(
             if not statistics.rounds:
                 progress(tokens.size, tokens.size)
             statistics.record(round.tested, round.accepted, round.seconds)
+            if statistics.rounds == ROUNDS_TO_JUDGE:
+                _warn_of_low_acceptance(statistics)
             for row, token in enumerate(round.tokens):
                 count += 1
                 finish_reason = None
@@ -196,6 +205,18 @@ def check_num_draft_tokens(num_draft_tokens: int) -> None:
         raise DriftError(
             f"num_draft_tokens is {num_draft_tokens}; expected 1 to {MAX_DRAFT_TOKENS} "
             "(to generate without drafts, leave the drafter out: --no-draft)"
+        )
+
+
+def _warn_of_low_acceptance(statistics: Statistics) -> None:
+    first = statistics.conditional_acceptance[0]
+    if first < LOW_ACCEPTANCE:
+        warnings.warn(
+            f"only {first:.0%} of the first drafts were accepted in {statistics.rounds} rounds: "
+            "the drafter was made for another target, or its conventions are wrong. Convert it "
+            "again with --probe-conventions and --target",
+            DriftWarning,
+            stacklevel=3,
         )
 
 

@@ -1,35 +1,41 @@
-"""SafeAILab's and SpecForge's layout: one `midlayer.*`, a flat config.
+"""SpecForge (sgl-project/SpecForge): one `midlayer.*` or `layers.0.*`, a flat config.
 
-The reference implementation's (SafeAILab/EAGLE, `.bin`) and SpecForge's (safetensors) checkpoints
-carry the same tensors. SpecForge adds the tap ids in `eagle_config`, as outputs of layers, and the
-switches of EAGLE-3.1, `fc_norm` and `norm_output`; SafeAILab writes no ids.
+Tap ids, in `eagle_config`, are outputs of layers. The switches of EAGLE-3.1 are `fc_norm` and
+`norm_output`; until its pull request 879 (September 2026) the latter was *trained* as "norm before
+the head", which the file cannot tell. thoughtworks, lmsys and nebius publish this layout.
 """
 
-from typing import Any
+from mlx_drift.convert.dialects import Config, Dialect, Names, Trap, has, other_theta
 
-from mlx_drift.convert.dialects import Dialect
-
-DROPPED = ("rotary_emb.inv_freq",)
-
-
-def recognises(config: dict[str, Any], names: set[str]) -> bool:
-    """Tells the layout by its `midlayer`, which no other dialect of a single layer uses."""
-    return "midlayer.hidden_norm.weight" in names
-
-
-def rename(name: str) -> str | None:
-    """Renames `midlayer.X` to `layers.0.X`; the rest is canonical already."""
-    if name.endswith(DROPPED):
-        return None
-    return name.replace("midlayer.", "layers.0.", 1) if name.startswith("midlayer.") else name
-
-
-def flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """Lifts the keys of `eagle_config` to the top level, where older files have them."""
-    nested = config.get("eagle_config")
-    if not isinstance(nested, dict):
-        return config
-    return {key: value for key, value in config.items() if key != "eagle_config"} | nested
+NORM_OUTPUT = (
+    "norm_output is true: SpecForge before its pull request 879 trained such heads with the state "
+    "before the norm fed back. If acceptance falls after the first draft, convert again with "
+    "--feedback pre, or let --probe-conventions decide"
+)
+NO_NORM = (
+    "norm_output is false: SpecForge before its pull request 879 trained such heads without any "
+    "norm before the head, which mlx-drift does not run. If hardly any draft is accepted, that is "
+    "why; say --feedback pre if you know better"
+)
+THETA = (
+    "rope_theta is not 10000: SpecForge before November 2025 (its pull request 270) trained with "
+    "10000 whatever the file says. If acceptance is low, try --rope-theta 10000"
+)
 
 
-SPECFORGE = Dialect("SafeAILab / SpecForge", recognises, rename, flatten, tap_ids="output")
+def recognises(config: Config, names: Names) -> bool:
+    """Takes what is left of the EAGLE-3 family: the norm of the hidden state shows it."""
+    return has(names, "hidden_norm.weight")
+
+
+SPECFORGE = Dialect(
+    "SpecForge",
+    recognises,
+    tap_ids="output",
+    bookkeeping=frozenset({"target_model_type", "decoder_sparse_step"}),
+    traps=(
+        Trap("feedback", lambda config: config.get("norm_output") is True, NORM_OUTPUT),
+        Trap("feedback", lambda config: config.get("norm_output") is False, NO_NORM),
+        Trap("rope_theta", other_theta, THETA),
+    ),
+)

@@ -1,12 +1,18 @@
 """The `mlx-drift` command: each command a thin shell over a public function."""
 
+import logging
 import sys
+import warnings
+from typing import Any
 
 import typer
+from huggingface_hub.utils import logging as hub_log
 
 from mlx_drift.cli.convert import convert
 from mlx_drift.cli.generate import generate
-from mlx_drift.errors import DriftError
+from mlx_drift.cli.inspect import inspect
+from mlx_drift.cli.pairs import pairs
+from mlx_drift.errors import DriftError, DriftWarning
 
 app = typer.Typer(
     name="mlx-drift",
@@ -17,12 +23,26 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(convert)
+app.command()(inspect)
+app.command()(pairs)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line: exit code 0 done, 1 a clear one-line error, 2 usage."""
+    with_place = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+        if issubclass(category, DriftWarning):
+            typer.echo(f"warning: {message}", err=True)
+        else:
+            with_place(message, category, *args, **kwargs)
+
+    if hub_log.get_verbosity() == logging.WARNING:  # unless HF_HUB_VERBOSITY says otherwise
+        hub_log.set_verbosity_error()  # its retries: what they come to is told in one line
     try:
-        app(args=arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            app(args=arguments)
     except DriftError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)

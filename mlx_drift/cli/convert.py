@@ -2,28 +2,27 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from mlx_drift.convert import convert_drafter
+from mlx_drift.cli.load import load_model
+from mlx_drift.cli.options import Feedback, Revision, RopeTheta, Source, Taps, Target, Window
+from mlx_drift.cli.show import conventions, conversion_bar, warning
+from mlx_drift.convert import Conversion, convert_drafter
+from mlx_drift.convert.target import read_target_shape
+from mlx_drift.errors import DriftError
+from mlx_drift.measure.conventions import PROMPTS, ConventionProbe
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 QuantizationMode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
-Taps = Literal["input", "output"]
-Feedback = Literal["pre", "post"]
 
 
 def convert(
-    source: Annotated[
-        str, typer.Argument(help="A folder, a .safetensors or .bin file, or a Hub repository.")
-    ],
+    source: Source,
     mlx_path: Annotated[Path, typer.Option(help="The folder to write.")],
-    target: Annotated[
-        str | None, typer.Option(help="The target's folder or Hub repository, to check against.")
-    ] = None,
+    target: Target = None,
     quantize: Annotated[
         bool, typer.Option("--quantize", "-q", help="Quantize the linear layers.")
     ] = False,
@@ -33,12 +32,26 @@ def convert(
     ] = None,
     q_mode: Annotated[QuantizationMode, typer.Option(help="mlx's quantization mode.")] = "affine",
     dtype: Annotated[Dtype | None, typer.Option(help="Cast the floats.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    taps: Annotated[
-        Taps | None, typer.Option(help="What the checkpoint's tap layers mean.")
+    revision: Revision = None,
+    taps: Taps = None,
+    feedback: Feedback = None,
+    rope_theta: RopeTheta = None,
+    window: Window = None,
+    probe_conventions: Annotated[
+        bool,
+        typer.Option(
+            "--probe-conventions",
+            help="Settle taps and feedback by trying them on the target (loads it).",
+        ),
+    ] = False,
+    probe_on: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts to probe on, one a line.")
     ] = None,
-    feedback: Annotated[
-        Feedback | None, typer.Option(help="The state that is fed back: before or after the norm.")
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse config keys that nothing reads.")
+    ] = False,
+    upload_repo: Annotated[
+        str | None, typer.Option(help="A Hub repository to upload the result to.")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object on stdout: the resolved config.")
@@ -46,8 +59,11 @@ def convert(
 ) -> None:
     """Convert a PyTorch EAGLE-3 checkpoint to MLX."""
     console = Console(stderr=True)
-    with console.status(f"converting {source}"):
-        resolved = convert_drafter(
+    if (q_bits, q_group_size, q_mode) != (None, None, "affine") and not quantize:
+        raise typer.BadParameter("--q-bits, --q-group-size and --q-mode need --quantize")
+    probe = _probe(target, probe_conventions, probe_on)
+    with conversion_bar(console, f"converting {source}") as progress:
+        done = convert_drafter(
             source,
             mlx_path,
             target=target,
@@ -59,17 +75,58 @@ def convert(
             revision=revision,
             taps=taps,
             feedback=feedback,
+            rope_theta=rope_theta,
+            window=window,
+            strict=strict,
+            probe=probe,
+            upload_repo=upload_repo,
+            progress=progress,
         )
-    values = resolved.config.to_dict()
-    if resolved.unknown_keys:
-        console.print(
-            f"warning: config keys that nothing reads: {', '.join(resolved.unknown_keys)}",
-            style="yellow",
-            highlight=False,
-        )
+    for line in done.warnings:
+        warning(console, line)
     if as_json:
-        typer.echo(json.dumps(values))
-    table = Table("convention", "value", "from", title=f"{resolved.dialect} → {mlx_path}")
-    for key, origin in resolved.config.provenance.items():
-        table.add_row(key, str(values[key]), origin)
+        typer.echo(json.dumps(_report(done, mlx_path, probe)))
+    table = conventions(done.config.to_dict(), done.config.provenance)
+    typer.echo(f"{done.dialect} → {mlx_path}", err=True)
     console.print(table)
+    if done.url is not None:
+        typer.echo(f"uploaded to {done.url}", err=True)
+
+
+def _probe(
+    target: str | None, probe_conventions: bool, probe_on: Path | None
+) -> ConventionProbe | None:
+    """Loads the target for the probe, if one is wanted."""
+    if not probe_conventions:
+        if probe_on is not None:
+            raise typer.BadParameter("--probe-on needs --probe-conventions")
+        return None
+    if target is None:
+        raise DriftError("--probe-conventions tries the readings on a target: give it --target")
+    prompts: tuple[str, ...] = PROMPTS
+    if probe_on is not None:
+        try:
+            text = probe_on.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DriftError(f"{probe_on}: cannot be read as text ({error})") from None
+        prompts = tuple(filter(None, map(str.strip, text.splitlines())))
+        if not prompts:
+            raise DriftError(f"{probe_on}: holds no prompts; expected one a line")
+    read_target_shape(target)  # a wrong name is told before anything is loaded
+    return ConventionProbe(*load_model(target, None), prompts)
+
+
+def _report(done: Conversion, path: Path, probe: ConventionProbe | None) -> dict[str, Any]:
+    report = done.config.to_dict() | {
+        "dialect": done.dialect,
+        "mlx_path": str(path),
+        "unknown_keys": done.unknown_keys,
+        "notes": done.notes,
+        "url": done.url,
+    }
+    if probe is not None:
+        report["probe"] = {
+            f"taps={taps} feedback={feedback}": steps
+            for (taps, feedback), steps in probe.agreement.items()
+        }
+    return report

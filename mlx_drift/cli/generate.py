@@ -14,10 +14,15 @@ from rich.progress import Progress
 
 from mlx_drift.cli.load import load_model
 from mlx_drift.cli.report import report, table
+from mlx_drift.convert.target import target_folder
 from mlx_drift.demo import DEMO, DRAFTERS, QUESTION, TARGET
-from mlx_drift.drafters.load import load_drafter
+from mlx_drift.drafters.config import read_json
 from mlx_drift.errors import DriftError
 from mlx_drift.generate import DriftResponse, check_num_draft_tokens, stream_generate
+from mlx_drift.hub import find_hub_folder
+from mlx_drift.loading import load_drafter
+from mlx_drift.pairs import find_pair
+from mlx_drift.paths import existing
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 
@@ -37,8 +42,8 @@ def generate(
     drafter: Annotated[
         str | None,
         typer.Option(
-            help="A converted drafter: a folder or Hub repository; with the embedded target "
-            "eagle3.1 (default) or eagle3."
+            help="A converted drafter's folder, or a Hub repository, converted on first use; auto "
+            "picks a known one (`mlx-drift pairs`). With the embedded target: eagle3.1 or eagle3."
         ),
     ] = None,
     adapter_path: Annotated[str | None, typer.Option(help="LoRA adapters of the target.")] = None,
@@ -73,23 +78,18 @@ def generate(
         check_num_draft_tokens(num_draft_tokens)
         if model is not None and drafter is None:
             raise DriftError(
-                "no drafter given for this model: add --drafter FOLDER, or --no-draft to "
-                "generate without one"
+                "no drafter given for this model: add --drafter FOLDER, or --drafter auto to "
+                "pick a known one, or --no-draft to generate without"
             )
-    if model is None and drafter is not None:
-        if drafter not in DRAFTERS:
-            raise DriftError(
-                f"--drafter {drafter} needs its --model; the embedded target has the drafters "
-                f"{' and '.join(DRAFTERS)}"
-            )
-        drafter = str(DEMO / drafter)
-    elif model is None:
-        drafter = str(DEMO / DRAFTERS[0])
-
+    console, stdout = Console(stderr=True), sys.stdout
+    if not no_draft:
+        drafter = _choose_drafter(drafter, model, console)
+        if existing(drafter) is None:
+            find_hub_folder(drafter, None, "drafter")  # a wrong name is told before all the loading
     target, tokenizer = load_model(model or str(TARGET), adapter_path)
     for token in extra_eos_token or []:
         _add_eos_token(tokenizer, token)
-    loaded = None if no_draft else load_drafter(str(drafter), target)
+    loaded = None if no_draft else load_drafter(str(drafter), target, on_convert=_say_where)
     prompt_tokens = _encode(
         tokenizer,
         question,
@@ -99,7 +99,6 @@ def generate(
         template_keywords,
     )
 
-    console, stdout = Console(stderr=True), sys.stdout
     said: list[str] = []
     last: DriftResponse | None = None
     interrupted = False
@@ -129,6 +128,28 @@ def generate(
         console.print(table(last, num_draft_tokens, interrupted))
     if interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+def _choose_drafter(drafter: str | None, model: str | None, console: Console) -> str:
+    """Returns the drafter's folder or repository: the embedded one, a known one, or the user's."""
+    if model is None:
+        chosen = DRAFTERS[0] if drafter in (None, "auto") else drafter
+        if chosen not in DRAFTERS:
+            raise DriftError(
+                f"--drafter {drafter} needs its --model; the embedded target has the drafters "
+                f"{' and '.join(DRAFTERS)}"
+            )
+        return str(DEMO / chosen)
+    if drafter != "auto":
+        return str(drafter)
+    pair, why = find_pair(model, read_json(target_folder(model) / "config.json"))
+    needs = f" It needs {pair.needs}." if pair.needs else ""
+    console.print(f"drafter: {pair.drafter}, by {why}.{needs}", highlight=False, markup=False)
+    return pair.drafter
+
+
+def _say_where(folder: Path) -> None:
+    typer.echo(f"converting the drafter on first use, into {folder}", err=True)
 
 
 def _read_prompt(

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
+LOW_ACCEPTANCE = 0.10
+"""Below it a drafter was made for another target, or read wrongly: a good one has 0.5 to 0.9."""
+
 
 @dataclass
 class Statistics:

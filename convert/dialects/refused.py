@@ -1,0 +1,127 @@
+"""What is no drafter this version runs, by name, each with what to use instead.
+
+The signatures are those by which engines tell these formats apart (vllm-project/vllm, sgl-project/
+sglang, FasterDecoding/Medusa, zankner/Hydra, z-lab/dflash).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mlx_drift.convert.dialects import Config, Names, architecture
+
+EAGLE3 = "Take an EAGLE-3 head for the same target (`mlx-drift pairs` lists some)"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A format that is recognised and refused."""
+
+    name: str
+    recognises: Callable[[Config, Names], bool]
+    instead: str
+
+
+def _model_type(config: Config) -> str:
+    return str(config.get("speculators_model_type") or config.get("model_type") or "")
+
+
+def _any(names: Names, *parts: str) -> bool:
+    return any(part in name for name in names for part in parts)
+
+
+def _dflash(config: Config, names: Names) -> bool:
+    kinds = ("DFlash", "DSpark", "Domino")
+    return (
+        any(kind in architecture(config) for kind in kinds)
+        or _model_type(config) in ("dflash", "dflash2", "dspark")
+        or "dflash_config" in config
+        or {"block_size", "mask_token_id"} <= config.keys()
+        or _any(names, "markov_w1", "prefix_gru.")
+    )
+
+
+def _mla(config: Config, names: Names) -> bool:
+    kinds = ("Eagle3DeepseekV2ForCausalLM", "Eagle3DeepseekMLAModel")
+    return architecture(config) in kinds or _any(names, "q_a_proj", "kv_a_proj_with_mqa")
+
+
+def _mtp(config: Config, names: Names) -> bool:
+    return (
+        _model_type(config) == "mtp"
+        or str(config.get("model_type", "")).endswith("_mtp")
+        or _any(names, "mtp.", "mtp_layers.", ".eh_proj.")
+    )
+
+
+def _p_eagle(config: Config, names: Names) -> bool:
+    return (
+        _model_type(config) == "peagle"
+        or architecture(config).startswith("PEagle")
+        or config.get("parallel_drafting") is True
+        or _any(names, "mask_hidden")
+    )
+
+
+def _quantized(config: Config, names: Names) -> bool:
+    return _any(names, ".weight_scale", ".input_scale", ".weight_packed", ".scales", ".qweight")
+
+
+def _whole_model(config: Config, names: Names) -> bool:
+    fused = any(name.endswith("fc.weight") or "hidden_norm" in name for name in names)
+    return not fused and _any(names, "layers.1.") and _any(names, "embed_tokens.weight")
+
+
+REFUSED = (
+    Refused(
+        "a whole language model and no drafter",
+        _whole_model,
+        "Give it as the target (--target, --model), and a drafter trained for it as the source",
+    ),
+    Refused(
+        "a block-diffusion drafter (DFlash, DSpark, Domino)",
+        _dflash,
+        "It drafts by denoising blocks: dflash-mlx and mlx-vlm run those",
+    ),
+    Refused(
+        "a P-EAGLE drafter",
+        _p_eagle,
+        f"It drafts all tokens in one parallel pass, which vLLM runs. {EAGLE3}",
+    ),
+    Refused(
+        "an EAGLE-3 drafter with latent attention (MLA)",
+        _mla,
+        f"vLLM and SGLang run it. {EAGLE3} with plain attention",
+    ),
+    Refused(
+        "a set of Medusa heads",
+        lambda config, names: "medusa_num_heads" in config or _any(names, "medusa_head"),
+        EAGLE3,
+    ),
+    Refused(
+        "a set of Hydra heads",
+        lambda config, names: "hydra_num_heads" in config or _any(names, "hydra_mlp."),
+        EAGLE3,
+    ),
+    Refused(
+        "an EagleMedusa drafter (parallel_draft_heads)",
+        lambda config, names: _any(names, "parallel_draft_heads."),
+        f"TensorRT-LLM runs it. {EAGLE3}",
+    ),
+    Refused(
+        "a Gemma-4 assistant",
+        lambda config, names: (
+            _model_type(config) in ("gemma4_assistant", "gemma4_unified_assistant")
+        ),
+        f"It shares the target's cache: mlx-vlm runs it. {EAGLE3}",
+    ),
+    Refused(
+        "a quantized head (NVFP4, FP8, GPTQ or another tool's)",
+        _quantized,
+        "Convert the bfloat16 head it was made from, with -q if you want it small",
+    ),
+    Refused(
+        "a multi-token-prediction (MTP) head",
+        _mtp,
+        f"This version does not run MTP heads. {EAGLE3}",
+    ),
+)

@@ -1,0 +1,140 @@
+"""What every drafter's config holds: the sizes of its layers, their RoPE and their window.
+
+Tensors tell what shows in them, the config what does not (heads, RoPE, window).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlx_drift.convert.conventions import TapConvention, Values
+from mlx_drift.convert.rope import LAYER_KINDS, read_rope
+from mlx_drift.convert.stored import StoredTensor
+from mlx_drift.errors import DriftError, brief
+from mlx_drift.target import TargetShape
+
+Tensors = Mapping[str, StoredTensor]
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What the user, or the probe, says of what a checkpoint leaves open or has wrong.
+
+    Attributes:
+        taps: What the checkpoint's tap layers mean.
+        feedback: Which state the next chain step gets.
+        rope_theta: The base of RoPE.
+        window: The sliding window; 0 for none.
+        probed: Which of these the probe says, under the names of the config's fields.
+    """
+
+    taps: TapConvention | None = None
+    feedback: Literal["pre", "post"] | None = None
+    rope_theta: float | None = None
+    window: int | None = None
+    probed: frozenset[str] = frozenset()
+
+
+def read_layers(values: Values, tensors: Tensors, overrides: Overrides) -> dict[str, Any]:
+    """Reads what is common to all drafters that chain Llama layers.
+
+    Returns:
+        Fields of `DrafterConfig`.
+
+    Raises:
+        DriftError: If a value is missing, of the wrong kind, or not supported.
+    """
+    heads = values.size("num_attention_heads")
+    length = values.size("max_position_embeddings", 2048)
+    rope_theta, rope_scaling = read_rope(values, length, overrides.rope_theta)
+    if values.take("hidden_act", "silu") != "silu":
+        raise DriftError(
+            f"{values.file}: hidden_act is {brief(values.config['hidden_act'])}; only 'silu' is "
+            "supported"
+        )
+    values.look("attention_bias", "mlp_bias", "bias", "tie_word_embeddings")  # the tensors tell
+    num_layers = _count_layers(values, tensors)
+    window, full = _window(values, num_layers, overrides.window)
+    return {
+        "intermediate_size": values.size("intermediate_size"),
+        "num_layers": num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": values.size("num_key_value_heads", heads),
+        "head_dim": _head_dim(values, tensors, heads),
+        "rms_norm_eps": values.take("rms_norm_eps", 1e-6),
+        "rope_theta": rope_theta,
+        "rope_scaling": rope_scaling,
+        "max_position_embeddings": length,
+        "sliding_window": window,
+        "full_attention_layers": full,
+        "fc_bias": "fc.bias" in tensors,
+        "attention_bias": "layers.0.self_attn.q_proj.bias" in tensors,
+        "attention_output_bias": "layers.0.self_attn.o_proj.bias" in tensors,
+        "mlp_bias": "layers.0.mlp.gate_proj.bias" in tensors,
+        "own_embedding": "embed_tokens.weight" in tensors,
+    }
+
+
+def read_target(values: Values, target: TargetShape | None, hidden_size: int) -> TargetShape:
+    """Reads the sizes of the target the drafter was made for; its layers from the target itself."""
+    num_layers = None if target is None else target.num_layers
+    if values.take("target_num_hidden_layers") is not None:
+        num_layers = values.size("target_num_hidden_layers")
+    return TargetShape(
+        hidden_size=hidden_size, vocab_size=values.size("vocab_size"), num_layers=num_layers
+    )
+
+
+def _count_layers(values: Values, tensors: Tensors) -> int:
+    """Counts the layers in the file; configs are known to give the target's number instead."""
+    values.look("num_hidden_layers")
+    numbers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+    return values.rule("num_layers", len(numbers), "the layers in the file")
+
+
+def _head_dim(values: Values, tensors: Tensors, heads: int) -> int:
+    """Takes the width of a head; never hidden size over heads, which is often another number."""
+    queries = tensors.get("layers.0.self_attn.q_proj.weight")
+    if values.take("head_dim") is not None or queries is None or not queries.shape:
+        return values.size("head_dim")
+    return values.rule("head_dim", queries.shape[0] // heads, "rows of q_proj over heads")
+
+
+def _window(values: Values, num_layers: int, override: int | None) -> tuple[int | None, list[int]]:
+    """Reads the sliding window, and which layers see everything all the same.
+
+    transformers keeps `sliding_window` in a file even where it is off. A layer slides if
+    `layer_types` says so, as in vLLM and speculators; without `layer_types` all do, or none, as
+    `use_sliding_window` says, whose `false` only the Qwen configs obey where there are both.
+    """
+    values.look("max_window_layers")
+    if override is not None:
+        values.look("layer_types", "use_sliding_window", "sliding_window")
+        return values.override("sliding_window", override or None), []
+    kinds = list(map(str, values.checked("layer_types", list) or []))[:num_layers]
+    enabled = values.checked("use_sliding_window", bool)
+    if values.take("sliding_window") is None:
+        if "sliding_attention" in kinds and enabled is not False:
+            raise DriftError(
+                f"{values.file}: layer_types names sliding layers, but there is no sliding_window. "
+                "Say which: --window W"
+            )
+        return None, []
+    window = values.size("sliding_window")
+    if unknown := sorted(set(kinds) - LAYER_KINDS):
+        raise DriftError(
+            f"{values.file}: layer_types has {brief(unknown[0])}; expected "
+            f"{' or '.join(sorted(LAYER_KINDS))}"
+        )
+    if kinds and len(kinds) < num_layers:
+        raise DriftError(
+            f"{values.file}: layer_types names {len(kinds)} layers, but the weights have "
+            f"{num_layers}"
+        )
+    obeyed = str(values.config.get("model_type", "")).startswith("qwen") or not kinds
+    if (enabled is False and obeyed) or (enabled is None and not kinds):
+        return values.rule("sliding_window", None, "the file does not say that it is on"), []
+    full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+    if len(full) == num_layers:
+        return values.rule("sliding_window", None, "layer_types: all layers see everything"), []
+    return window, full

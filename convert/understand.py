@@ -1,0 +1,220 @@
+"""From a checkpoint of any dialect to canonical tensors and resolved values.
+
+Nothing is ignored: a tensor without a place is an error, a config key that nobody reads is
+reported, and a convention that the checkpoint does not settle stays undecided until the user, the
+target or the probe settles it.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_drift.convert.conventions import Undecided, Values
+from mlx_drift.convert.dialects import Dialect, Names
+from mlx_drift.convert.dialects.angelslim import ANGELSLIM
+from mlx_drift.convert.dialects.automodel import AUTOMODEL
+from mlx_drift.convert.dialects.eagle import EAGLE
+from mlx_drift.convert.dialects.modelopt import MODELOPT
+from mlx_drift.convert.dialects.refused import REFUSED
+from mlx_drift.convert.dialects.safeailab import SAFEAILAB
+from mlx_drift.convert.dialects.specdrift import SPECDRIFT
+from mlx_drift.convert.dialects.specforge import SPECFORGE
+from mlx_drift.convert.dialects.speculators import SPECULATORS
+from mlx_drift.convert.dialects.torchspec import TORCHSPEC
+from mlx_drift.convert.eagle import understand_eagle
+from mlx_drift.convert.eagle3 import understand_eagle3
+from mlx_drift.convert.layers import Overrides
+from mlx_drift.convert.source import Checkpoint
+from mlx_drift.convert.stored import StoredTensor
+from mlx_drift.drafters.config import (
+    CONFIGS,
+    DrafterConfig,
+    Eagle3Config,
+    EagleConfig,
+    config_from_dict,
+)
+from mlx_drift.errors import DriftError, brief
+from mlx_drift.target import TargetShape
+
+# The first that recognises a checkpoint; SpecForge's layout is what most others started from.
+DIALECTS = (
+    SPECULATORS,
+    EAGLE,
+    SPECDRIFT,
+    TORCHSPEC,
+    AUTOMODEL,
+    ANGELSLIM,
+    MODELOPT,
+    SAFEAILAB,
+    SPECFORGE,
+)
+CONVERTED = "mlx-drift"
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checkpoint understood.
+
+    Attributes:
+        dialect: The name of its dialect.
+        config_file: The name of its config, for messages.
+        fields: The fields of its config; `taps` is missing while it is undecided.
+        provenance: Where each of them came from.
+        tensors: The tensors under canonical names, `d2t` and `t2d` as they are in the file.
+        unknown_keys: Config keys nobody read.
+        notes: What the user should know, a line each.
+        undecided: What keeps `taps` open, if anything does.
+        origin: What the checkpoint itself says of where it is from: the name of its `target`, or
+            all of a converted drafter's `source`.
+    """
+
+    dialect: str
+    config_file: str
+    fields: dict[str, Any]
+    provenance: dict[str, str]
+    tensors: dict[str, StoredTensor]
+    unknown_keys: list[str]
+    notes: list[str]
+    undecided: Undecided | None = None
+    origin: dict[str, str] = field(default_factory=dict)
+
+    def config(self, source: dict[str, str]) -> Eagle3Config | EagleConfig:
+        """Makes the config.
+
+        Raises:
+            Undecided: If the taps are.
+            DriftError: If the fields contradict each other, or one makes no sense.
+        """
+        if self.undecided is not None:
+            raise self.undecided
+        try:
+            return config_from_dict(self.fields | {"source": source, "provenance": self.provenance})
+        except DriftError as error:
+            raise DriftError(f"{self.config_file}: {error}") from None
+
+
+def understand(
+    checkpoint: Checkpoint, target: TargetShape | None, overrides: Overrides
+) -> Resolved:
+    """Resolves a checkpoint's tensors and every convention.
+
+    Args:
+        checkpoint: What was read.
+        target: The target's sizes, where the user named one.
+        overrides: The user's choices.
+
+    Raises:
+        DriftError: If the dialect is unknown or refused, or anything is missing, left over or
+            contradictory.
+    """
+    if "drafter_type" in checkpoint.config:
+        return _understand_converted(checkpoint, overrides)
+    dialect = _recognise(checkpoint)
+    tensors = _rename(checkpoint, dialect)
+    for name, tensor in tensors.items():
+        if name.endswith("proj.weight") and tensor.ndim != 2:
+            raise DriftError(
+                f"{checkpoint.weights}: {name} has shape {tensor.shape}, expected a matrix"
+            )
+    flat = dialect.flatten(checkpoint.config)
+    values = Values(flat, checkpoint.config_file, dialect.defaults, overrides.probed)
+    values.look(*dialect.bookkeeping)
+    weights = checkpoint.weights
+    if dialect.kind == "eagle":
+        fields, undecided = understand_eagle(values, tensors, weights, target, overrides)
+    else:
+        fields, undecided = understand_eagle3(
+            values, tensors, weights, dialect.tap_ids, target, overrides
+        )
+    if "taps" in fields:
+        fields["taps"] = list(fields["taps"])
+    known = CONFIGS[dialect.kind].__dataclass_fields__
+    traps = [t for t in dialect.traps if getattr(overrides, t.field) is None and t.applies(flat)]
+    return Resolved(
+        dialect=dialect.name,
+        config_file=checkpoint.config_file,
+        fields=fields,
+        provenance={key: origin for key, origin in values.provenance.items() if key in known},
+        tensors=tensors,
+        unknown_keys=values.unknown(),
+        notes=values.notes + [trap.told for trap in traps],
+        undecided=undecided,
+        origin=_target_name(checkpoint.config),
+    )
+
+
+def _understand_converted(checkpoint: Checkpoint, overrides: Overrides) -> Resolved:
+    """Takes a drafter that mlx-drift converted: its config is resolved already."""
+    try:
+        config: DrafterConfig = config_from_dict(checkpoint.config)
+    except DriftError as error:
+        raise DriftError(f"{checkpoint.config_file}: {error}") from None
+    if overrides.taps is not None and "taps" not in overrides.probed:
+        raise DriftError(
+            f"{checkpoint.config_file} is of a converted drafter, whose taps are resolved: --taps "
+            "has nothing to say. Convert the original again"
+        )
+    fields, provenance = config.to_dict(), dict(config.provenance)
+    changes: dict[str, Any] = {
+        "feedback": overrides.feedback,
+        "rope_theta": overrides.rope_theta,
+        "sliding_window": overrides.window,
+    }
+    for key, value in changes.items():
+        if value is not None and key in fields:
+            fields[key] = None if (key, value) == ("sliding_window", 0) else value
+            provenance[key] = "probe" if key in overrides.probed else "override"
+    if overrides.window is not None:
+        fields["full_attention_layers"] = []
+    return Resolved(
+        dialect=CONVERTED,
+        config_file=checkpoint.config_file,
+        fields=fields,
+        provenance=provenance,
+        tensors=checkpoint.tensors,
+        unknown_keys=[],
+        notes=[],
+        origin=dict(config.source),
+    )
+
+
+def _target_name(config: dict[str, Any]) -> dict[str, str]:
+    """Reads the target's name from a speculators config, the only one that holds it."""
+    match config.get("speculators_config"):
+        case {"verifier": {"name_or_path": str(name)}} if REPOSITORY.fullmatch(name):
+            return {"target": name}
+    return {}
+
+
+def _recognise(checkpoint: Checkpoint) -> Dialect:
+    names: Names = checkpoint.tensors.keys()
+    for refused in REFUSED:
+        if refused.recognises(checkpoint.config, names):
+            raise DriftError(
+                f"{checkpoint.weights} is {refused.name}, which mlx-drift does not run. "
+                f"{refused.instead}"
+            )
+    for dialect in DIALECTS:
+        if dialect.recognises(checkpoint.config, names):
+            return dialect
+    known = ", ".join(dialect.name for dialect in DIALECTS)
+    what = checkpoint.config.get("speculators_model_type") or checkpoint.config.get("architectures")
+    raise DriftError(
+        f"{checkpoint.weights}: not a drafter of a layout this version reads ({known}); its "
+        f"config says {brief(what)}, its tensors are {', '.join(sorted(names)[:4])}, …"
+    )
+
+
+def _rename(checkpoint: Checkpoint, dialect: Dialect) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        canonical = dialect.rename(name)
+        if canonical is None:
+            continue
+        if canonical in tensors:
+            raise DriftError(
+                f"{checkpoint.weights}: {name} and another tensor both mean {canonical}"
+            )
+        tensors[canonical] = tensor
+    return tensors

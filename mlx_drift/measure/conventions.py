@@ -1,0 +1,234 @@
+"""The convention probe: which reading of a checkpoint's conventions its drafter was trained with.
+
+Two switches are not in the tensors and wrong in some configs: whether tap ids mean the inputs or
+the outputs of layers, and which state is fed back. The readings are tried on the target's own
+greedy text with the teacher-forced chain: what the *first* step drafts depends on the taps alone,
+what the *later* steps draft on the feedback too. Readings are compared position by position, by the
+likelihood they give the target's token: it tells more than whether the draft agrees, so a few
+hundred tokens settle it. The idea is this project's own; no engine does it.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import numpy.typing as npt
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_drift.convert.conventions import TapConvention
+from mlx_drift.convert.convert import Candidate, Feedback, Verdict
+from mlx_drift.decode.statistics import LOW_ACCEPTANCE
+from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.errors import DriftError
+from mlx_drift.target import Target
+
+STEPS = 3
+TOKENS, MOST = 240, 80
+"""Tokens of the target's own to try the readings on: over all prompts, and of one at most."""
+
+CLEAR = 3.0
+"""Standard errors by which the better reading must lead."""
+
+PROMPTS = (
+    "What does `textwrap.dedent` do in Python? Show me its source.",
+    "Explain in a few sentences how rainbows form.",
+    "What does `shutil.which` do in Python?",
+    "What should I pack for a week of hiking in the mountains?",
+    "How do I use `itertools.groupby` in Python?",
+    "Write a short story about a lighthouse keeper.",
+    "Show me the source of `functools.partial`.",
+    "Translate into French: The library opens at nine.",
+    "Show me the source of `string.capwords`.",
+    "What does `os.path.commonpath` do in Python?",
+)
+"""Asked in turn until the target has said enough: everyday ones, and ones the embedded pair knows.
+"""
+
+Reading = tuple[TapConvention, Feedback]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one reading's drafts compare with the target's own tokens `[P]`, at chain steps `[S]`.
+
+    Attributes:
+        agrees: Whether the draft is the target's token, `[S, P]`.
+        log_likelihood: Nats of the target's token, `[S, P]`; NaN where the draft vocabulary lacks
+            it.
+    """
+
+    agrees: npt.NDArray[np.bool_]
+    log_likelihood: npt.NDArray[np.float64]
+
+    @property
+    def likelihood(self) -> float:
+        """The mean log-likelihood, in nats."""
+        return float(np.nanmean(self.log_likelihood))
+
+    def lead(self, other: "Score") -> float:
+        """By how many standard errors this score is the likelier one.
+
+        The steps draft the same tokens, so their differences are averaged token by token before
+        they are taken for independent.
+        """
+        difference = (self.log_likelihood - other.log_likelihood).mean(axis=0)
+        difference = difference[np.isfinite(difference)]
+        if not difference.any():
+            return 0.0
+        return float(difference.mean() / (difference.std() / math.sqrt(difference.size)))
+
+
+class ConventionProbe:
+    """Tries readings of a checkpoint on its target; to be given to `convert_drafter`.
+
+    Args:
+        model: The target, as `mlx_lm.load` returns it.
+        tokenizer: Its tokenizer.
+        prompts: What to ask it; its chat template is applied where it has one.
+        tokens: How many tokens of its own to try the readings on, if the prompts give as many.
+
+    Attributes:
+        agreement: After a call, for each reading the share of drafts that agree at each step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: TokenizerWrapper,
+        prompts: Sequence[str] = PROMPTS,
+        tokens: int = TOKENS,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.tokens = tokens
+        self.agreement: dict[Reading, list[float]] = {}
+        self._texts: list[tuple[list[int], int]] = []  # token ids, and where the target's begin
+
+    def __call__(self, candidates: Mapping[Reading, Candidate]) -> Verdict:
+        """Chooses between readings; see `Verdict`.
+
+        Raises:
+            DriftError: If the target says nothing to the prompts.
+        """
+        self._texts = self._texts or list(self._ask())
+        if not self._texts:
+            raise DriftError(
+                "the target answers none of the prompts, or they are too short; probe on others: "
+                "--probe-on"
+            )
+        target = Target(self.model, sorted({t for c in candidates.values() for t in c.config.taps}))
+        taps = [target(mx.array(text[:-1]), target.make_cache())[1] for text, _ in self._texts]
+        tried: dict[Any, Score] = {}  # several readings may come to the same config
+        scores: dict[Reading, Score] = {}
+        for reading, candidate in candidates.items():
+            key = candidate.config.taps, getattr(candidate.config, "feedback", None)
+            tried[key] = scores[reading] = tried.get(key) or self._score(candidate, target, taps)
+        self.agreement = {
+            reading: score.agrees.mean(axis=1).tolist() for reading, score in scores.items()
+        }
+        return decide(scores)
+
+    def _ask(self) -> Iterator[tuple[list[int], int]]:
+        """Yields the target's greedy text for each prompt."""
+        said = 0
+        for prompt in self.prompts:
+            if said >= self.tokens:
+                return
+            text: Any = prompt
+            if self.tokenizer.has_chat_template:
+                messages = [{"role": "user", "content": prompt}]
+                text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            tokens = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+            start = len(tokens)
+            for response in mlx_lm.stream_generate(
+                self.model, self.tokenizer, tokens.copy(), max_tokens=MOST
+            ):
+                tokens.append(response.token)
+            said += len(tokens) - start
+            if len(tokens) > start >= STEPS + 1:
+                yield tokens, start
+
+    def _score(self, candidate: Candidate, target: Target, taps: Sequence[mx.array]) -> Score:
+        """Scores the drafts of each chain step at the target's own tokens."""
+        columns = mx.array([target.taps.index(tap) for tap in candidate.config.taps])
+        candidate.network.set_dtype(target.dtype)
+        drafter = ChainDrafter(candidate.config, candidate.network, target, candidate.d2t)
+        draft_id = np.arange(target.shape.vocab_size)  # of each target token; -1 for none
+        if candidate.d2t is not None:
+            ids = np.array(candidate.d2t)
+            draft_id[:] = -1
+            draft_id[ids] = np.arange(ids.size)
+        agrees, likelihood = [], []  # of each text, [S, P]
+        for (text, start), captured in zip(self._texts, taps, strict=True):
+            true = np.array(text[start:])
+            known = draft_id[true]
+            chain = drafter.train_time_test_steps(mx.array(text), captured[:, columns], STEPS)
+            for step, (logits, _) in enumerate(chain):
+                first = start - 2 - step  # the row that drafts the first of the target's tokens
+                logits = logits[first : first + true.size].astype(mx.float32)
+                nats = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True), np.float64)
+                agrees.append(np.array(drafter.choose(logits)) == true)
+                likelihood.append(np.where(known >= 0, nats[np.arange(true.size), known], np.nan))
+        return Score(_by_step(agrees), _by_step(likelihood))
+
+
+def _by_step(of_texts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Joins rows of texts, each with its steps in turn, to `[S, P]`."""
+    return np.stack([np.concatenate(of_texts[step::STEPS]) for step in range(STEPS)])
+
+
+def decide(scores: Mapping[Reading, Score]) -> Verdict:
+    """Chooses the taps, each with the feedback that suits it, then the feedback.
+
+    Args:
+        scores: The score of each reading.
+    """
+    ranked = sorted(scores, key=lambda reading: -scores[reading].likelihood)
+    best = scores[ranked[0]]
+    if (first := best.agrees[0].mean()) < LOW_ACCEPTANCE:
+        return Verdict(
+            None,
+            None,
+            [
+                f"the probe: even the best reading agrees with the target on {first:.0%} of its "
+                "first drafts; the drafter was made for another target, or something else is read "
+                "wrongly (RoPE, the prompt's template)"
+            ],
+        )
+    taps, feedback = ranked[0]
+    others: dict[str, Reading | None] = {
+        "taps": next((reading for reading in ranked if reading[0] != taps), None),
+        "feedback": next((r for r in ranked if r[0] == taps and r[1] != feedback), None),
+    }
+    chosen: dict[str, Any] = {"taps": None, "feedback": None}
+    notes = []
+    for i, (what, other) in enumerate(others.items()):
+        if other is None:
+            continue
+        lead = best.lead(scores[other])
+        if lead == 0:  # two names of one reading
+            continue
+        step = slice(0, 1) if what == "taps" else slice(1, None)
+        shares = ", ".join(
+            f"{reading[i]} {scores[reading].agrees[step].mean():.1%}"
+            for reading in (ranked[0], other)
+        )
+        figures = (
+            f"{shares} of {best.agrees[step].size} {'first' if what == 'taps' else 'later'} drafts "
+            f"agree with the target, {lead:.1f} standard errors apart in likelihood"
+        )
+        if lead >= CLEAR:
+            chosen[what] = ranked[0][i]
+            notes.append(f"the probe settles {what} = {ranked[0][i]}: {figures}")
+        else:
+            notes.append(
+                f"the probe does not settle {what}: {figures}, where {CLEAR:.0f} would do; give it "
+                f"more text with --probe-on, or decide with --{what}"
+            )
+    return Verdict(chosen["taps"], chosen["feedback"], notes)

@@ -1,0 +1,164 @@
+"""Known pairs: which published head to try for which target.
+
+The heads and what they need are from their cards and from engines' test suites; nobody could run
+them here. A target is known by the name of its repository, whatever organisation and quantization
+it comes in, or by the sizes in its config where only one known target has them.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_drift.errors import DriftError
+
+QWEN3 = "enable_thinking=false: the head was trained on answers without thinking"
+WINDOWS = "its target keeps sliding windows, which cannot take rejected drafts back yet"
+RECURRENT = "its target keeps a recurrent state, which cannot take rejected drafts back yet"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A target and the head recommended for it.
+
+    Attributes:
+        target: The original repository of the target.
+        drafter: The head's repository.
+        sizes: The target's `model_type`, hidden size, number of layers and vocabulary.
+        needs: What the model needs for the head to work well.
+        not_yet: Why this version does not run the pair, if it does not.
+    """
+
+    target: str
+    drafter: str
+    sizes: tuple[str, int, int, int]
+    needs: str = ""
+    not_yet: str = ""
+
+
+PAIRS = (
+    Pair("Qwen/Qwen3-1.7B", "AngelSlim/Qwen3-1.7B_eagle3", ("qwen3", 2048, 28, 151936), QWEN3),
+    Pair("Qwen/Qwen3-4B", "AngelSlim/Qwen3-4B_eagle3", ("qwen3", 2560, 36, 151936), QWEN3),
+    Pair(
+        "Qwen/Qwen3-8B", "RedHatAI/Qwen3-8B-speculator.eagle3", ("qwen3", 4096, 36, 151936), QWEN3
+    ),
+    Pair(
+        "Qwen/Qwen3-14B", "RedHatAI/Qwen3-14B-speculator.eagle3", ("qwen3", 5120, 40, 151936), QWEN3
+    ),
+    Pair(
+        "Qwen/Qwen3-32B", "RedHatAI/Qwen3-32B-speculator.eagle3", ("qwen3", 5120, 64, 151936), QWEN3
+    ),
+    Pair(
+        "Qwen/Qwen3-30B-A3B", "AngelSlim/Qwen3-a3B_eagle3", ("qwen3_moe", 2048, 48, 151936), QWEN3
+    ),
+    Pair(
+        "Qwen/Qwen3-30B-A3B-Instruct-2507",
+        "RedHatAI/Qwen3-30B-A3B-Instruct-2507-speculator.eagle3",
+        ("qwen3_moe", 2048, 48, 151936),
+    ),
+    Pair(
+        "Qwen/Qwen3-Coder-30B-A3B-Instruct",
+        "JinnP/SGLang-EAGLE3-Qwen3-Coder-30B-A3B-Instruct",
+        ("qwen3_moe", 2048, 48, 151936),
+    ),
+    Pair(
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B",
+        ("llama", 4096, 32, 128256),
+    ),
+    Pair(
+        "meta-llama/Llama-3.3-70B-Instruct",
+        "yuhuili/EAGLE3-LLaMA3.3-Instruct-70B",
+        ("llama", 8192, 80, 128256),
+    ),
+    Pair(
+        "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+        "yuhuili/EAGLE3-DeepSeek-R1-Distill-LLaMA-8B",
+        ("llama", 4096, 32, 128256),
+    ),
+    Pair(
+        "openai/gpt-oss-20b",
+        "RedHatAI/gpt-oss-20b-speculator.eagle3",
+        ("gpt_oss", 2880, 24, 201088),
+        not_yet=WINDOWS,
+    ),
+    Pair(
+        "openai/gpt-oss-120b",
+        "RedHatAI/gpt-oss-120b-speculator.eagle3",
+        ("gpt_oss", 2880, 36, 201088),
+        not_yet=WINDOWS,
+    ),
+    Pair(
+        "google/gemma-4-31B-it",
+        "RedHatAI/gemma-4-31B-it-speculator.eagle3",
+        ("gemma4", 5376, 60, 262144),
+        not_yet=WINDOWS,
+    ),
+    Pair(
+        "Qwen/Qwen3.6-27B",
+        "Dogacel/specdrift-qwen3.6-27b-eagle3",
+        ("qwen3_5", 5120, 64, 248320),
+        not_yet=RECURRENT,
+    ),
+    Pair(
+        "Qwen/Qwen3.6-35B-A3B",
+        "Dogacel/specdrift-qwen3.6-35b-a3b-eagle3",
+        ("qwen3_5_moe", 2048, 40, 248320),
+        not_yet=RECURRENT,
+    ),
+)
+
+# What mlx-community and others add to the name of the model they converted. Nothing that could be
+# a part of a name: a wrongly stripped fine-tune would silently get the original's head.
+_SUFFIX = re.compile(
+    r"[-_](mlx|[2-8]-?bit|(bf|fp|f)16|fp8|mxfp[48]|nvfp4|int[48]|q[2-8]|gs?(32|64|128)"
+    r"|awq|gptq|dwq(-\d{4,8})?)$"
+)
+
+
+def find_pair(name: str, config: dict[str, Any]) -> tuple[Pair, str]:
+    """Finds the head to try for a target.
+
+    Args:
+        name: The target's repository or folder, as the user gave it.
+        config: Its `config.json`.
+
+    Returns:
+        The pair, and by what the target was known.
+
+    Raises:
+        DriftError: If the target is not in the table, or more than one might be it, or this version
+            does not run it.
+    """
+    base = _base_name(name)
+    alike = [pair for pair in PAIRS if _base_name(pair.target) == base]
+    why = f"the name {name}"
+    if not alike:
+        inner = config.get("text_config")
+        text = inner if isinstance(inner, dict) else config
+        keys = "hidden_size num_hidden_layers vocab_size"
+        sizes = tuple(text.get(key) for key in keys.split())
+        types = config.get("model_type"), text.get("model_type")
+        alike = [p for p in PAIRS if p.sizes in [(model_type, *sizes) for model_type in types]]
+        why = f"its sizes, those of {alike[0].target}" if alike else ""
+    if len(alike) == 1 and alike[0].not_yet:
+        raise DriftError(
+            f"{name}: the known drafter {alike[0].drafter} is not run yet: {alike[0].not_yet}. "
+            "Generate without one: --no-draft"
+        )
+    if len(alike) == 1:
+        return alike[0], why
+    targets = " or ".join(pair.target for pair in alike)
+    raise DriftError(
+        f"{name}: "
+        + (f"by its sizes this could be {targets}" if alike else "no drafter is known for it")
+        + ". `mlx-drift pairs` lists the known pairs; name a drafter with --drafter owner/name, or "
+        "generate without: --no-draft"
+    )
+
+
+def _base_name(name: str) -> str:
+    """The name of a model without organisation and quantization, in lower case."""
+    base = name.rstrip("/").rpartition("/")[2].lower()
+    while (shorter := _SUFFIX.sub("", base)) != base:
+        base = shorter
+    return base.removeprefix("meta-")
