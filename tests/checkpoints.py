@@ -1,15 +1,19 @@
 """Writes small PyTorch-style drafter checkpoints, for the targets of `tiny`."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from mlx_drift.convert.torch_pickle import read_torch_checkpoint
 from tiny import HIDDEN, VOCAB
 
 DRAFT_VOCAB = 40
+EMBEDDED = Path(__file__).parent / "data" / "eagle3.1-bin"
+"""The embedded drafter as its trainer wrote it, in PyTorch's format."""
 
 
 def specforge_config(**changes: Any) -> dict[str, Any]:
@@ -77,4 +81,22 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config or specforge_config()))
+    return folder
+
+
+def embedded_checkpoint(folder: Path, shards: int = 1) -> Path:
+    """Writes `EMBEDDED` in safetensors; with an index if there is more than one shard."""
+    stored = read_torch_checkpoint(EMBEDDED / "pytorch_model.bin")
+    tensors = {name: np.array(tensor.whole()) for name, tensor in stored.items()}
+    folder.mkdir(parents=True)
+    shutil.copy(EMBEDDED / "config.json", folder)
+    names = [f"model-{i:05}-of-{shards:05}.safetensors" for i in range(1, shards + 1)]
+    if shards == 1:
+        names = ["model.safetensors"]
+    else:
+        weight_map = {name: names[i % shards] for i, name in enumerate(tensors)}
+        index = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (folder / "model.safetensors.index.json").write_text(index)
+    for i, name in enumerate(names):
+        save_file(dict(list(tensors.items())[i::shards]), folder / name)
     return folder

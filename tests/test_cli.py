@@ -359,7 +359,9 @@ def test_convert_prints_what_it_decided(cli, checkpoint, tmp_path):
 def test_convert_json(cli, checkpoint, tmp_path):
     code, out, _ = cli("convert", checkpoint, "--mlx-path", tmp_path / "out", "--json")
     assert code == 0
-    assert json.loads(out) == json.loads((tmp_path / "out" / "config.json").read_text())
+    report, config = json.loads(out), json.loads((tmp_path / "out" / "config.json").read_text())
+    assert report | config == report
+    assert report["dialect"] == "SpecForge"
 
 
 def test_convert_warns_of_config_keys_nobody_reads(cli, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from checkpoints import DRAFT_VOCAB, specforge_config, specforge_tensors, write_checkpoint
 from mlx_drift import DriftError, convert_drafter, load_drafter
@@ -198,10 +198,10 @@ def test_rope_in_either_spelling(tmp_path):
 
 
 def test_rope_keys_that_nothing_reads_are_named(tmp_path):
-    scaling = {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.2}
+    scaling = {"rope_type": "yarn", "factor": 4.0, "truncate": False}
     config = specforge_config(rope_scaling=scaling)
     source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
-    assert convert(source, tmp_path / "out").unknown_keys == ["rope_scaling.attention_factor"]
+    assert convert(source, tmp_path / "out").unknown_keys == ["rope_scaling.truncate"]
 
 
 def test_head_dim_comes_from_the_tensors_where_the_config_lacks_it(tmp_path):
@@ -248,7 +248,7 @@ def test_unknown_config_keys_are_named(tmp_path):
         (lambda t: (t.pop("t2d"), t.update(d2t=t["d2t"] + 30)), "outside the target's vocabulary"),
         (lambda t: t.update({"layers.0.hidden_norm.weight": t["norm.weight"]}), "both mean"),
         (lambda t: t.pop("lm_head.weight"), "draft_vocab_size is 40"),
-        (lambda t: t.update({"fc.weight": t["norm.weight"]}), "expected a matrix"),
+        (lambda t: t.update({"fc.weight": t["norm.weight"]}), "fc.weight has shape"),
     ],
 )
 def test_refuses_tensors_that_do_not_fit(tmp_path, change, message):
@@ -282,10 +282,7 @@ def test_refuses_tensors_that_do_not_fit(tmp_path, change, message):
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": 5}}, "is 5; expected a list"),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": ["1", 2, 3]}}, "layer numbers"),
         ({"eagle_config": "x"}, "names no tap layers"),
-        (
-            {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8},
-            "layer_types mixes",
-        ),
+        ({"layer_types": ["linear_attention"], "sliding_window": 8}, "has 'linear_attention'"),
     ],
 )
 def test_refuses_configs_that_do_not_fit(tmp_path, change, message):
@@ -376,3 +373,134 @@ def test_every_rope_kind_runs(tmp_path, scaling):
     drafter.ingest(mx.array([1, 2, 3]), mx.ones((3, 3, 32)), cache)
     assert drafter.propose(4, cache).tokens.size == 4
     assert mx.isfinite(cache.recycled).all().item()
+
+
+def test_strict_refuses_unknown_config_keys(tmp_path):
+    config = specforge_config(gated_attention=True)
+    source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
+    with pytest.raises(DriftError, match="keys that nothing reads: gated_attention"):
+        convert(source, tmp_path / "out", strict=True)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(np.nan, None), (np.inf, None), (7e4, "float16")])
+def test_weights_that_are_not_finite_are_reported(tmp_path, value, dtype):
+    tensors = specforge_tensors(np.float32)
+    tensors["norm.weight"][:2] = value  # 7e4 is finite, but not in float16
+    source = write_checkpoint(tmp_path / "source", tensors)
+    notes = convert(source, tmp_path / "out", dtype=dtype).notes
+    assert notes[-1] == "norm.weight holds 2 values that are NaN or infinite"
+
+
+def write_target(folder, embed, head=None):
+    write_target_config(folder)
+    tensors = {"model.embed_tokens.weight": embed}
+    save_file(
+        tensors if head is None else tensors | {"lm_head.weight": head},
+        folder / "model.safetensors",
+    )
+    return str(folder)
+
+
+def test_an_embedding_and_head_that_equal_the_targets_are_left_out(tmp_path):
+    tensors = specforge_tensors()
+    for name in ("d2t", "t2d"):
+        del tensors[name]
+    rng = np.random.default_rng(1)
+    embed, head = (rng.normal(0, 1, (64, 32)).astype(np.float16) for _ in range(2))
+    tensors |= {"embed_tokens.weight": embed, "lm_head.weight": head}
+    config = specforge_config(draft_vocab_size=64)
+    source = write_checkpoint(tmp_path / "source", tensors, config)
+
+    def converted(name, *target):
+        done = convert(source, tmp_path / name, target=write_target(tmp_path / f"t{name}", *target))
+        weights = load_file(tmp_path / name / "model.safetensors")
+        return done.config, {"embed_tokens.weight", "lm_head.weight"} & weights.keys()
+
+    config, kept = converted("both", embed, head)
+    assert (config.own_embedding, config.own_head, kept) == (False, False, set())
+    assert config.provenance["own_embedding"] == "rule: equal to the target's"
+    config, kept = converted("tied", embed)  # the target's head is its embedding
+    assert (config.own_embedding, config.own_head, kept) == (False, True, {"lm_head.weight"})
+    config, kept = converted("other", embed + 1, head + 1)
+    assert (config.own_embedding, config.own_head) == (True, True)
+
+
+def test_quantized_as_mlx_does_it(source, tmp_path):
+    """Blocks of rows, quantized one by one, are the whole quantized at once."""
+    convert(source, tmp_path / "plain", dtype="bfloat16")
+    for mode, bits in (("affine", 4), ("affine", 6), ("affine", 8), ("mxfp4", 4), ("mxfp8", 8)):
+        out = tmp_path / f"{mode}{bits}"
+        convert(
+            source, out, dtype="bfloat16", quantize=True, q_mode=mode, q_bits=bits, q_group_size=32
+        )
+        plain = read_safetensors(tmp_path / "plain" / "model.safetensors")["fc.weight"]
+        parts = mx.quantize(plain, 32, bits, mode)
+        found = read_safetensors(out / "model.safetensors")
+        for part, expected in zip(("weight", "scales", "biases"), parts, strict=False):
+            assert mx.array_equal(found[f"fc.{part}"], expected)
+        assert load_drafter(str(out), tiny_llama()).network.fc.bits == bits
+
+
+ROPE = {
+    "a number in two spellings": {
+        "rope_theta": 1000000,
+        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+    },
+    "a kind in two spellings": {
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rope_parameters": {"type": "linear", "rope_type": "linear", "factor": 2.0},
+    },
+    "nulls": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": None}},
+}
+
+
+@pytest.mark.parametrize("name", ROPE)
+def test_spellings_of_rope_that_agree(tmp_path, name):
+    config = specforge_config(**ROPE[name])
+    source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
+    done = convert(source, tmp_path / "out")
+    assert done.config.rope_theta == ROPE[name].get("rope_theta", 1e4)
+    assert done.unknown_keys == []
+
+
+def test_the_user_settles_which_theta_it_is(tmp_path):
+    config = specforge_config(rope_theta=5e5, rope_parameters={"rope_theta": 1e4})
+    source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
+    with pytest.raises(DriftError, match="--rope-theta"):
+        convert(source, tmp_path / "out")
+    assert convert(source, tmp_path / "out", rope_theta=1e4).config.rope_theta == 1e4
+
+
+def test_keys_that_are_null_say_nothing(tmp_path):
+    source = write_checkpoint(tmp_path / "source", specforge_tensors())
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"surprise": None}))
+    assert convert(source, tmp_path / "out").unknown_keys == []
+
+
+def test_safetensors_of_any_name_come_before_bin(tmp_path):
+    source = write_checkpoint(tmp_path / "source", specforge_tensors())
+    (source / "model.safetensors").rename(source / "eagle.safetensors")
+    (source / "pytorch_model.bin").write_bytes(b"not even looked at")
+    assert convert(source, tmp_path / "out").config.source["file"] == "eagle.safetensors"
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/head", "a" * 300 + "/b", "a\0b/c", "/dev/null", ""])
+def test_sources_that_are_no_paths(name, tmp_path):
+    with pytest.raises(DriftError) as refused:
+        convert(name, tmp_path / "out")
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_an_upload_that_cannot_be_is_refused_at_once(source, tmp_path):
+    with pytest.raises(DriftError, match="expected a Hub repository as owner/name to upload to"):
+        convert(source, tmp_path / "out", upload_repo="me/new/x")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_converted_drafter_is_not_read_through_links(source, tmp_path):
+    convert(source, tmp_path / "out")
+    (tmp_path / "out" / "config.json").rename(tmp_path / "config.json")
+    (tmp_path / "out" / "config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(DriftError, match="leads out of its folder"):
+        load_drafter(str(tmp_path / "out"), tiny_llama())
