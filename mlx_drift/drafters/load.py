@@ -88,6 +88,7 @@ def build_network(config: DrafterConfig, path: Path) -> Any:
         raise DriftError(f"{where}: rope_scaling lacks the key {error}") from None
     except (ValueError, TypeError, ArithmeticError, AssertionError) as error:
         raise DriftError(f"{where}: no network can be built from it ({error})") from None
+    mx.eval(mx.random.state)  # layers draw their first weights: a lazy chain of keys, growing
     return network
 
 
