@@ -23,7 +23,7 @@ def pair():
 
 @pytest.fixture(scope="module")
 def probe(pair):
-    return ConventionProbe(*pair)
+    return ConventionProbe(*pair, tokens=160)
 
 
 def scrambled(folder, taps, feedback):

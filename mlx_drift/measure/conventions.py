@@ -80,7 +80,9 @@ class Score:
         difference = difference[np.isfinite(difference)]
         if not difference.any():
             return 0.0
-        return float(difference.mean() / (difference.std() / math.sqrt(difference.size)))
+        error = float(difference.std()) / math.sqrt(difference.size)
+        lead = float(difference.mean())
+        return lead / error if error else math.copysign(math.inf, lead)
 
 
 class ConventionProbe:
