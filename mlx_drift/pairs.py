@@ -12,8 +12,6 @@ from typing import Any
 from mlx_drift.errors import DriftError
 
 QWEN3 = "enable_thinking=false: the head was trained on answers without thinking"
-WINDOWS = "its target keeps sliding windows, which cannot take rejected drafts back yet"
-RECURRENT = "its target keeps a recurrent state, which cannot take rejected drafts back yet"
 
 
 @dataclass(frozen=True)
@@ -25,14 +23,12 @@ class Pair:
         drafter: The head's repository.
         sizes: The target's `model_type`, hidden size, number of layers and vocabulary.
         needs: What the model needs for the head to work well.
-        not_yet: Why this version does not run the pair, if it does not.
     """
 
     target: str
     drafter: str
     sizes: tuple[str, int, int, int]
     needs: str = ""
-    not_yet: str = ""
 
 
 PAIRS = (
@@ -79,31 +75,26 @@ PAIRS = (
         "openai/gpt-oss-20b",
         "RedHatAI/gpt-oss-20b-speculator.eagle3",
         ("gpt_oss", 2880, 24, 201088),
-        not_yet=WINDOWS,
     ),
     Pair(
         "openai/gpt-oss-120b",
         "RedHatAI/gpt-oss-120b-speculator.eagle3",
         ("gpt_oss", 2880, 36, 201088),
-        not_yet=WINDOWS,
     ),
     Pair(
         "google/gemma-4-31B-it",
         "RedHatAI/gemma-4-31B-it-speculator.eagle3",
         ("gemma4", 5376, 60, 262144),
-        not_yet=WINDOWS,
     ),
     Pair(
         "Qwen/Qwen3.6-27B",
         "Dogacel/specdrift-qwen3.6-27b-eagle3",
         ("qwen3_5", 5120, 64, 248320),
-        not_yet=RECURRENT,
     ),
     Pair(
         "Qwen/Qwen3.6-35B-A3B",
         "Dogacel/specdrift-qwen3.6-35b-a3b-eagle3",
         ("qwen3_5_moe", 2048, 40, 248320),
-        not_yet=RECURRENT,
     ),
 )
 
@@ -126,8 +117,7 @@ def find_pair(name: str, config: dict[str, Any]) -> tuple[Pair, str]:
         The pair, and by what the target was known.
 
     Raises:
-        DriftError: If the target is not in the table, or more than one might be it, or this version
-            does not run it.
+        DriftError: If the target is not in the table, or more than one might be it.
     """
     base = _base_name(name)
     alike = [pair for pair in PAIRS if _base_name(pair.target) == base]
@@ -140,11 +130,6 @@ def find_pair(name: str, config: dict[str, Any]) -> tuple[Pair, str]:
         types = config.get("model_type"), text.get("model_type")
         alike = [p for p in PAIRS if p.sizes in [(model_type, *sizes) for model_type in types]]
         why = f"its sizes, those of {alike[0].target}" if alike else ""
-    if len(alike) == 1 and alike[0].not_yet:
-        raise DriftError(
-            f"{name}: the known drafter {alike[0].drafter} is not run yet: {alike[0].not_yet}. "
-            "Generate without one: --no-draft"
-        )
     if len(alike) == 1:
         return alike[0], why
     targets = " or ".join(pair.target for pair in alike)

@@ -7,25 +7,34 @@ Notable:
 - What is captured goes to a context variable that is set only during one forward pass: threads,
   conversations and models in one process do not see each other's taps, and a layer that nobody is
   listening to pays one context look-up.
-- A cache is accepted only if a rejected draft can be taken back exactly; the rest is refused by
-  name before anything runs.
+- A cache is accepted only if a rejected draft can be taken back exactly (`mlx_drift.caches`); the
+  rest is refused by name before anything runs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_drift.caches import NOT_EXACT, Consumed, TargetCache, exact, parts, recurrent
 from mlx_drift.errors import DriftError
 
-Cache = list[Any]
-"""One mlx-lm cache object a layer."""
+EMBEDDINGS = (
+    "embed_tokens wte word_embeddings embeddings embedding tok_embeddings token_embeddings "
+    "embed_in embed"
+).split()
+LAYERS = "layers h blocks".split()
+NORMS = (
+    "norm ln_f norm_f final_norm final_layernorm final_layer_norm embedding_norm output_norm"
+).split()
+HEADS = "lm_head embed_out output".split()
+"""What mlx-lm's model files call the parts of a decoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +46,23 @@ class TargetShape:
     num_layers: int | None = None
 
 
+@dataclass
+class Captured:
+    """What is noted during one forward pass.
+
+    Attributes:
+        taps: The captured states by tap.
+        twice: Taps that were captured more than once: layers that run in a loop.
+        consumed: What recurrent layers were given.
+    """
+
+    taps: dict[int, Any] = field(default_factory=dict)
+    twice: set[int] = field(default_factory=set)
+    consumed: list[Consumed] = field(default_factory=list)
+
+
 _installing = Lock()
-_captured: ContextVar[dict[int, mx.array] | None] = ContextVar("captured_taps", default=None)
+_captured: ContextVar[Captured | None] = ContextVar("captured", default=None)
 
 
 class Target:
@@ -58,35 +82,50 @@ class Target:
     def __init__(self, model: nn.Module, taps: Sequence[int] = ()):
         self.model = model
         self.taps = tuple(taps)
-        self._backbone = _backbone(model)
+        self._backbone, self._parents = _backbone(model)
+        self._embedding = _part(self._backbone, EMBEDDINGS)
+        self._layers = _layers(self._backbone)
         row = self.embed(mx.array([0]))
         self.dtype: mx.Dtype = row.dtype  # of the activations, hence of the taps
         self.shape = TargetShape(
             hidden_size=row.shape[-1],
-            vocab_size=self._backbone.embed_tokens.weight.shape[0],
-            num_layers=len(self._backbone.layers),
+            vocab_size=self._embedding.weight.shape[0],
+            num_layers=len(self._layers),
         )
-        self._install_taps()
+        self._install()
         # RoPE tables too, which mlx-lm leaves lazy: another thread may be the first to use them.
         mx.eval(model)
 
-    def make_cache(self) -> Cache:
+    def make_cache(self) -> TargetCache:
         """Makes an empty cache for one conversation.
 
         Raises:
             DriftError: If a layer's cache cannot take back rejected drafts exactly.
         """
-        cache = make_prompt_cache(self.model)
-        refused = sorted({type(c).__name__ for c in cache if type(c) is not KVCache})
+        if (why := NOT_EXACT.get(self.model.model_type)) is not None:
+            raise DriftError(
+                f"the target ({self.model.model_type}) cannot be verified exactly: {why}. Use "
+                "another target, or generate without a drafter (--no-draft)"
+            )
+        caches = make_prompt_cache(self.model)
+        replaced = [exact(cache) for cache in caches]
+        refused = sorted(
+            {
+                type(part).__name__
+                for cache, by in zip(caches, replaced, strict=True)
+                if by is None
+                for part in parts(cache)
+            }
+        )
         if refused:
             raise DriftError(
-                f"the target ({self.model.model_type}) keeps its state in {', '.join(refused)}; "
-                "rejected drafts can be taken back exactly only from KVCache so far. "
-                "Use a full-attention target, or generate without a drafter (--no-draft)"
+                f"the target ({self.model.model_type}) keeps its state in {', '.join(refused)}, "
+                "from which rejected drafts cannot be taken back exactly. Use another target, or "
+                "generate without a drafter (--no-draft)"
             )
-        return cache
+        return TargetCache(replaced)
 
-    def __call__(self, tokens: mx.array, cache: Cache) -> tuple[mx.array, mx.array]:
+    def __call__(self, tokens: mx.array, cache: TargetCache) -> tuple[mx.array, mx.array]:
         """Feeds M tokens to one conversation.
 
         Args:
@@ -97,50 +136,83 @@ class Target:
             Logits `[M, vocabulary]` and the captured states `[M, len(taps), hidden_size]`,
             both lazy and in the model's own dtype.
         """
+        cache.rows, cache.consumed = 0, []
         with _capture() as captured:
             logits = self.model(tokens[None], cache=cache)
-        taps = [self._checked(captured.get(tap), tap, tokens.size) for tap in self.taps]
-        return logits[0], mx.stack(taps, axis=1)
+        return logits[0], self._taps(captured, tokens.size)
 
-    def rollback(self, cache: Cache, rows: int) -> None:
-        """Takes back the last `rows` rows, as if they had never been fed."""
-        for layer_cache in cache:
-            layer_cache.trim(rows)
+    def verify(self, tokens: mx.array, cache: TargetCache) -> tuple[mx.array, mx.array]:
+        """Feeds M tokens, the last of which `rollback` may take back; as `__call__` else.
+
+        Raises:
+            DriftError: If the model keeps a state that cannot be put back.
+        """
+        with _capture() as captured:
+            logits = self.model(tokens[None], cache=cache)
+        cache.rows, cache.consumed = tokens.size, captured.consumed
+        noted = {id(state) for note in captured.consumed for state, _ in note.states}
+        if any(id(state) not in noted for one in cache for state in recurrent(one)):
+            raise DriftError(
+                f"the target ({self.model.model_type}) keeps a recurrent state outside its layers, "
+                "from which rejected drafts cannot be taken back exactly. Use another target, or "
+                "generate without a drafter (--no-draft)"
+            )
+        return logits[0], self._taps(captured, tokens.size)
+
+    def rollback(self, cache: TargetCache, rows: int) -> None:
+        """Takes back the last `rows` of those verified last, as if they had never been fed."""
+        cache.rollback(rows)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Looks up the embedding rows of token ids `[M]`: `[M, hidden_size]`, unscaled."""
-        return self._backbone.embed_tokens(tokens)
+        return self._embedding(tokens)
 
     def head(self, states: mx.array) -> mx.array:
-        """Maps normed states `[M, hidden_size]` to logits `[M, vocabulary]`."""
-        lm_head = self.model.get("lm_head")
-        return (
-            lm_head(states)
-            if lm_head is not None
-            else self._backbone.embed_tokens.as_linear(states)
-        )
+        """Maps normed states `[M, hidden_size]` to logits `[M, vocabulary]`.
 
-    def _checked(self, state: Any, tap: int, rows: int) -> mx.array:
-        """Returns one captured state `[M, hidden_size]`, if that is what the layer gave."""
+        Without a scale or cap the model may put on them, neither of which changes their order.
+        """
+        for parent in self._parents:
+            for name in HEADS:
+                if isinstance(parent.get(name), nn.Module):
+                    return parent[name](states)
+        return self._embedding.as_linear(states)
+
+    def _taps(self, captured: Captured, rows: int) -> mx.array:
+        """Stacks the captured states `[M, A, hidden_size]`, if they are what is to be captured."""
         expected = (1, rows, self.shape.hidden_size)
-        if not isinstance(state, mx.array) or state.shape != expected:
-            raise DriftError(
-                f"the target's model type {self.model.model_type!r} does not hand a plain hidden "
-                f"state from layer to layer, so tap {tap} cannot be captured. Use another target, "
-                "or generate without a drafter (--no-draft)"
-            )
-        return state[0]
+        states = []
+        for tap in self.taps:
+            state = captured.taps.get(tap)
+            if not isinstance(state, mx.array) or state.shape != expected or tap in captured.twice:
+                raise DriftError(
+                    f"the target's model type {self.model.model_type!r} does not hand a plain "
+                    f"hidden state from layer to layer, so tap {tap} cannot be captured. Use "
+                    "another target, or generate without a drafter (--no-draft)"
+                )
+            states.append(state[0])
+        return mx.stack(states, axis=1)
 
-    def _install_taps(self) -> None:
-        layers = self._backbone.layers
+    def _install(self) -> None:
+        """Makes the tapped layers report, and all layers what they were given of a state."""
+        layers = self._layers
         with _installing:
+            for layer in layers:
+                _swap(layer, CONSUMES, _call_that_notes)
             for tap in self.taps:
                 if tap == 0:
-                    _listen(layers[0], lambda inputs, output: inputs, tap)
+                    _swap(layers[0], tap, _call_that_reports(tap, _first_argument))
                 elif tap <= len(layers):
-                    _listen(layers[tap - 1], lambda inputs, output: output, tap)
+                    _swap(layers[tap - 1], tap, _call_that_reports(tap, _output))
                 else:
-                    _listen(self._backbone.norm, lambda inputs, output: output, tap)
+                    norm = _part(self._backbone, NORMS)
+                    if norm is None:
+                        raise DriftError(
+                            f"the target's model type {self.model.model_type!r} has no final norm "
+                            f"that tap {tap} could read. Use another target, or generate without a "
+                            "drafter (--no-draft)"
+                        )
+                    _swap(norm, tap, _call_that_reports(tap, _output))
 
 
 def remove_taps(model: nn.Module) -> None:
@@ -150,25 +222,61 @@ def remove_taps(model: nn.Module) -> None:
             module.__class__ = type(module).__base__
 
 
-def _listen(module: nn.Module, choose: Callable[[Any, Any], mx.array], tap: int) -> None:
-    """Makes one module instance report its input or output as `tap`, once."""
-    if any(cls.__dict__.get("tapped_as") == tap for cls in type(module).__mro__):
+CONSUMES = -1  # in place of a tap: the class notes what its layer consumes
+
+Call = Callable[..., Any]
+"""A layer's `__call__`, with the layer first."""
+
+
+def _swap(module: nn.Module, tapped_as: int, wrap: Callable[[Call], Call]) -> None:
+    """Gives one module instance a subclass of its class that calls through `wrap`, once."""
+    if any(cls.__dict__.get("tapped_as") == tapped_as for cls in type(module).__mro__):
         return
     cls = type(module)
+    members = {"__call__": wrap(cls.__call__), "tapped_as": tapped_as}
+    module.__class__ = type(cls.__name__, (cls,), members)
 
-    def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        output = cls.__call__(self, x, *args, **kwargs)
+
+def _call_that_reports(tap: int, choose: Callable[..., Any]) -> Callable[[Call], Call]:
+    def wrap(inner: Call) -> Call:
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            output = inner(self, *args, **kwargs)
+            captured = _captured.get()
+            if captured is not None:
+                if tap in captured.taps:
+                    captured.twice.add(tap)
+                captured.taps[tap] = choose(output, *args, *kwargs.values())
+            return output
+
+        return call
+
+    return wrap
+
+
+def _call_that_notes(inner: Call) -> Call:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         captured = _captured.get()
         if captured is not None:
-            captured[tap] = choose(x, output)
-        return output
+            note = Consumed.of(inner, (self, *args), kwargs)
+            if note is not None:
+                captured.consumed.append(note)
+        return inner(self, *args, **kwargs)
 
-    module.__class__ = type(cls.__name__, (cls,), {"__call__": call, "tapped_as": tap})
+    return call
+
+
+def _first_argument(output: Any, first: Any, *rest: Any) -> Any:
+    return first
+
+
+def _output(output: Any, *given: Any) -> Any:
+    """The hidden state that a layer returns, alone or before what else it returns."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
-def _capture() -> Iterator[dict[int, mx.array]]:
-    captured: dict[int, mx.array] = {}
+def _capture() -> Iterator[Captured]:
+    captured = Captured()
     token = _captured.set(captured)
     try:
         yield captured
@@ -176,13 +284,32 @@ def _capture() -> Iterator[dict[int, mx.array]]:
         _captured.reset(token)
 
 
-def _backbone(model: nn.Module) -> nn.Module:
-    """Finds the module that holds `embed_tokens`, `layers` and the final `norm`."""
-    backbone = model.get("model")
-    if backbone is None or not {"embed_tokens", "layers", "norm"} <= backbone.keys():
-        raise DriftError(
-            f"the target's model type {getattr(model, 'model_type', '?')!r} is not laid out as "
-            "model.embed_tokens, model.layers, model.norm, so its hidden states cannot be tapped "
-            "yet. Use a Llama-like target, or generate without a drafter (--no-draft)"
-        )
-    return backbone
+def _part(module: nn.Module, names: Sequence[str]) -> Any:
+    """Returns the part of a module under the first of some names that it has."""
+    return next((module[name] for name in names if name in module), None)
+
+
+def _layers(backbone: nn.Module) -> list[nn.Module]:
+    """Returns the layers, which some model files keep in a module of their own."""
+    layers = _part(backbone, LAYERS)
+    return _layers(layers) if isinstance(layers, nn.Module) else layers
+
+
+def _backbone(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    """Finds the module that holds embedding, layers and final norm, and what it is in.
+
+    Returns:
+        It, and itself with the modules around it, the outermost first.
+    """
+    around = [[model]]
+    while around:
+        path = around.pop(0)
+        module = path[-1]
+        if all(_part(module, names) is not None for names in (EMBEDDINGS, LAYERS)):
+            return module, path
+        around += [[*path, part] for part in module.values() if isinstance(part, nn.Module)]
+    raise DriftError(
+        f"the target's model type {getattr(model, 'model_type', '?')!r} has no embedding and "
+        "layers side by side, so its hidden states cannot be tapped. Use another target, or "
+        "generate without a drafter (--no-draft)"
+    )

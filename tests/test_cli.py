@@ -242,7 +242,7 @@ def test_refuses_a_drafter_for_another_target(refuses, tmp_path, key, value, mes
     refuses(message, "generate", "--model", TARGET, "--drafter", drafter, "-p", "x")
 
 
-def test_refuses_a_target_with_another_cache(refuses, tmp_path):
+def test_a_target_with_sliding_windows_says_the_same_with_a_drafter(cli, tmp_path):
     kinds = ["sliding_attention", "full_attention"] * 4
     config = json.loads((TARGET / "config.json").read_text())
     config |= {"layer_types": kinds, "sliding_window": 16}
@@ -251,8 +251,12 @@ def test_refuses_a_target_with_another_cache(refuses, tmp_path):
     for file in TARGET.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
     (target / "config.json").write_text(json.dumps(config))
-    arguments = ("--model", target, "--drafter", DEMO / "eagle3.1", "-p", "x")
-    refuses("RotatingKVCache", "generate", *arguments)
+    arguments = ("generate", "--model", target, "-p", QUESTION, "-m", "48")
+    code, plain, _ = cli(*arguments, "--no-draft")
+    assert code == 0
+    code, drafted, _ = cli(*arguments, "--drafter", DEMO / "eagle3.1")
+    assert code == 0
+    assert drafted == plain
 
 
 @pytest.mark.parametrize("keep", [0, 4, 1000])

@@ -23,8 +23,6 @@ from mlx_drift.loading import drafter_cache
 from mlx_drift.target import Target
 from tiny import HIDDEN, tiny_llama
 
-pytestmark = pytest.mark.filterwarnings("ignore::mlx_drift.errors.DriftWarning")
-
 REPO = "someone/tiny-eagle3"
 WIDE = 100_000  # makes a checkpoint of 19 MB, so that converting it takes a while
 KILLS = 10

@@ -4,7 +4,7 @@ from threading import Thread
 
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, RotatingKVCache, make_prompt_cache
 
 from backend import assert_same, assert_same_rows
 from mlx_drift.errors import DriftError
@@ -98,15 +98,21 @@ def test_rollback_is_exact():
     target(TOKENS, reference)
     target(TOKENS, cache)
     for rows in (1, 3, 5):
-        target(mx.array([7] * rows), cache)
+        target.verify(mx.array([7] * rows), cache)
         target.rollback(cache, rows)
     assert_same_rows(cache, reference)
 
 
 def test_refuses_a_cache_that_cannot_roll_back():
-    kinds = ["sliding_attention", "full_attention"] * 2
-    target = Target(tiny_llama(layer_types=kinds, sliding_window=8), (1,))
-    with pytest.raises(DriftError, match=r"llama.*RotatingKVCache"):
+    model = tiny_llama()
+
+    class Batched(type(model)):
+        def make_cache(self):
+            return [RotatingKVCache(8, keep=4), BatchKVCache([0])] * 2
+
+    model.__class__ = Batched
+    target = Target(model, (1,))
+    with pytest.raises(DriftError, match=r"llama.*BatchKVCache, RotatingKVCache"):
         target.make_cache()
 
 
@@ -149,6 +155,6 @@ def test_refuses_layers_that_hand_on_something_else():
 
 def test_refuses_a_model_laid_out_otherwise():
     model = tiny_llama()
-    model.backbone = model.pop("model")
-    with pytest.raises(DriftError, match=r"'llama' is not laid out as model\.embed_tokens"):
+    model.model.lookup = model.model.pop("embed_tokens")
+    with pytest.raises(DriftError, match="'llama' has no embedding and layers side by side"):
         Target(model, (1,))

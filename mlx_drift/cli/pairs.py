@@ -23,6 +23,3 @@ def pairs(
     for needs in sorted({pair.needs for pair in PAIRS} - {""}):
         targets = ", ".join(pair.target for pair in PAIRS if pair.needs == needs)
         typer.echo(f"\n{targets} need {needs}")
-    for why in sorted({pair.not_yet for pair in PAIRS} - {""}):
-        targets = ", ".join(pair.target for pair in PAIRS if pair.not_yet == why)
-        typer.echo(f"\nnot run yet: {targets}: {why}")

@@ -16,9 +16,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_drift.caches import TargetCache
 from mlx_drift.decode.accept import accept_greedy
 from mlx_drift.drafters.protocol import Drafter, DrafterCache
-from mlx_drift.target import Cache, Target
+from mlx_drift.target import Target
 
 PLAIN_RUNS, PLAIN_STEPS = 3, 4
 ROUNDS_BETWEEN_CLEARS = 64  # mlx-lm clears its buffers every 256 tokens
@@ -42,7 +43,7 @@ def prefill(
     target: Target,
     drafter: Drafter,
     prompt: mx.array,
-    target_cache: Cache,
+    target_cache: TargetCache,
     drafter_cache: DrafterCache,
     *,
     step_size: int,
@@ -76,7 +77,7 @@ def speculate(
     target: Target,
     drafter: Drafter,
     last: mx.array,
-    target_cache: Cache,
+    target_cache: TargetCache,
     drafter_cache: DrafterCache,
     *,
     num_draft_tokens: int,
@@ -103,7 +104,7 @@ def speculate(
         start = time.perf_counter()
         k = num_draft_tokens if remaining < 0 else min(num_draft_tokens, remaining - 1)
         draft = drafter.propose(k, drafter_cache).tokens
-        logits, taps = target(mx.concatenate([last, draft]), target_cache)
+        logits, taps = target.verify(mx.concatenate([last, draft]), target_cache)
         log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         verdict: Any = accept_greedy(draft, log_probabilities).tolist()  # the synchronisation
         accepted, *tokens = verdict
@@ -131,8 +132,8 @@ def speculate(
             mx.clear_cache()
 
 
-def time_plain_steps(target: Target, last: mx.array, cache: Cache) -> float:
-    """Times one-row target steps, rolled back afterwards: what plain decoding costs a token here.
+def time_plain_steps(target: Target, last: mx.array, cache: TargetCache) -> float:
+    """Times one-row target steps, each rolled back: what plain decoding costs a token here.
 
     Each run chains a few steps without reading them back, as mlx-lm's pipelined decoding does.
 
@@ -144,9 +145,9 @@ def time_plain_steps(target: Target, last: mx.array, cache: Cache) -> float:
         start = time.perf_counter()
         token = last
         for _ in range(PLAIN_STEPS):
-            logits, _ = target(token, cache)
+            logits, _ = target.verify(token, cache)
             token = mx.argmax(logits, axis=-1)
+            target.rollback(cache, 1)
         mx.eval(token)
         runs.append((time.perf_counter() - start) / PLAIN_STEPS)
-        target.rollback(cache, PLAIN_STEPS)
     return statistics.median(runs[1:])
