@@ -141,10 +141,9 @@ class Consumed:
         for state, arrays in self.states:
             state.cache = list(arrays)
         if kept:
-            shorter = lambda value: _first_rows(value, rows, kept)  # noqa: E731
             self.call(
-                *map(shorter, self.arguments),
-                **{name: shorter(value) for name, value in self.keywords.items()},
+                *(_first_rows(value, rows, kept) for value in self.arguments),
+                **{name: _first_rows(value, rows, kept) for name, value in self.keywords.items()},
             )
 
 
@@ -160,6 +159,12 @@ class TargetCache(list[Any]):
         super().__init__(caches)
         self.rows = 0
         self.consumed: list[Consumed] = []
+
+    @property
+    def recurrent_states(self) -> list[mx.array]:
+        """The states of recurrent layers, which a rollback leaves lazy."""
+        states = [state for cache in self for state in recurrent(cache)]
+        return [array for state in states for array in state.cache if array is not None]
 
     def rollback(self, back: int) -> None:
         """Takes back the last `back` of the rows that were fed last, once."""

@@ -5,6 +5,7 @@ says what is left out; what the package refuses is listed here with the words it
 """
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import pytest
@@ -50,7 +51,7 @@ def taps_of(model):
     return sorted({0, 1, last // 2, last, last + 1})
 
 
-def spoken(target, text, k):
+def spoken(target, text, k, advance=next):
     """What is generated past the prompt, through every count of accepted drafts."""
     rng = random.Random(k)
     spoil = [set(), {0}] + [{i for i in range(8) if rng.random() < 0.3} for _ in range(20)]
@@ -60,13 +61,29 @@ def spoken(target, text, k):
     rounds = speculate(
         target,
         drafter,
-        prompt[-1:],
+        mx.array(PROMPT[-1:]),
         *caches,
         num_draft_tokens=k,
         max_tokens=LENGTH,
         stop_tokens=frozenset(),
     )
-    return [token for round in rounds for token in round.tokens]
+    tokens = []
+    while (round := advance(rounds, None)) is not None:
+        tokens += round.tokens
+    return tokens
+
+
+def in_a_thread(rounds, end):
+    """Asks for the next round in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(next, rounds, end).result()
+
+
+def test_any_thread_may_ask_for_the_next_round():
+    model = build("qwen3_next")
+    text = PROMPT + plain_greedy(model, PROMPT, LENGTH + 8)
+    target = Target(model, taps_of(model))
+    assert spoken(target, text, 3, in_a_thread) == text[len(PROMPT) : len(PROMPT) + LENGTH]
 
 
 def test_every_model_file_is_accounted_for():

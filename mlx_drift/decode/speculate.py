@@ -123,7 +123,7 @@ def speculate(
         chosen_from = [log_probabilities[row] for row in range(rows)]
         # Under way while the caller has its turn. And once they are, another thread may ask for
         # the next round or read the probabilities: what is lazy belongs to this thread's stream.
-        mx.async_eval(drafter_cache.state, chosen_from)
+        mx.async_eval(drafter_cache.state, target_cache.recurrent_states, chosen_from)
         yield Round(tokens, chosen_from, accepted, tested, seconds)
         remaining -= rows
         if stop is not None or remaining == 0:
