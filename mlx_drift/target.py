@@ -194,10 +194,11 @@ class Target:
         return mx.stack(states, axis=1)
 
     def _install(self) -> None:
-        """Makes the tapped layers report, and all layers what they were given of a state."""
+        """Makes the tapped layers report, and those of a recurrent model what they consume."""
         layers = self._layers
+        is_recurrent = any(recurrent(cache) for cache in make_prompt_cache(self.model))
         with _installing:
-            for layer in layers:
+            for layer in layers if is_recurrent else ():
                 _swap(layer, CONSUMES, _call_that_notes)
             for tap in self.taps:
                 if tap == 0:
