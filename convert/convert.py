@@ -162,7 +162,7 @@ def convert_drafter(
         raise DriftError(f"{mlx_path}: cannot be written ({error})") from None
     if dtype is not None and dtype not in DTYPES:
         raise DriftError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    if upload_repo is not None and (split_repository(upload_repo) or ("", " "))[1]:
+    if upload_repo is not None and split_repository(upload_repo) != (upload_repo, ""):
         raise DriftError(f"{upload_repo}: expected a Hub repository as owner/name to upload to")
     if window is not None and window < 0:
         raise DriftError(f"window is {window}; expected at least 1, or 0 for none")

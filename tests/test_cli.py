@@ -16,36 +16,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from checkpoints import specforge_config, specforge_tensors, write_checkpoint
 from mlx_drift import load_demo, stream_generate
-from mlx_drift.cli import main
 from mlx_drift.demo import DEMO, QUESTION, TARGET
-
-
-@pytest.fixture
-def cli(capsys):
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return exit.value.code, out, err
-
-    return run
-
-
-@pytest.fixture
-def refuses(cli):
-    """Asserts exit code 1 and one line on stderr that says what is wrong."""
-
-    def check(message, *arguments):
-        code, out, err = cli(*arguments)
-        assert code == 1, err
-        assert out == ""
-        assert len(err.splitlines()) == 1, err
-        assert err.startswith("error: ")
-        assert message in err
-
-    return check
 
 
 def expected_text(max_tokens, question=QUESTION, **keywords):

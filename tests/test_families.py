@@ -87,7 +87,7 @@ def test_any_thread_may_ask_for_the_next_round():
 
 
 def test_every_model_file_is_accounted_for():
-    print(f"{len(CONFIGS)} families are built; left out:")
+    print(f"{len(CONFIGS.keys() - LEFT_OUT.keys())} families are built; left out:")
     for family, why in LEFT_OUT.items():
         print(f"  {family}: {why}")
     assert MISSING == []
@@ -106,7 +106,6 @@ def test_greedy_output_is_the_targets_own(family):
 @pytest.mark.parametrize("family", [*SHARE, *REST])
 def test_capture_leaves_the_logits_alone(family):
     model = build(family)
-    before = model(mx.array([PROMPT]))
     target = Target(model, taps_of(model))
     during, taps = target.verify(mx.array(PROMPT), target.make_cache())
     after = model(mx.array([PROMPT]), cache=target.make_cache())
@@ -115,7 +114,6 @@ def test_capture_leaves_the_logits_alone(family):
     assert mx.array_equal(during[None], plain)
     assert mx.array_equal(after, plain)
     assert taps.shape == (len(PROMPT), len(target.taps), target.shape.hidden_size)
-    assert before.shape == plain.shape
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED.keys() - LEFT_OUT.keys()))
