@@ -8,12 +8,19 @@ from mlx_drift.demo import load_demo
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.generate import DriftResponse, generate, stream_generate
 from mlx_drift.loading import load_drafter
+from mlx_drift.prompt_cache import (
+    PromptCache,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+)
 from mlx_drift.target import remove_taps
 
 __all__ = [
     "DriftError",
     "DriftResponse",
     "DriftWarning",
+    "PromptCache",
     "Statistics",
     "convert_drafter",
     "generate",
@@ -21,6 +28,9 @@ __all__ = [
     "load",
     "load_demo",
     "load_drafter",
+    "load_prompt_cache",
+    "make_prompt_cache",
     "remove_taps",
+    "save_prompt_cache",
     "stream_generate",
 ]

@@ -15,11 +15,12 @@ import mlx_lm
 from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_drift.caches import KVQuantization
 from mlx_drift.decode.speculate import prefill, speculate, time_plain_steps
 from mlx_drift.decode.statistics import LOW_ACCEPTANCE, Statistics
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError, DriftWarning
-from mlx_drift.target import Target
+from mlx_drift.prompt_cache import PromptCache, make_prompt_cache
 
 MAX_DRAFT_TOKENS = 64
 """More drafts a round than any drafter was ever trained for; a larger number is a mistake."""
@@ -46,6 +47,11 @@ def stream_generate(
     *,
     drafter: Drafter | None = None,
     num_draft_tokens: int = 3,
+    prompt_cache: PromptCache | list[Any] | None = None,
+    max_kv_size: int | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = KVQuantization.group_size,
+    quantized_kv_start: int = KVQuantization.start,
     prefill_step_size: int = 2048,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     compare_plain: bool = False,
@@ -60,6 +66,14 @@ def stream_generate(
         max_tokens: Tokens to generate at most; −1 for no limit.
         drafter: A drafter loaded for this target; None for mlx-lm's own generation.
         num_draft_tokens: Drafts a round, K.
+        prompt_cache: What the conversation has in the caches: `make_prompt_cache(model, drafter)`.
+            Unlike with mlx-lm's, the prompt is then the whole conversation: what the caches hold of
+            it is not processed again (`statistics.reuse` says how much and how). Its own settings
+            hold for the four keywords that follow.
+        max_kv_size: As in mlx-lm: rows of keys and values to keep, the first four and the last.
+        kv_bits: As in mlx-lm: bits to quantize keys and values to; None for none.
+        kv_group_size: As in mlx-lm.
+        quantized_kv_start: As in mlx-lm: from how many rows on they are quantized.
         prefill_step_size: Prompt tokens to process at a time.
         prompt_progress_callback: Called with the prompt tokens processed so far, and all of them.
         compare_plain: After the last token, time a few one-row target steps, rolled back again,
@@ -85,12 +99,19 @@ def stream_generate(
         raise DriftError(f"max_tokens is {max_tokens}; expected at least 1, or -1 for no limit")
     progress = prompt_progress_callback or (lambda done, total: None)
     if drafter is None:
+        if isinstance(prompt_cache, PromptCache):
+            raise DriftError("the prompt cache was made for a drafter; give that one as drafter=")
         for response in mlx_lm.stream_generate(
             model,
             tokenizer,
             tokens,
             max_tokens,
             num_draft_tokens=num_draft_tokens,
+            prompt_cache=prompt_cache,
+            max_kv_size=max_kv_size,
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
             prefill_step_size=prefill_step_size,
             prompt_progress_callback=progress,
             **kwargs,
@@ -109,28 +130,60 @@ def stream_generate(
             "load it with load_drafter(path, model)"
         )
 
-    target = Target(model, drafter.taps)
-    caches = target.make_cache(), drafter.make_cache()
+    if prompt_cache is None:
+        prompt_cache = make_prompt_cache(
+            model,
+            drafter,
+            max_kv_size=max_kv_size,
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
+            max_snapshots=0,
+        )
+    prompt_cache = _own(prompt_cache, model, drafter)
+    target = prompt_cache.target
     statistics = Statistics()
     detokenizer = tokenizer.detokenizer
     count = 0
     with wired_limit([model, drafter.network]):
         start = time.perf_counter()
-        prefill(target, drafter, tokens, *caches, step_size=prefill_step_size, progress=progress)
+        prompt_cache.go_back(tokens)
+        statistics.record_prompt(prompt_cache.reuse, len(tokens), prompt_cache.rows)
+        prompt = mx.array(tokens, dtype=mx.int32)
+
+        def advance(done: int, total: int) -> None:
+            prompt_cache.tokens = tokens[: done + 1]
+            progress(done, total)
+
+        caches = prompt_cache.target_cache, prompt_cache.drafter_cache
+        with prompt_cache.under_way():
+            prefill(
+                target,
+                drafter,
+                prompt,
+                *caches,
+                step_size=prefill_step_size,
+                progress=advance,
+                done=prompt_cache.rows,
+            )
+        prompt_cache.remember()
+        statistics.cache_bytes = prompt_cache.nbytes
         prompt_seconds = time.perf_counter() - start
         start = time.perf_counter()
-        for round in speculate(
+        rounds = speculate(
             target,
             drafter,
-            tokens[-1:],
+            prompt[-1:],
             *caches,
             num_draft_tokens=num_draft_tokens,
             max_tokens=max_tokens,
             stop_tokens=set(tokenizer.eos_token_ids),
-        ):
+        )
+        for round in prompt_cache.follow(rounds):
             if not statistics.rounds:
-                progress(tokens.size, tokens.size)
+                progress(len(tokens), len(tokens))
             statistics.record(round.tested, round.accepted, round.seconds)
+            statistics.cache_bytes = prompt_cache.nbytes
             if statistics.rounds == ROUNDS_TO_JUDGE:
                 _warn_of_low_acceptance(statistics)
             for row, token in enumerate(round.tokens):
@@ -149,8 +202,8 @@ def stream_generate(
                     token=token,
                     logprobs=round.log_probabilities[row],
                     from_draft=row < round.accepted,
-                    prompt_tokens=tokens.size,
-                    prompt_tps=tokens.size / prompt_seconds,
+                    prompt_tokens=len(tokens),
+                    prompt_tps=statistics.prompt_tokens / prompt_seconds,
                     generation_tokens=count,
                     generation_tps=count / (time.perf_counter() - start),
                     peak_memory=mx.get_peak_memory() / 1e9,
@@ -159,7 +212,8 @@ def stream_generate(
                 )
         if compare_plain:
             last = mx.array(round.tokens[-1:])
-            statistics.plain_step_seconds = time_plain_steps(target, last, caches[0])
+            with prompt_cache.under_way():
+                statistics.plain_step_seconds = time_plain_steps(target, last, caches[0])
 
 
 def generate(
@@ -220,13 +274,30 @@ def _warn_of_low_acceptance(statistics: Statistics) -> None:
         )
 
 
-def _encode(tokenizer: TokenizerWrapper, prompt: str | list[int] | mx.array) -> mx.array:
-    """Turns a prompt into token ids `[L]`, as mlx-lm does: BoS is added unless the text has it."""
+def _own(prompt_cache: PromptCache | list[Any], model: nn.Module, drafter: Drafter) -> PromptCache:
+    """Checks that a prompt cache is one of ours, of this model and drafter."""
+    if not isinstance(prompt_cache, PromptCache):
+        kinds = sorted({type(cache).__name__ for cache in prompt_cache})
+        raise DriftError(
+            f"prompt_cache is mlx-lm's ({', '.join(kinds)}), which knows neither its tokens nor "
+            "the drafter's rows; use mlx_drift.make_prompt_cache(model, drafter), and give the "
+            "whole conversation as the prompt"
+        )
+    if prompt_cache.model is not model or prompt_cache.drafter is not drafter:
+        raise DriftError(
+            "the prompt cache was made for another model or drafter than those to generate with; "
+            "make one with make_prompt_cache(model, drafter)"
+        )
+    return prompt_cache
+
+
+def _encode(tokenizer: TokenizerWrapper, prompt: str | list[int] | mx.array) -> list[int]:
+    """Turns a prompt into token ids, as mlx-lm does: BoS is added unless the text has it."""
     if isinstance(prompt, str):
         bos = tokenizer.bos_token
         has_bos = bos is not None and prompt.startswith(bos)
         prompt = tokenizer.encode(prompt, add_special_tokens=not has_bos) if prompt else []
-    tokens = mx.array(prompt, dtype=mx.int32)
-    if tokens.size == 0:
+    tokens: list[int] = mx.array(prompt, dtype=mx.int32).tolist()  # type: ignore[assignment]
+    if not tokens:
         raise DriftError("the prompt is empty; give some text")
     return tokens

@@ -11,10 +11,11 @@ Notable:
   rest is refused by name before anything runs.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Any
 
@@ -22,8 +23,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_drift.caches import NOT_EXACT, Consumed, TargetCache, exact, parts, recurrent
-from mlx_drift.errors import DriftError
+from mlx_drift.caches import (
+    INSTEAD,
+    NOT_EXACT,
+    Consumed,
+    KVQuantization,
+    TargetCache,
+    exact,
+    recurrent,
+)
+from mlx_drift.errors import DriftError, DriftWarning, brief
+from mlx_drift.rewind import parts
+from mlx_drift.sliding import SlidingKVCache
 
 EMBEDDINGS = (
     "embed_tokens wte word_embeddings embeddings embedding tok_embeddings token_embeddings "
@@ -35,6 +46,9 @@ NORMS = (
 ).split()
 HEADS = "lm_head embed_out output".split()
 """What mlx-lm's model files call the parts of a decoder."""
+
+SINKS = 4
+"""The first rows that mlx-lm keeps under `max_kv_size`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,34 +110,80 @@ class Target:
         # RoPE tables too, which mlx-lm leaves lazy: another thread may be the first to use them.
         mx.eval(model)
 
-    def make_cache(self) -> TargetCache:
+    def make_cache(
+        self, *, max_kv_size: int | None = None, quantization: KVQuantization | None = None
+    ) -> TargetCache:
         """Makes an empty cache for one conversation.
 
+        Args:
+            max_kv_size: Rows to keep at most, the first four and the last ones, where the model
+                does not make caches of its own (as in mlx-lm).
+            quantization: Whether and how to quantize keys and values.
+
         Raises:
-            DriftError: If a layer's cache cannot take back rejected drafts exactly.
+            DriftError: If a layer's cache cannot take back rejected drafts exactly, or mlx-lm
+                cannot quantize it.
+
+        Warns:
+            DriftWarning: If the model makes its own caches, so that `max_kv_size` changes nothing.
         """
         if (why := NOT_EXACT.get(self.model.model_type)) is not None:
             raise DriftError(
-                f"the target ({self.model.model_type}) cannot be verified exactly: {why}. Use "
-                "another target, or generate without a drafter (--no-draft)"
+                f"the target ({self.model.model_type}) cannot be verified exactly: {why}. {INSTEAD}"
             )
-        caches = make_prompt_cache(self.model)
+        if max_kv_size is not None and max_kv_size <= SINKS:
+            raise DriftError(f"max_kv_size is {max_kv_size}; expected more than {SINKS}")
+        if max_kv_size is not None and hasattr(self.model, "make_cache"):
+            warnings.warn(
+                f"max_kv_size changes nothing: the target ({self.model.model_type}) makes its own "
+                "caches",
+                DriftWarning,
+                stacklevel=2,
+            )
+        caches = make_prompt_cache(self.model, max_kv_size)
         replaced = [exact(cache) for cache in caches]
-        refused = sorted(
-            {
-                type(part).__name__
-                for cache, by in zip(caches, replaced, strict=True)
-                if by is None
-                for part in parts(cache)
-            }
-        )
+        refused = [cache for cache, by in zip(caches, replaced, strict=True) if by is None]
         if refused:
             raise DriftError(
-                f"the target ({self.model.model_type}) keeps its state in {', '.join(refused)}, "
-                "from which rejected drafts cannot be taken back exactly. Use another target, or "
-                "generate without a drafter (--no-draft)"
+                f"the target ({self.model.model_type}) keeps its state in {_kinds(refused)}, from "
+                f"which rejected drafts cannot be taken back exactly. {INSTEAD}"
             )
-        return TargetCache(replaced)
+        if quantization is not None:
+            self._check_quantization(quantization, replaced)
+        return TargetCache(replaced, quantization)
+
+    def _check_quantization(self, quantization: KVQuantization, caches: list[Any]) -> None:
+        """Checks that the model runs on quantized keys and values, without computing anything."""
+        model_type = self.model.model_type
+        sliding = [c for c in caches if any(isinstance(p, SlidingKVCache) for p in parts(c))]
+        if sliding:
+            raise DriftError(
+                f"kv_bits: the target ({model_type}) keeps a sliding window of keys and values "
+                "(RotatingKVCache), which mlx-lm cannot quantize. Leave kv_bits out"
+            )
+        if not any(hasattr(cache, "to_quantized") for cache in caches):
+            raise DriftError(
+                f"kv_bits: the target ({model_type}) keeps its state in {_kinds(caches)}, which "
+                "mlx-lm does not quantize. Leave kv_bits out"
+            )
+        if quantization.start < 0 or not 1 <= quantization.group_size <= 1024:
+            raise DriftError(
+                f"quantized_kv_start is {quantization.start} and kv_group_size "
+                f"{quantization.group_size}; expected at least 0, and a group size that mlx has"
+            )
+        trial = TargetCache(
+            [exact(c) for c in make_prompt_cache(self.model)], replace(quantization, start=0)
+        )
+        try:
+            for rows in (1, 2):  # lazy: shapes and types are checked, nothing is computed
+                self.model(mx.zeros((1, rows), mx.int32), cache=trial)
+                trial.quantize()
+        except Exception as error:  # whatever a model file raises that was not written for it
+            raise DriftError(
+                f"kv_bits = {quantization.bits} with kv_group_size = {quantization.group_size}: "
+                f"mlx-lm cannot run the target ({model_type}) on such keys and values "
+                f"({brief(str(error))}). Give others, or leave kv_bits out"
+            ) from error
 
     def __call__(self, tokens: mx.array, cache: TargetCache) -> tuple[mx.array, mx.array]:
         """Feeds M tokens to one conversation.
@@ -137,16 +197,26 @@ class Target:
             both lazy and in the model's own dtype.
         """
         cache.rows, cache.consumed = 0, []
+        cache.let_sinks_fade(True)
         with _capture() as captured:
             logits = self.model(tokens[None], cache=cache)
+        cache.quantize()
         return logits[0], self._taps(captured, tokens.size)
 
     def verify(self, tokens: mx.array, cache: TargetCache) -> tuple[mx.array, mx.array]:
-        """Feeds M tokens, the last of which `rollback` may take back; as `__call__` else.
+        """Feeds M tokens as if one by one; `rollback` then says how many of them stay.
+
+        Args:
+            tokens: Token ids `[M]`, at most `cache.room`.
+            cache: The conversation's cache; it grows by M rows.
+
+        Returns:
+            As `__call__`.
 
         Raises:
             DriftError: If the model keeps a state that cannot be put back.
         """
+        cache.let_sinks_fade(False)
         with _capture() as captured:
             logits = self.model(tokens[None], cache=cache)
         cache.rows, cache.consumed = tokens.size, captured.consumed
@@ -154,14 +224,14 @@ class Target:
         if any(id(state) not in noted for one in cache for state in recurrent(one)):
             raise DriftError(
                 f"the target ({self.model.model_type}) keeps a recurrent state outside its layers, "
-                "from which rejected drafts cannot be taken back exactly. Use another target, or "
-                "generate without a drafter (--no-draft)"
+                f"from which rejected drafts cannot be taken back exactly. {INSTEAD}"
             )
         return logits[0], self._taps(captured, tokens.size)
 
     def rollback(self, cache: TargetCache, rows: int) -> None:
         """Takes back the last `rows` of those verified last, as if they had never been fed."""
         cache.rollback(rows)
+        cache.quantize()
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Looks up the embedding rows of token ids `[M]`: `[M, hidden_size]`, unscaled."""
@@ -187,8 +257,7 @@ class Target:
             if not isinstance(state, mx.array) or state.shape != expected or tap in captured.twice:
                 raise DriftError(
                     f"the target's model type {self.model.model_type!r} does not hand a plain "
-                    f"hidden state from layer to layer, so tap {tap} cannot be captured. Use "
-                    "another target, or generate without a drafter (--no-draft)"
+                    f"hidden state from layer to layer, so tap {tap} cannot be captured. {INSTEAD}"
                 )
             states.append(state[0])
         return mx.stack(states, axis=1)
@@ -210,8 +279,7 @@ class Target:
                     if norm is None:
                         raise DriftError(
                             f"the target's model type {self.model.model_type!r} has no final norm "
-                            f"that tap {tap} could read. Use another target, or generate without a "
-                            "drafter (--no-draft)"
+                            f"that tap {tap} could read. {INSTEAD}"
                         )
                     _swap(norm, tap, _call_that_reports(tap, _output))
 
@@ -266,6 +334,11 @@ def _call_that_notes(inner: Call) -> Call:
     return call
 
 
+def _kinds(caches: list[Any]) -> str:
+    """Names the kinds of some caches."""
+    return ", ".join(sorted({type(part).__name__ for cache in caches for part in parts(cache)}))
+
+
 def _first_argument(output: Any, first: Any, *rest: Any) -> Any:
     return first
 
@@ -311,6 +384,5 @@ def _backbone(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
         around += [[*path, part] for part in module.values() if isinstance(part, nn.Module)]
     raise DriftError(
         f"the target's model type {getattr(model, 'model_type', '?')!r} has no embedding and "
-        "layers side by side, so its hidden states cannot be tapped. Use another target, or "
-        "generate without a drafter (--no-draft)"
+        f"layers side by side, so its hidden states cannot be tapped. {INSTEAD}"
     )

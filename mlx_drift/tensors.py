@@ -33,3 +33,9 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
         raise DriftError(
             f"{path}: cannot be read as safetensors ({reason}). Download or copy it again"
         ) from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Reads what a file says of itself, once `read_safetensors` has found it sound."""
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}

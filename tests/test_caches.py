@@ -8,7 +8,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import RotatingKVCache
 
 from families import build
-from mlx_drift.caches import STEP, SlidingKVCache
+from mlx_drift.sliding import STEP, SlidingKVCache
 from mlx_drift.target import Target
 
 WINDOW = 8

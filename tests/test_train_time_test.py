@@ -161,7 +161,7 @@ def test_a_chain_leaves_only_committed_rows():
     drafter.ingest(tokens[1:], taps, reference)
     for ours, theirs in zip(cache.layers, reference.layers, strict=True):
         assert ours.offset == theirs.offset == taps.shape[0]
-        for a, b in zip(ours.keys_and_values(), theirs.keys_and_values(), strict=True):
+        for a, b in zip(ours.rows.keys_and_values(), theirs.rows.keys_and_values(), strict=True):
             assert mx.abs(a - b).max().item() < 1e-5
 
 

@@ -7,7 +7,11 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.models import llama
 
+from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.drafters.config import Eagle3Config
+from mlx_drift.drafters.eagle3 import Eagle3Network
 from mlx_drift.drafters.protocol import Draft
+from mlx_drift.target import Target
 
 VOCAB = 64
 LAYERS = 4
@@ -40,6 +44,35 @@ def tiny_llama(dtype: mx.Dtype = mx.float32, bits: int | None = None, **override
 def plain_greedy(model: nn.Module, prompt: list[int], count: int) -> list[int]:
     """What mlx-lm generates."""
     return [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=count)]
+
+
+def tiny_drafter(model: nn.Module, **overrides) -> ChainDrafter:
+    """A random EAGLE-3.1 drafter for any target."""
+    shape = Target(model).shape
+    arguments = {
+        "taps": (1, shape.num_layers),
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": 64,
+        "num_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 4096,
+        "target": shape,
+        "feedback": "post",
+        "fc_norm": True,
+        "norm_before_fc": False,
+        "norm_before_residual": True,
+        "draft_vocab_size": shape.vocab_size,
+        "own_head": False,
+    }
+    config = Eagle3Config(**arguments | overrides)
+    mx.random.seed(5)
+    network = Eagle3Network(config)
+    mx.eval(network.parameters())
+    return ChainDrafter(config, network, Target(model, config.taps))
 
 
 @dataclass

@@ -48,6 +48,7 @@ def prefill(
     *,
     step_size: int,
     progress: Progress,
+    done: int = 0,
 ) -> None:
     """Feeds all prompt tokens but the last to the target, and rows 1 … p to the drafter.
 
@@ -57,18 +58,19 @@ def prefill(
         target: The target, capturing the drafter's taps.
         drafter: The drafter.
         prompt: Token ids `[p+1]`.
-        target_cache: The target's cache, empty.
-        drafter_cache: The drafter's cache, empty.
+        target_cache: The target's cache, holding the first `done` rows.
+        drafter_cache: The drafter's cache, holding as many.
         step_size: Tokens a chunk.
         progress: Told after each chunk.
+        done: How many tokens need not be fed.
     """
     last = prompt.size - 1
-    progress(0, prompt.size)
-    for start in range(0, last, step_size):
+    progress(done, prompt.size)
+    for start in range(done, last, step_size):
         stop = min(start + step_size, last)
         _, taps = target(prompt[start:stop], target_cache)
         drafter.ingest(prompt[start + 1 : stop + 1], taps, drafter_cache)
-        mx.eval([c.state for c in target_cache], drafter_cache.state)
+        mx.eval(target_cache.state, drafter_cache.state)
         progress(stop, prompt.size)
         mx.clear_cache()
 
@@ -103,6 +105,7 @@ def speculate(
     for count in itertools.count(1):
         start = time.perf_counter()
         k = num_draft_tokens if remaining < 0 else min(num_draft_tokens, remaining - 1)
+        k = min(k, target_cache.room - 1)  # keys and values that are about to be quantized
         draft = drafter.propose(k, drafter_cache).tokens
         logits, taps = target.verify(mx.concatenate([last, draft]), target_cache)
         log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -123,7 +126,7 @@ def speculate(
         chosen_from = [log_probabilities[row] for row in range(rows)]
         # Under way while the caller has its turn. And once they are, another thread may ask for
         # the next round or read the probabilities: what is lazy belongs to this thread's stream.
-        mx.async_eval(drafter_cache.state, target_cache.recurrent_states, chosen_from)
+        mx.async_eval(drafter_cache.state, target_cache.state, chosen_from)
         yield Round(tokens, chosen_from, accepted, tested, seconds)
         remaining -= rows
         if stop is not None or remaining == 0:

@@ -25,6 +25,11 @@ class Statistics:
         accepted: For each draft position, how many were accepted.
         round_seconds: Wall-clock seconds of each round, drafting and verifying.
         plain_step_seconds: Seconds of a one-row target step, where it was timed.
+        prompt_tokens: Prompt tokens that were processed.
+        reused_tokens: Prompt tokens whose rows were in the prompt cache already.
+        reuse: How the prompt found the prompt cache (`mlx_drift.prompt_cache.Reuse`).
+        cache_bytes: Bytes of the caches of target and drafter, snapshots included, after the last
+            round; the most of them, where generations are added up.
     """
 
     rounds: int = 0
@@ -32,6 +37,14 @@ class Statistics:
     accepted: list[int] = field(default_factory=list)
     round_seconds: list[float] = field(default_factory=list)
     plain_step_seconds: float | None = None
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    reuse: str | None = None
+    cache_bytes: int = 0
+
+    def record_prompt(self, reuse: str, tokens: int, reused: int) -> None:
+        """Notes how a prompt of `tokens` tokens found the prompt cache."""
+        self.prompt_tokens, self.reused_tokens, self.reuse = tokens - reused, reused, reuse
 
     def record(self, tested: int, accepted: int, seconds: float) -> None:
         """Adds one round in which `accepted` of the `tested` drafts were accepted."""
@@ -43,6 +56,9 @@ class Statistics:
         self.round_seconds += other.round_seconds
         self.tested = _sum(self.tested, other.tested)
         self.accepted = _sum(self.accepted, other.accepted)
+        self.prompt_tokens += other.prompt_tokens
+        self.reused_tokens += other.reused_tokens
+        self.cache_bytes = max(self.cache_bytes, other.cache_bytes)
 
     @property
     def acceptance_length(self) -> float:
@@ -77,6 +93,10 @@ class Statistics:
             "round_seconds": statistics.median(self.round_seconds) if self.rounds else None,
             "plain_step_seconds": self.plain_step_seconds,
             "speedup_over_plain": self.speedup,
+            "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
+            "reuse": self.reuse,
+            "cache_bytes": self.cache_bytes,
         }
 
 

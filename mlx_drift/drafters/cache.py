@@ -8,17 +8,31 @@ teacher-forced chain of every position at once. The layers are the same code in 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
+from mlx_drift.sliding import ALL, SlidingKVCache
 
-class ChainCache(KVCache):
+
+class ChainCache:
     """Keys and values of committed rows and, within a round, of the chain that grows from them.
+
+    All rows are kept, so that a conversation can go back to any of them; a window narrows what is
+    read.
 
     Args:
         window: Key j is visible to query i while i − j < window; None for all keys.
+        sinks: The first rows, which stay visible beyond the window.
     """
 
-    def __init__(self, window: int | None = None):
-        super().__init__()
-        self.window = window
+    def __init__(self, window: int | None = None, sinks: int = 0):
+        self.rows = KVCache() if window is None else SlidingKVCache(window + sinks, sinks, ALL)
+
+    @property
+    def offset(self) -> int:
+        """How many rows it holds: the position of the next one."""
+        return self.rows.offset
+
+    def trim(self, rows: int) -> None:
+        """Takes back the last rows."""
+        self.rows.trim(rows)
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
         """Appends the rows and attends causally.
@@ -32,8 +46,8 @@ class ChainCache(KVCache):
         Returns:
             `[1, heads, M, head_dim]`.
         """
-        mask = self.make_mask(queries.shape[2], return_array=False, window_size=self.window)
-        keys, values = self.update_and_fetch(keys, values)
+        mask = self.rows.make_mask(queries.shape[2], return_array=False, window_size=None)
+        keys, values = self.rows.update_and_fetch(keys, values)
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 

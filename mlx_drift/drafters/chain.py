@@ -7,8 +7,8 @@ Notable:
   when the chain is done.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -16,6 +16,8 @@ import mlx.core as mx
 from mlx_drift.drafters.cache import ChainCache, TrainTimeTestCache
 from mlx_drift.drafters.config import DrafterConfig
 from mlx_drift.drafters.protocol import Draft
+from mlx_drift.errors import DriftError
+from mlx_drift.rewind import Caches, Snapshot
 from mlx_drift.target import Target
 
 
@@ -36,18 +38,40 @@ class Network(Protocol):
         """Runs M rows of one step: the states for the head and those to recycle, `[M, H]`."""
 
 
-@dataclass
-class ChainState:
-    """All state of one conversation: the rows of committed tokens, and the next chain's seed."""
+class ChainState(Caches):
+    """All state of one conversation: the rows of committed tokens, and the next chain's seed.
 
-    layers: list[ChainCache]
-    draft_logits: mx.array | None = None  # [1, D], of the last committed row: the first draft
-    recycled: mx.array | None = None  # [1, H], what the chain's next step gets
+    Attributes:
+        layers: What the attention of each layer reads.
+        draft_logits: Those of the last committed row, `[1, D]`: the first draft.
+        recycled: What the chain's next step gets, `[1, H]`.
+    """
+
+    def __init__(self, layers: list[ChainCache]):
+        super().__init__([layer.rows for layer in layers])
+        self.layers = layers
+        self.draft_logits: mx.array | None = None
+        self.recycled: mx.array | None = None
 
     @property
     def state(self) -> list[Any]:
         """All arrays, for `mx.eval`."""
-        return [[layer.state for layer in self.layers], self.draft_logits, self.recycled]
+        return [super().state, self.draft_logits, self.recycled]
+
+    def rewind(self, rows: int) -> bool:
+        """Goes back to when `rows` rows had been fed; the seed comes with the next row."""
+        self.draft_logits = self.recycled = None
+        return super().rewind(rows)
+
+    def restore(self, snapshot: Snapshot, rows: int) -> bool:
+        """Goes back to a snapshot; the seed comes with the next row."""
+        self.draft_logits = self.recycled = None
+        return super().restore(snapshot, rows)
+
+    def from_arrays(self, arrays: dict[str, mx.array], rows: int) -> None:
+        """Takes what `to_arrays` gave; the seed comes with the next row."""
+        self.draft_logits = self.recycled = None
+        super().from_arrays(arrays, rows)
 
 
 class ChainDrafter:
@@ -58,6 +82,13 @@ class ChainDrafter:
         network: Its weights.
         target: What it drafts for; lends its embedding and head where the drafter has none.
         d2t: Target token id of each draft token id, `[D]` int32; None if they are the same.
+
+    Attributes:
+        window: How far back a row sees at most; None as far as the config says. A drafter that
+            sees further than it was trained to collapses (paper §5.3), so it starts as the length
+            of the head's training, where the config tells it.
+        sinks: How many of the first tokens stay visible beyond a window. The first one, unless
+            the head was trained with a window of its own (paper §5.3, "SWA + BoS").
     """
 
     def __init__(
@@ -71,14 +102,38 @@ class ChainDrafter:
         self.network = network
         self.taps = config.taps
         self.model = target.model
+        self.window: int | None = config.max_position_embeddings
+        self.sinks = 1 if config.sliding_window is None else 0
         self._embed = network.get("embed_tokens", target.embed)
         self._head = network.get("lm_head", target.head)
         self._d2t = d2t
 
+    def windowed(self, window: int | None, sinks: int = 0) -> "ChainDrafter":
+        """Returns this drafter, its weights shared, with another window over long contexts.
+
+        Args:
+            window: Rows a row sees at most, itself included; None for as many as the config says.
+            sinks: How many of the first tokens stay visible beyond it: a system prompt's, say.
+
+        Raises:
+            DriftError: If a number is out of range.
+        """
+        if (window is not None and window < 1) or sinks < 0:
+            raise DriftError(
+                f"the drafter's window is {window} with {sinks} sinks; expected at least 1 and 0"
+            )
+        other = copy.copy(self)
+        other.window, other.sinks = window, sinks
+        return other
+
     def make_cache(self) -> ChainState:
         """Makes the empty state of one conversation."""
-        layers = range(self.config.num_layers)
-        return ChainState([ChainCache(self.config.window_of(layer)) for layer in layers])
+        caches = []
+        for layer in range(self.config.num_layers):
+            windows = self.window, self.config.window_of(layer)
+            narrowest = min((w for w in windows if w is not None), default=None)
+            caches.append(ChainCache(narrowest, self.sinks))
+        return ChainState(caches)
 
     def ingest(self, tokens: mx.array, taps: mx.array, cache: ChainState) -> None:
         """Appends committed rows and leaves the seed of the next draft.

@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from mlx_drift.rewind import Snapshot
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -14,11 +16,36 @@ class Draft:
 
 
 class DrafterCache(Protocol):
-    """All state of one conversation."""
+    """All state of one conversation: one row for every token but the first.
+
+    `mlx_drift.rewind.Caches` has it all.
+    """
 
     @property
     def state(self) -> Any:
         """Its arrays, as a tree for `mx.eval`."""
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes it holds."""
+
+    def rewind(self, rows: int) -> bool:
+        """Goes back to when `rows` rows had been fed, if it can."""
+
+    def snapshot(self) -> Snapshot:
+        """Copies what `rewind` would not bring back."""
+
+    def restore(self, snapshot: Snapshot, rows: int) -> bool:
+        """Goes back to a snapshot that was taken when `rows` rows had been fed, if it can."""
+
+    def to_arrays(self) -> dict[str, mx.array]:
+        """Copies all that rows to come may see, for a file."""
+
+    def check_arrays(self, arrays: dict[str, mx.array], rows: int) -> None:
+        """Checks what a file says `to_arrays` gave at `rows` rows; ValueError if it cannot be."""
+
+    def from_arrays(self, arrays: dict[str, mx.array], rows: int) -> None:
+        """Takes what `to_arrays` gave when `rows` rows had been fed."""
 
 
 class Drafter(Protocol):
