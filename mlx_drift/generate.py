@@ -16,7 +16,7 @@ from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.caches import KVQuantization
-from mlx_drift.decode.speculate import prefill, speculate, time_plain_steps
+from mlx_drift.decode.speculate import speculate, time_plain_steps
 from mlx_drift.decode.statistics import LOW_ACCEPTANCE, Statistics
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError, DriftWarning
@@ -141,40 +141,22 @@ def stream_generate(
             max_snapshots=0,
         )
     prompt_cache = _own(prompt_cache, model, drafter)
-    target = prompt_cache.target
     statistics = Statistics()
     detokenizer = tokenizer.detokenizer
     count = 0
     with wired_limit([model, drafter.network]):
         start = time.perf_counter()
-        prompt_cache.go_back(tokens)
-        statistics.record_prompt(prompt_cache.reuse, len(tokens), prompt_cache.rows)
-        prompt = mx.array(tokens, dtype=mx.int32)
-
-        def advance(done: int, total: int) -> None:
-            prompt_cache.tokens = tokens[: done + 1]
-            progress(done, total)
-
-        caches = prompt_cache.target_cache, prompt_cache.drafter_cache
-        with prompt_cache.under_way():
-            prefill(
-                target,
-                drafter,
-                prompt,
-                *caches,
-                step_size=prefill_step_size,
-                progress=advance,
-                done=prompt_cache.rows,
-            )
-        prompt_cache.remember()
+        reused = prompt_cache.read(tokens, step_size=prefill_step_size, progress=progress)
+        statistics.record_prompt(prompt_cache.reuse, len(tokens), reused)
         statistics.cache_bytes = prompt_cache.nbytes
         prompt_seconds = time.perf_counter() - start
         start = time.perf_counter()
         rounds = speculate(
-            target,
+            prompt_cache.target,
             drafter,
-            prompt[-1:],
-            *caches,
+            mx.array(tokens[-1:], dtype=mx.int32),
+            prompt_cache.target_cache,
+            prompt_cache.drafter_cache,
             num_draft_tokens=num_draft_tokens,
             max_tokens=max_tokens,
             stop_tokens=set(tokenizer.eos_token_ids),
@@ -183,7 +165,6 @@ def stream_generate(
             if not statistics.rounds:
                 progress(len(tokens), len(tokens))
             statistics.record(round.tested, round.accepted, round.seconds)
-            statistics.cache_bytes = prompt_cache.nbytes
             if statistics.rounds == ROUNDS_TO_JUDGE:
                 _warn_of_low_acceptance(statistics)
             for row, token in enumerate(round.tokens):
@@ -210,10 +191,13 @@ def stream_generate(
                     finish_reason=finish_reason,
                     statistics=statistics,
                 )
+        statistics.cache_bytes = prompt_cache.nbytes
         if compare_plain:
             last = mx.array(round.tokens[-1:])
             with prompt_cache.under_way():
-                statistics.plain_step_seconds = time_plain_steps(target, last, caches[0])
+                statistics.plain_step_seconds = time_plain_steps(
+                    prompt_cache.target, last, prompt_cache.target_cache
+                )
 
 
 def generate(

@@ -25,7 +25,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_drift.caches import KVQuantization, TargetCache
-from mlx_drift.decode.speculate import Round
+from mlx_drift.decode.speculate import Progress, Round, prefill
 from mlx_drift.drafters.protocol import Drafter, DrafterCache
 from mlx_drift.errors import DriftError
 from mlx_drift.rewind import Snapshot
@@ -83,44 +83,44 @@ class PromptCache:
         self.target_cache, self.drafter_cache = self._make_caches()
 
     @property
-    def rows(self) -> int:
-        """How many tokens need not be fed again."""
-        return max(0, len(self.tokens) - 1)
-
-    @property
     def nbytes(self) -> int:
         """The bytes of the caches and the snapshots."""
         arrays = tree_flatten([[turn.target, turn.drafter] for turn in self._turns])
         snapshots = sum(array.nbytes for _, array in arrays if array is not None)
         return self.target_cache.nbytes + self.drafter_cache.nbytes + snapshots
 
-    def go_back(self, prompt: Sequence[int]) -> None:
-        """Keeps what the caches hold of a prompt, token ids, and forgets the rest."""
-        pairs = zip(self.tokens, prompt, strict=False)
-        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        shared = min(len(self.tokens), len(prompt)) if shared is None else shared
-        if not self.tokens:
-            self.reuse = "nothing"
-        elif self.whole and shared == len(self.tokens):
-            self.reuse = "extended"
-            self.remember()
-        elif shared > 1 and self._rewind(shared - 1):
-            self.reuse = "trimmed"
-        elif turn := next((t for t in reversed(self._turns) if self._restore(t, shared)), None):
-            self.reuse, shared = "snapshot", turn.tokens
-        else:
-            self.reuse, shared = "started over", 0
-            self.target_cache, self.drafter_cache = self._make_caches()
-        self.tokens = list(prompt[:shared])
-        self._turns = [turn for turn in self._turns if turn.tokens <= shared]
+    def read(self, prompt: list[int], *, step_size: int, progress: Progress) -> int:
+        """Brings the caches to the last token of a prompt, feeding what they do not hold of it.
 
-    def remember(self) -> None:
-        """Takes a snapshot, if there is what trimming would not bring back."""
-        turn = Turn(len(self.tokens), self.target_cache.snapshot(), self.drafter_cache.snapshot())
-        if self.max_snapshots and any(arrays for arrays in (*turn.target, *turn.drafter)):
-            mx.eval(turn.target, turn.drafter)
-            turns = [t for t in self._turns if t.tokens != turn.tokens]
-            self._turns = [*turns, turn][-self.max_snapshots :]
+        Args:
+            prompt: Token ids of the whole conversation.
+            step_size: Tokens a chunk.
+            progress: Told after each chunk.
+
+        Returns:
+            How many tokens need not be fed again.
+        """
+
+        def advance(done: int, total: int) -> None:
+            self.tokens = list(prompt[: done + 1])
+            progress(done, total)
+
+        was_whole = self.whole
+        with self.under_way():
+            self._go_back(prompt, was_whole)
+            reused = max(0, len(self.tokens) - 1)
+            prefill(
+                self.target,
+                self.drafter,
+                mx.array(prompt, dtype=mx.int32),
+                self.target_cache,
+                self.drafter_cache,
+                step_size=step_size,
+                progress=advance,
+                done=reused,
+            )
+        self._remember()
+        return reused
 
     def follow(self, rounds: Iterator[Round]) -> Iterator[Round]:
         """Passes rounds on, and keeps their tokens."""
@@ -138,6 +138,36 @@ class PromptCache:
         self.whole = False
         yield
         self.whole = True
+
+    def _go_back(self, prompt: Sequence[int], whole: bool) -> None:
+        """Keeps what the caches hold of a prompt, token ids, and forgets the rest."""
+        pairs = zip(self.tokens, prompt, strict=False)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        shared = min(len(self.tokens), len(prompt)) if shared is None else shared
+        if not self.tokens:
+            self.reuse = "nothing"
+        elif whole and shared == len(self.tokens):
+            self.reuse = "extended"
+            self._remember()
+        elif shared > 1 and self._rewind(shared - 1):
+            self.reuse = "trimmed"
+        elif turn := next((t for t in reversed(self._turns) if self._restore(t, shared)), None):
+            self.reuse, shared = "snapshot", turn.tokens
+        else:
+            self.reuse, shared = "started over", 0
+            self.target_cache, self.drafter_cache = self._make_caches()
+        self.tokens = list(prompt[:shared])
+        self._turns = [turn for turn in self._turns if turn.tokens <= shared]
+
+    def _remember(self) -> None:
+        """Takes a snapshot, if there is what trimming would not bring back."""
+        if not self.max_snapshots:
+            return
+        turn = Turn(len(self.tokens), self.target_cache.snapshot(), self.drafter_cache.snapshot())
+        if any(arrays for arrays in (*turn.target, *turn.drafter)):
+            mx.eval(turn.target, turn.drafter)
+            turns = [t for t in self._turns if t.tokens != turn.tokens]
+            self._turns = [*turns, turn][-self.max_snapshots :]
 
     def _make_caches(self) -> tuple[TargetCache, DrafterCache]:
         target_cache = self.target.make_cache(
@@ -302,10 +332,11 @@ def _fill(cache: PromptCache, arrays: dict[str, mx.array]) -> None:
     cache.tokens = tokens.tolist()  # type: ignore[assignment]
     if any(not 0 <= token < cache.target.shape.vocab_size for token in cache.tokens):
         raise ValueError("tokens lie outside the vocabulary")
-    if cache.rows:
+    rows = max(0, len(cache.tokens) - 1)
+    if rows:
         # Fed one row, which is never computed, the caches tell what the arrays must be.
         quantization = cache.quantization
-        due = quantization is not None and cache.rows >= quantization.start
+        due = quantization is not None and rows >= quantization.start
         cache.target_cache = cache.target.make_cache(
             max_kv_size=cache.max_kv_size,
             quantization=replace(quantization, start=0) if quantization and due else None,
@@ -315,8 +346,8 @@ def _fill(cache: PromptCache, arrays: dict[str, mx.array]) -> None:
         cache.drafter.ingest(tokens[:1], taps, cache.drafter_cache)
     for owner, held in (("target", cache.target_cache), ("drafter", cache.drafter_cache)):
         own = {n.removeprefix(f"{owner}."): a for n, a in arrays.items() if n.startswith(owner)}
-        held.check_arrays(own, cache.rows)
-        held.from_arrays(own, cache.rows)
+        held.check_arrays(own, rows)
+        held.from_arrays(own, rows)
         mx.eval(held.state)
 
 

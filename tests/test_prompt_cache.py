@@ -6,7 +6,6 @@ import random
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache as mlx_lm_prompt_cache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -19,31 +18,10 @@ from mlx_drift import (
     stream_generate,
 )
 from mlx_drift.target import Target
-from tiny import VOCAB, tiny_drafter, tiny_llama
+from tiny import VOCAB, NoText, tiny_drafter, tiny_llama
 
 ANSWER = 12
 TURNS = 10
-
-
-class NoText(TokenizerWrapper):
-    """A tokenizer for token ids without a text: nothing ends a generation but its length."""
-
-    eos_token_ids = frozenset()
-    bos_token = None
-    last_segment = ""
-
-    def __init__(self):
-        pass
-
-    @property
-    def detokenizer(self):
-        return self
-
-    def add_token(self, token):
-        pass
-
-    def finalize(self):
-        pass
 
 
 @pytest.fixture

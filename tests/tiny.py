@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.models import llama
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.config import Eagle3Config
@@ -39,6 +40,27 @@ def tiny_llama(dtype: mx.Dtype = mx.float32, bits: int | None = None, **override
         nn.quantize(model, group_size=32, bits=bits)
     mx.eval(model.parameters())
     return model
+
+
+class NoText(TokenizerWrapper):
+    """A tokenizer for token ids without a text: nothing ends a generation but its length."""
+
+    eos_token_ids = frozenset()
+    bos_token = None
+    last_segment = ""
+
+    def __init__(self):
+        pass
+
+    @property
+    def detokenizer(self):
+        return self
+
+    def add_token(self, token):
+        pass
+
+    def finalize(self):
+        pass
 
 
 def plain_greedy(model: nn.Module, prompt: list[int], count: int) -> list[int]:

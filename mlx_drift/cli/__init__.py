@@ -8,6 +8,7 @@ from typing import Any
 import typer
 from huggingface_hub.utils import logging as hub_log
 
+from mlx_drift.cli.cache_prompt import cache_prompt
 from mlx_drift.cli.convert import convert
 from mlx_drift.cli.generate import generate
 from mlx_drift.cli.inspect import inspect
@@ -22,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
+app.command()(cache_prompt)
 app.command()(convert)
 app.command()(inspect)
 app.command()(pairs)

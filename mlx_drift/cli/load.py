@@ -1,20 +1,32 @@
 """Loads models for the command line: mlx-lm's own loader, its errors in one line."""
 
+from pathlib import Path
+
 import mlx.nn as nn
 import mlx_lm
+import typer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from rich.console import Console
 
+from mlx_drift.cli.prompts import LaidOut, encode
+from mlx_drift.convert.target import target_folder
+from mlx_drift.demo import DEMO, DRAFTERS, TARGET
+from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.drafters.config import read_json
 from mlx_drift.errors import DriftError
-from mlx_drift.hub import resolve
+from mlx_drift.hub import find_hub_folder, resolve
+from mlx_drift.loading import load_drafter
+from mlx_drift.pairs import find_pair
 from mlx_drift.paths import existing
 
 
-def load_model(model: str, adapter_path: str | None) -> tuple[nn.Module, TokenizerWrapper]:
-    """Loads a target and its tokenizer.
+def load_model(model: str | None, adapter_path: str | None) -> tuple[nn.Module, TokenizerWrapper]:
+    """Loads a target and its tokenizer; the embedded one for None.
 
     Raises:
         DriftError: If there is no such model, or mlx-lm cannot load it.
     """
+    model = model or str(TARGET)
     resolve(model, "model", None, ["config.json"])
     path = existing(model)
     try:
@@ -22,3 +34,77 @@ def load_model(model: str, adapter_path: str | None) -> tuple[nn.Module, Tokeniz
     except Exception as error:  # whatever a damaged folder makes mlx-lm or transformers raise
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise DriftError(f"{model}: mlx-lm cannot load it ({reason})") from error
+
+
+def load_pair(
+    model: str | None, drafter: str | None, adapter_path: str | None, console: Console
+) -> tuple[nn.Module, TokenizerWrapper, ChainDrafter]:
+    """Loads a target, its tokenizer and a drafter; the embedded pair for None.
+
+    Raises:
+        DriftError: If one of them is missing, damaged, or does not fit.
+    """
+    if model is not None and drafter is None:
+        raise DriftError(
+            "no drafter given for this model: add --drafter FOLDER, or --drafter auto to "
+            "pick a known one, or --no-draft to generate without"
+        )
+    chosen = choose_drafter(drafter, model, console)
+    if existing(chosen) is None:
+        find_hub_folder(chosen, None, "drafter")  # a wrong name is told before all the loading
+    target, tokenizer = load_model(model, adapter_path)
+    return target, tokenizer, load_drafter(chosen, target, on_convert=_say_where)
+
+
+def windowed(
+    drafter: ChainDrafter,
+    window: int | None,
+    sinks: str | None,
+    tokenizer: TokenizerWrapper,
+    around: LaidOut,
+) -> ChainDrafter:
+    """Gives a drafter the window that was asked for, or leaves it as it is.
+
+    Args:
+        drafter: The drafter.
+        window: Tokens back that it sees; 0 for as many as its config says, None for its default.
+        sinks: How many of the first tokens it sees beyond that, or `system` for all up to the
+            question.
+        tokenizer: The target's.
+        around: What the prompt puts around the question.
+
+    Raises:
+        DriftError: If `sinks` is neither a number nor `system`.
+    """
+    if window is None and sinks is None:
+        return drafter
+    wanted = drafter.window if window is None else window or None
+    if sinks is None:
+        return drafter.windowed(wanted, drafter.sinks)
+    if sinks == "system":
+        return drafter.windowed(wanted, len(encode(tokenizer, around.before_place())))
+    if not sinks.isdecimal():
+        raise DriftError(f"--drafter-sinks is {sinks}; expected a number of tokens, or system")
+    return drafter.windowed(wanted, int(sinks))
+
+
+def choose_drafter(drafter: str | None, model: str | None, console: Console) -> str:
+    """Returns the drafter's folder or repository: the embedded one, a known one, or the user's."""
+    if model is None:
+        chosen = DRAFTERS[0] if drafter in (None, "auto") else drafter
+        if chosen not in DRAFTERS:
+            raise DriftError(
+                f"--drafter {drafter} needs its --model; the embedded target has the drafters "
+                f"{' and '.join(DRAFTERS)}"
+            )
+        return str(DEMO / chosen)
+    if drafter != "auto":
+        return str(drafter)
+    pair, why = find_pair(model, read_json(target_folder(model) / "config.json"))
+    needs = f" It needs {pair.needs}." if pair.needs else ""
+    console.print(f"drafter: {pair.drafter}, by {why}.{needs}", highlight=False, markup=False)
+    return pair.drafter
+
+
+def _say_where(folder: Path) -> None:
+    typer.echo(f"converting the drafter on first use, into {folder}", err=True)

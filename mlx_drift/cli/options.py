@@ -1,5 +1,6 @@
 """The options that several commands have."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -28,3 +29,49 @@ RopeTheta = Annotated[
 Window = Annotated[
     int | None, typer.Option(metavar="W", help="The sliding window; 0 for none.", min=0)
 ]
+
+Text = Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="The prompt; - reads stdin.")]
+Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; - reads stdin.")]
+PromptFile = Annotated[Path | None, typer.Option(help="A file that holds the prompt.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="The target: a folder or Hub repository. Default: the embedded pair."),
+]
+Drafter = Annotated[
+    str | None,
+    typer.Option(
+        help="A converted drafter's folder, or a Hub repository, converted on first use; auto "
+        "picks a known one (`mlx-drift pairs`). With the embedded target: eagle3.1 or eagle3."
+    ),
+]
+AdapterPath = Annotated[str | None, typer.Option(help="LoRA adapters of the target.")]
+SystemPrompt = Annotated[str | None, typer.Option(help="System prompt.")]
+IgnoreChatTemplate = Annotated[
+    bool, typer.Option("--ignore-chat-template", help="Feed the raw prompt.")
+]
+ChatTemplateConfig = Annotated[
+    str | None, typer.Option(metavar="JSON", help="Keywords of the chat template.")
+]
+DrafterWindow = Annotated[
+    int | None,
+    typer.Option(
+        metavar="W",
+        min=0,
+        help="Tokens back that the drafter sees; 0 for all. Default: the length it was trained on.",
+    ),
+]
+DrafterSinks = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N",
+        help="First tokens that it sees beyond its window, or `system` for the system prompt's.",
+    ),
+]
+MaxKvSize = Annotated[
+    int | None, typer.Option(help="Rows of keys and values to keep: the first 4 and the last.")
+]
+KvBits = Annotated[int | None, typer.Option(help="Bits to quantize keys and values to.")]
+KvGroupSize = Annotated[int, typer.Option(help="Values that share a scale in --kv-bits.")]
+QuantizedKvStart = Annotated[int, typer.Option(help="From how many rows on --kv-bits quantizes.")]
+PrefillStepSize = Annotated[int, typer.Option(help="Prompt tokens to process at a time.", min=1)]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]

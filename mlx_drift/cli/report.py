@@ -29,13 +29,14 @@ def table(last: DriftResponse, k: int, interrupted: bool) -> Table:
     rows = Table(show_header=False, box=None, pad_edge=False)
     rows.add_column(style="dim")
     rows.add_column()
-    rows.add_row("prompt", f"{last.prompt_tokens} tokens, {last.prompt_tps:.0f} tokens/s")
+    statistics = last.statistics
+    known = f", {statistics.reused_tokens} of them known" if statistics.reused_tokens else ""
+    rows.add_row("prompt", f"{last.prompt_tokens} tokens{known}, {last.prompt_tps:.0f} tokens/s")
     rows.add_row(
         "generation",
         f"{last.generation_tokens} tokens, {last.generation_tps:.0f} tokens/s"
         + (" (interrupted)" if interrupted else ""),
     )
-    statistics = last.statistics
     if statistics.rounds:
         rows.add_row("rounds", f"{statistics.rounds}, drafting K = {k}")
         rows.add_row(
@@ -55,7 +56,8 @@ def table(last: DriftResponse, k: int, interrupted: bool) -> Table:
             f"{statistics.speedup if faster else 1 / statistics.speedup:.2f}× "
             + ("faster" if faster else "slower" + _why_slower()),
         )
-    rows.add_row("peak memory", f"{last.peak_memory:.2f} GB")
+    caches = f", caches {statistics.cache_bytes / 1e6:.1f} MB" if statistics.cache_bytes else ""
+    rows.add_row("peak memory", f"{last.peak_memory:.2f} GB{caches}")
     return rows
 
 

@@ -40,6 +40,21 @@ def conversion_bar(console: Console, what: str) -> Iterator[Callable[[int, int],
         bar.stop()
 
 
+@contextmanager
+def prompt_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Yields a callback that shows a bar while the prompt is processed, on a terminal only."""
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("prompt", total=None)
+
+    def update(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if done == total:  # the first token is there: its text follows
+            bar.stop()
+
+    with bar:
+        yield update
+
+
 def conventions(values: dict[str, Any], provenance: dict[str, str]) -> Table:
     """Lays out every resolved value with where it came from."""
     table = Table("convention", "value", "from")

@@ -1,0 +1,117 @@
+"""Prompts on the command line: where the text comes from, and how it becomes token ids."""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_drift.errors import DriftError
+
+PLACE = "<query>"
+"""Stands for a question, to find where a chat template puts it (as in mlx-lm)."""
+
+
+def read_prompt(text: str | None, prompt: str | None, prompt_file: Path | None) -> str | None:
+    """Returns the one prompt that was given, `-` read from stdin; None if none was.
+
+    Raises:
+        DriftError: If it is empty, or a file cannot be read.
+        typer.BadParameter: If more than one was given.
+    """
+    given = [value for value in (text, prompt, prompt_file) if value is not None]
+    if len(given) > 1:
+        raise typer.BadParameter("give one of PROMPT, --prompt and --prompt-file")
+    if not given:
+        return None
+    if prompt_file is not None:
+        try:
+            content = prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DriftError(f"{prompt_file}: cannot be read as text ({error})") from None
+    else:
+        content = sys.stdin.read() if given == ["-"] else str(given[0])
+    if not content.strip():
+        raise DriftError("the prompt is empty; give some text")
+    return content
+
+
+def parse_object(text: str | None, flag: str) -> dict[str, Any]:
+    """Parses the JSON object that a flag was given.
+
+    Raises:
+        DriftError: If it is none.
+    """
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        raise DriftError(f"{flag} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise DriftError(f"{flag} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """A prompt as text, and whether a chat template made it (then it has its special tokens)."""
+
+    text: str
+    by_template: bool
+
+    def before_place(self) -> "LaidOut":
+        """Returns what comes before `PLACE`."""
+        return replace(self, text=self.text.partition(PLACE)[0])
+
+    def after_place(self) -> str:
+        """Returns the text that comes after `PLACE`."""
+        return self.text.partition(PLACE)[2]
+
+
+def apply_template(
+    tokenizer: TokenizerWrapper,
+    question: str,
+    *,
+    template_keywords: dict[str, Any],
+    system_prompt: str | None = None,
+    prefill_response: str | None = None,
+    ignore: bool = False,
+) -> LaidOut:
+    """Lays the tokenizer's chat template, if it has one, around a question, as mlx-lm does.
+
+    Args:
+        tokenizer: The tokenizer.
+        question: What the user says.
+        template_keywords: Keywords of the template.
+        system_prompt: The system's message, if there is one.
+        prefill_response: How the response is to begin.
+        ignore: Leave the question as it is.
+
+    Raises:
+        DriftError: If the template refuses.
+    """
+    if ignore or not tokenizer.has_chat_template:
+        return LaidOut(question, by_template=False)
+    messages = [{"role": "user", "content": question}]
+    if system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    if prefill_response is not None:
+        messages.append({"role": "assistant", "content": prefill_response})
+    keywords = {
+        "continue_final_message": prefill_response is not None,
+        "add_generation_prompt": prefill_response is None,
+    }
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, **keywords | template_keywords | {"tokenize": False}
+        )
+    except Exception as error:  # a template is a program and raises what it likes
+        raise DriftError(f"the tokenizer's chat template refuses the prompt ({error})") from error
+    return LaidOut(text, by_template=True)
+
+
+def encode(tokenizer: TokenizerWrapper, prompt: LaidOut) -> list[int]:
+    """Turns a prompt into token ids; special tokens are added unless a template did."""
+    return tokenizer.encode(prompt.text, add_special_tokens=not prompt.by_template)
