@@ -5,7 +5,7 @@ An app changes one import and adds one keyword. Without a drafter the call goes 
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +16,12 @@ from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.caches import KVQuantization
+from mlx_drift.decode.sampling import LogitsProcessor, Sampler, Sampling
 from mlx_drift.decode.speculate import speculate, time_plain_steps
 from mlx_drift.decode.statistics import LOW_ACCEPTANCE, Statistics
-from mlx_drift.drafters.protocol import Drafter
+from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.prompt_cache import PromptCache, make_prompt_cache
-
-MAX_DRAFT_TOKENS = 64
-"""More drafts a round than any drafter was ever trained for; a larger number is a mistake."""
 
 ROUNDS_TO_JUDGE = 32
 """Rounds after which a drafter that is hardly ever right is spoken of."""
@@ -47,6 +45,17 @@ def stream_generate(
     *,
     drafter: Drafter | None = None,
     num_draft_tokens: int = 3,
+    temp: float = 0.0,
+    top_p: float = 0.0,
+    min_p: float = 0.0,
+    min_tokens_to_keep: int = 1,
+    top_k: int = 0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+    xtc_special_tokens: Sequence[int] = (),
+    seed: int | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    sampler: Sampler | None = None,
     prompt_cache: PromptCache | list[Any] | None = None,
     max_kv_size: int | None = None,
     kv_bits: int | None = None,
@@ -57,7 +66,10 @@ def stream_generate(
     compare_plain: bool = False,
     **kwargs: Any,
 ) -> Iterator[DriftResponse]:
-    """Generates text greedily; with a drafter, token for token what the target alone gives.
+    """Generates text through a drafter, and loses nothing by it.
+
+    Greedily, token for token what the target alone gives; at a temperature above 0, tokens with
+    exactly the distribution of those that the target alone gives (rejection sampling).
 
     Args:
         model: The target, as `mlx_lm.load` returns it.
@@ -66,6 +78,20 @@ def stream_generate(
         max_tokens: Tokens to generate at most; −1 for no limit.
         drafter: A drafter loaded for this target; None for mlx-lm's own generation.
         num_draft_tokens: Drafts a round, K.
+        temp: Temperature; 0 for greedy decoding. This and the next seven are the keywords of
+            mlx-lm's `make_sampler`, and mean the same.
+        top_p: Keep the likeliest tokens that make up this mass; 0 or 1 for all.
+        min_p: Keep tokens at least this likely, in parts of the likeliest.
+        min_tokens_to_keep: Tokens that `min_p` cannot remove.
+        top_k: Keep so many of the likeliest tokens; 0 for all.
+        xtc_probability: How often XTC removes the likeliest tokens but one.
+        xtc_threshold: What a token must reach for XTC to see it.
+        xtc_special_tokens: Tokens that XTC never removes.
+        seed: Makes the output reproducible. None draws one from mlx's own random state.
+        logits_processors: As in mlx-lm: called with all tokens so far and logits `[1, V]`.
+        sampler: As in mlx-lm, instead of the keywords. As nothing is known of its probabilities, a
+            draft is accepted only if it is what the sampler drew: the same distribution, lower
+            acceptance.
         prompt_cache: What the conversation has in the caches: `make_prompt_cache(model, drafter)`.
             Unlike with mlx-lm's, the prompt is then the whole conversation: what the caches hold of
             it is not processed again (`statistics.reuse` says how much and how). Its own settings
@@ -98,14 +124,30 @@ def stream_generate(
     if max_tokens == 0 or max_tokens < -1:
         raise DriftError(f"max_tokens is {max_tokens}; expected at least 1, or -1 for no limit")
     progress = prompt_progress_callback or (lambda done, total: None)
+    sampling = Sampling(
+        temp=temp,
+        top_p=top_p,
+        min_p=min_p,
+        min_tokens_to_keep=min_tokens_to_keep,
+        top_k=top_k,
+        xtc_probability=xtc_probability,
+        xtc_threshold=xtc_threshold,
+        xtc_special_tokens=tuple(xtc_special_tokens),
+        logits_processors=tuple(logits_processors or ()),
+        sampler=sampler,
+    )
     if drafter is None:
         if isinstance(prompt_cache, PromptCache):
             raise DriftError("the prompt cache was made for a drafter; give that one as drafter=")
+        if seed is not None:
+            mx.random.seed(seed)
         for response in mlx_lm.stream_generate(
             model,
             tokenizer,
             tokens,
             max_tokens,
+            sampler=sampling.as_sampler(),
+            logits_processors=list(sampling.logits_processors),
             num_draft_tokens=num_draft_tokens,
             prompt_cache=prompt_cache,
             max_kv_size=max_kv_size,
@@ -120,7 +162,7 @@ def stream_generate(
         return
     if kwargs:
         raise DriftError(
-            f"the keyword {sorted(kwargs)[0]!r} is not supported with a drafter yet; "
+            f"the keyword {sorted(kwargs)[0]!r} is not supported with a drafter; "
             "generate without one, or leave it out"
         )
     check_num_draft_tokens(num_draft_tokens)
@@ -160,6 +202,9 @@ def stream_generate(
             num_draft_tokens=num_draft_tokens,
             max_tokens=max_tokens,
             stop_tokens=set(tokenizer.eos_token_ids),
+            sampling=sampling,
+            key=_random_key(seed) if sampling.is_random else None,
+            history=tokens,
         )
         for round in prompt_cache.follow(rounds):
             if not statistics.rounds:
@@ -231,6 +276,12 @@ def generate(
         )
         print(f"Peak memory: {response.peak_memory:.3f} GB")
     return text
+
+
+def _random_key(seed: int | None) -> mx.array:
+    """Returns the key of a seed, or one drawn from mlx's own random state."""
+    drawn: Any = mx.random.randint(0, 2**31 - 1).item() if seed is None else seed
+    return mx.random.key(drawn)
 
 
 def check_num_draft_tokens(num_draft_tokens: int) -> None:

@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_drift.decode.accept import accept_greedy
+from mlx_drift.decode.accept import accept_matching
 from mlx_drift.decode.statistics import Statistics
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=8), st.integers(0, 3))
 def test_accepts_the_longest_right_prefix(pairs, bonus):
     draft, choices = [d for d, _ in pairs], [c for _, c in pairs] + [bonus]
-    scores = mx.array([[1.0 if v == choice else 0.0 for v in range(4)] for choice in choices])
-    accepted, *tokens = accept_greedy(mx.array(draft, dtype=mx.int32), scores).tolist()
+    verdict = accept_matching(mx.array(draft, dtype=mx.int32), mx.array(choices))
+    accepted, *tokens = verdict.tolist()
     expected = next((i for i, (d, c) in enumerate(pairs) if d != c), len(pairs))
     assert accepted == expected
     assert tokens == choices

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from backend import assert_same, assert_same_rows, assert_same_tokens
-from mlx_drift.decode import speculate as module
+from mlx_drift.decode.sampling import GREEDY, Chooser, Sampling
 from mlx_drift.decode.speculate import prefill, speculate, time_plain_steps
 from mlx_drift.target import Target
 from tiny import Oracle, plain_greedy, tiny_llama
@@ -146,8 +146,9 @@ def test_caches_end_at_a_stop_token(model, text):
     assert offsets[-1] == first  # all committed tokens but the last, the stop token itself
 
 
-def test_one_synchronisation_a_round(model, text, monkeypatch):
-    accept, syncs = module.accept_greedy, []
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temp=0.7, top_p=0.9, xtc_probability=0.5)])
+def test_one_synchronisation_a_round(model, text, monkeypatch, sampling):
+    accept, syncs = Chooser.accept, []
 
     class Counted:
         def __init__(self, array):
@@ -157,7 +158,7 @@ def test_one_synchronisation_a_round(model, text, monkeypatch):
             syncs.append(1)
             return self.array.tolist()
 
-    monkeypatch.setattr(module, "accept_greedy", lambda *a: Counted(accept(*a)))
+    monkeypatch.setattr(Chooser, "accept", lambda *a: Counted(accept(*a)))
     drafter = Oracle(text, spoilt_rounds(0))
     target = Target(model, drafter.taps)
     target_cache, drafter_cache = target.make_cache(), drafter.make_cache()
@@ -174,6 +175,8 @@ def test_one_synchronisation_a_round(model, text, monkeypatch):
         num_draft_tokens=3,
         max_tokens=LENGTH,
         stop_tokens=frozenset(),
+        sampling=sampling,
+        key=mx.random.key(0),
     )
     assert len(list(rounds)) == len(syncs)
 

@@ -132,7 +132,7 @@ class Oracle:
         cache.tokens += tokens.tolist()
         cache.taps.append(taps)
 
-    def propose(self, k: int, cache: OracleCache) -> Draft:
+    def propose(self, k: int, cache: OracleCache, chooser=None) -> Draft:
         start = len(cache.tokens)
         right = (self.text[start : start + k] + [0] * k)[:k]
         spoilt = self.spoil[self.rounds % len(self.spoil)]

@@ -41,6 +41,14 @@ def generate(
         int, typer.Option("--max-tokens", "-m", help="Tokens to generate at most; -1: no limit.")
     ] = 256,
     num_draft_tokens: Annotated[int, typer.Option(metavar="K", help="Drafts a round.")] = 3,
+    temp: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    min_tokens_to_keep: options.MinTokensToKeep = 1,
+    top_k: options.TopK = 0,
+    xtc_probability: options.XtcProbability = 0.0,
+    xtc_threshold: options.XtcThreshold = 0.1,
+    seed: options.Seed = None,
     no_draft: Annotated[
         bool, typer.Option("--no-draft", help="Generate with mlx-lm alone.")
     ] = False,
@@ -62,7 +70,7 @@ def generate(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Generate text, greedily and losslessly, through a drafter."""
+    """Generate text through a drafter, losing nothing by it."""
     question = read_prompt(text, prompt, prompt_file)
     if question is None and model is not None:
         raise DriftError("no prompt; give it as an argument, with --prompt-file, or - for stdin")
@@ -119,6 +127,15 @@ def generate(
                 max_tokens,
                 drafter=loaded,
                 num_draft_tokens=num_draft_tokens,
+                temp=temp,
+                top_p=top_p,
+                min_p=min_p,
+                min_tokens_to_keep=min_tokens_to_keep,
+                top_k=top_k,
+                xtc_probability=xtc_probability,
+                xtc_threshold=xtc_threshold,
+                xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+                seed=seed,
                 prompt_cache=cache,
                 max_kv_size=max_kv_size,
                 kv_bits=kv_bits,

@@ -75,3 +75,13 @@ KvGroupSize = Annotated[int, typer.Option(help="Values that share a scale in --k
 QuantizedKvStart = Annotated[int, typer.Option(help="From how many rows on --kv-bits quantizes.")]
 PrefillStepSize = Annotated[int, typer.Option(help="Prompt tokens to process at a time.", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Temperature = Annotated[float, typer.Option(help="Temperature; 0 for greedy decoding.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that make up this mass.")]
+MinP = Annotated[float, typer.Option(help="Keep tokens this likely, in parts of the likeliest.")]
+MinTokensToKeep = Annotated[int, typer.Option(help="Tokens that --min-p cannot remove.")]
+TopK = Annotated[int, typer.Option(help="Keep so many of the likeliest tokens; 0 for all.")]
+XtcProbability = Annotated[
+    float, typer.Option(help="How often XTC removes the likeliest tokens but one.")
+]
+XtcThreshold = Annotated[float, typer.Option(help="What a token must reach for XTC to see it.")]
+Seed = Annotated[int | None, typer.Option(help="Makes what is drawn reproducible.")]

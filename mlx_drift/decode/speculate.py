@@ -9,7 +9,7 @@ synchronisation: the `tolist` that brings the number of accepted drafts and the 
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_drift.caches import TargetCache
-from mlx_drift.decode.accept import accept_greedy
+from mlx_drift.decode.sampling import GREEDY, Chooser, Sampling
 from mlx_drift.drafters.protocol import Drafter, DrafterCache
 from mlx_drift.target import Target
 
@@ -85,8 +85,14 @@ def speculate(
     num_draft_tokens: int,
     max_tokens: int,
     stop_tokens: AbstractSet[int],
+    sampling: Sampling = GREEDY,
+    key: mx.array | None = None,
+    history: Sequence[int] = (),
 ) -> Iterator[Round]:
-    """Decodes greedily; token for token what the target alone would give.
+    """Decodes; greedily, token for token what the target alone would give.
+
+    At a temperature above 0, what is committed has exactly the distribution of what the target
+    alone would give.
 
     Args:
         target: The target, capturing the drafter's taps.
@@ -97,19 +103,28 @@ def speculate(
         num_draft_tokens: Drafts a round, K.
         max_tokens: Tokens to commit in all; −1 for no limit.
         stop_tokens: Token ids after which nothing is wanted.
+        sampling: What tokens are drawn from.
+        key: The randomness, at a temperature above 0.
+        history: All committed tokens, for logits processors.
 
     Yields:
         A `Round` for each target pass; the last one ends at a stop token or at `max_tokens`.
     """
     remaining = max_tokens
+    round_key = None
+    committed = mx.array(list(history), dtype=mx.int32) if sampling.logits_processors else None
     for count in itertools.count(1):
         start = time.perf_counter()
         k = num_draft_tokens if remaining < 0 else min(num_draft_tokens, remaining - 1)
         k = min(k, target_cache.room - 1)  # keys and values that are about to be quantized
-        draft = drafter.propose(k, drafter_cache).tokens
+        if key is not None:
+            key, round_key = mx.random.split(key)
+        chooser = Chooser(sampling, k, round_key, committed)
+        proposed = drafter.propose(k, drafter_cache, chooser)
+        draft = proposed.tokens
         logits, taps = target.verify(mx.concatenate([last, draft]), target_cache)
-        log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        verdict: Any = accept_greedy(draft, log_probabilities).tolist()  # the synchronisation
+        log_probabilities = chooser.log_probabilities(logits, draft)
+        verdict: Any = chooser.accept(proposed, log_probabilities).tolist()  # the synchronisation
         accepted, *tokens = verdict
         seconds = time.perf_counter() - start
 
@@ -121,12 +136,15 @@ def speculate(
         rows = len(tokens)
 
         target.rollback(target_cache, draft.size + 1 - rows)
+        fresh = mx.array(tokens)
         last = mx.array(tokens[-1:])
-        drafter.ingest(mx.array(tokens), taps[:rows], drafter_cache)
+        if committed is not None:
+            committed = mx.concatenate([committed, fresh])
+        drafter.ingest(fresh, taps[:rows], drafter_cache)
         chosen_from = [log_probabilities[row] for row in range(rows)]
         # Under way while the caller has its turn. And once they are, another thread may ask for
         # the next round or read the probabilities: what is lazy belongs to this thread's stream.
-        mx.async_eval(drafter_cache.state, target_cache.state, chosen_from)
+        mx.async_eval(drafter_cache.state, target_cache.state, chosen_from, key, committed)
         yield Round(tokens, chosen_from, accepted, tested, seconds)
         remaining -= rows
         if stop is not None or remaining == 0:

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_drift.drafters.cache import ChainCache, TrainTimeTestCache
 from mlx_drift.drafters.config import DrafterConfig
-from mlx_drift.drafters.protocol import Draft
+from mlx_drift.drafters.protocol import Choose, Draft
 from mlx_drift.errors import DriftError
 from mlx_drift.rewind import Caches, Snapshot
 from mlx_drift.target import Target
@@ -146,24 +146,35 @@ class ChainDrafter:
         normed, states = self.network(self._embed(tokens), self.network.fuse(taps), cache.layers)
         cache.draft_logits, cache.recycled = self._head(normed[-1:]), states[-1:]
 
-    def propose(self, k: int, cache: ChainState) -> Draft:
-        """Chains k greedy drafts; none before anything was ingested.
+    def propose(self, k: int, cache: ChainState, chooser: Choose | None = None) -> Draft:
+        """Chains k drafts; none before anything was ingested.
 
         Args:
             k: How many tokens to draft.
             cache: The conversation's state; its committed rows are left as they are.
+            chooser: What tokens are chosen with; None for the likeliest.
         """
         if k == 0 or cache.draft_logits is None or cache.recycled is None:
             return Draft(mx.zeros((0,), mx.int32))
         committed = cache.layers[0].offset
-        tokens = [self.choose(cache.draft_logits)]
-        state = cache.recycled
-        while len(tokens) < k:
-            normed, state = self.network(self._embed(tokens[-1]), state, cache.layers)
-            tokens.append(self.choose(self._head(normed)))
+        tokens: list[mx.array] = []
+        drawn_with: list[mx.array] = []
+        logits, state = cache.draft_logits, cache.recycled
+        while True:
+            if chooser is None or chooser.drafts_greedily:
+                token, log_probabilities = self.choose(logits), None
+            else:
+                token, log_probabilities = chooser.draft(self._spread(logits), tokens)
+            tokens.append(token)
+            if log_probabilities is not None:
+                drawn_with.append(log_probabilities)
+            if len(tokens) == k:
+                break
+            normed, state = self.network(self._embed(token), state, cache.layers)
+            logits = self._head(normed)
         for layer in cache.layers:
             layer.trim(layer.offset - committed)
-        return Draft(mx.concatenate(tokens))
+        return Draft(mx.concatenate(tokens), mx.concatenate(drawn_with) if drawn_with else None)
 
     def train_time_test_steps(
         self, tokens: mx.array, taps: mx.array, steps: int
@@ -206,3 +217,12 @@ class ChainDrafter:
         """Picks the likeliest tokens of draft logits `[M, D]`, as target token ids `[M]` int32."""
         token = mx.argmax(logits, axis=-1).astype(mx.int32)
         return token if self._d2t is None else self._d2t[token]
+
+    def _spread(self, logits: mx.array) -> mx.array:
+        """Lays draft logits `[M, D]` out over the target's vocabulary, `[M, V]`."""
+        if self._d2t is None:
+            return logits
+        shape = logits.shape[0], self.config.target.vocab_size
+        spread = mx.full(shape, -mx.inf, logits.dtype)
+        spread[:, self._d2t] = logits
+        return spread

@@ -1,5 +1,6 @@
 """What the decoding loop asks of a drafter, whatever its kind."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -7,12 +8,39 @@ import mlx.core as mx
 
 from mlx_drift.rewind import Snapshot
 
+MAX_DRAFT_TOKENS = 64
+"""More drafts a round than any drafter was ever trained for; a larger number is a mistake."""
+
 
 @dataclass(frozen=True)
 class Draft:
-    """Tokens proposed for one round: target token ids `[k]` int32, lazy."""
+    """Tokens proposed for one round, lazy.
+
+    Attributes:
+        tokens: Target token ids `[k]` int32.
+        log_probabilities: What they were drawn with, over the target's vocabulary, `[k, V]`; None
+            if there was no chance in it.
+    """
 
     tokens: mx.array
+    log_probabilities: mx.array | None = None
+
+
+class Choose(Protocol):
+    """What a round chooses drafts with (`mlx_drift.decode.sampling.Chooser`)."""
+
+    @property
+    def drafts_greedily(self) -> bool:
+        """Whether a draft is simply the likeliest token."""
+
+    def draft(
+        self, logits: mx.array, drafted: Sequence[mx.array]
+    ) -> tuple[mx.array, mx.array | None]:
+        """Chooses a token `[1]` by logits over the target's vocabulary `[1, V]`.
+
+        Returns:
+            It, and the log-probabilities it was drawn with, `[1, V]`; None for certainty.
+        """
 
 
 class DrafterCache(Protocol):
@@ -72,5 +100,5 @@ class Drafter(Protocol):
     def ingest(self, tokens: mx.array, taps: mx.array, cache: Any) -> None:
         """Appends committed tokens `[M]` with the taps `[M, A, T]` of one position earlier."""
 
-    def propose(self, k: int, cache: Any) -> Draft:
-        """Drafts up to k tokens to follow the committed ones."""
+    def propose(self, k: int, cache: Any, chooser: Choose | None = None) -> Draft:
+        """Drafts up to k tokens to follow the committed ones; the likeliest without a chooser."""

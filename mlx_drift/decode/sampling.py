@@ -1,0 +1,229 @@
+"""How tokens are chosen: mlx-lm's samplers as distributions, for the target and its drafter alike.
+
+Rejection sampling needs to know the probabilities that tokens are drawn with, not only the tokens.
+So what mlx-lm's `make_sampler` draws from is written here as log-probabilities: its own filters in
+its own order (top-p, min-p, XTC, top-k), then the temperature.
+
+Notable:
+- XTC tosses a coin a position. The target and the drafter see the same coin: given the coin,
+  acceptance is exact for what the target would draw under it, hence also without knowing it.
+- Logits processors see every position with the history that it would have: the committed tokens
+  and the drafts before it.
+- Greedy decoding is temperature 0 of all this: the likeliest token, with certainty.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx_lm.sample_utils import (
+    apply_min_p,
+    apply_top_k,
+    apply_top_p,
+    apply_xtc,
+    make_sampler,
+)
+
+from mlx_drift.decode.accept import accept_matching, accept_sampled
+from mlx_drift.drafters.protocol import Draft
+from mlx_drift.errors import DriftError
+
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+"""Maps tokens `[n]` and logits `[1, V]` to logits, as mlx-lm's do."""
+
+Sampler = Callable[[mx.array], mx.array]
+"""Maps log-probabilities `[1, V]` to a token `[1]`, as mlx-lm's do."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What tokens are drawn from; the keywords of mlx-lm's `make_sampler`.
+
+    Attributes:
+        temp: Temperature; 0 for the likeliest token.
+        top_p: Keep the likeliest tokens that make up this mass; 0 or 1 for all.
+        min_p: Keep tokens at least this likely, in parts of the likeliest.
+        min_tokens_to_keep: Tokens that `min_p` cannot remove.
+        top_k: Keep so many of the likeliest tokens; 0 for all.
+        xtc_probability: How often XTC removes the likeliest tokens but one.
+        xtc_threshold: What a token must reach for XTC to see it.
+        xtc_special_tokens: Tokens that XTC never removes.
+        logits_processors: What is done to logits first.
+        sampler: Draws the target's tokens instead of all this. Nothing is known of its
+            probabilities, so a draft is accepted if it is what the target drew: the same
+            distribution, lower acceptance.
+
+    Raises:
+        DriftError: If a value is out of range.
+    """
+
+    temp: float = 0.0
+    top_p: float = 0.0
+    min_p: float = 0.0
+    min_tokens_to_keep: int = 1
+    top_k: int = 0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    xtc_special_tokens: tuple[int, ...] = ()
+    logits_processors: tuple[LogitsProcessor, ...] = ()
+    sampler: Sampler | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what mlx-lm would refuse in the middle of a generation."""
+        for name, most in (
+            ("temp", float("inf")),
+            ("top_p", 1.0),
+            ("min_p", 1.0),
+            ("top_k", float("inf")),
+            ("xtc_probability", 1.0),
+            ("xtc_threshold", 0.5),
+        ):
+            value = getattr(self, name)
+            if not 0 <= value <= most:
+                limit = f"from 0 to {most:g}" if most < float("inf") else "at least 0"
+                raise DriftError(f"{name} is {value}; expected {limit}")
+        if self.min_tokens_to_keep < 1:
+            raise DriftError(f"min_tokens_to_keep is {self.min_tokens_to_keep}; expected 1 or more")
+        if self.sampler is not None and self.temp:
+            raise DriftError("both temp and sampler are given; give one of them")
+
+    @property
+    def is_random(self) -> bool:
+        """Whether tokens are drawn from a known distribution."""
+        return self.temp > 0
+
+    def as_sampler(self) -> Sampler:
+        """Returns the sampler of mlx-lm that draws from the same."""
+        if self.sampler is not None:
+            return self.sampler
+        return make_sampler(
+            self.temp,
+            self.top_p,
+            self.min_p,
+            self.min_tokens_to_keep,
+            self.top_k,
+            self.xtc_probability,
+            self.xtc_threshold,
+            list(self.xtc_special_tokens),
+        )
+
+    def log_distribution(self, log_probabilities: mx.array, coins: mx.array) -> mx.array:
+        """Returns what tokens are drawn from, at a temperature above 0.
+
+        Args:
+            log_probabilities: `[M, V]`, after the logits processors.
+            coins: Uniform in [0, 1), one a row, `[M]`: XTC's.
+
+        Returns:
+            Log-probabilities `[M, V]` float32; minus infinity where a token cannot be drawn.
+        """
+        x = log_probabilities
+        if 0 < self.top_p < 1:
+            x = apply_top_p(x, self.top_p)
+        if self.min_p:
+            x = apply_min_p(x, self.min_p, self.min_tokens_to_keep)
+        if self.xtc_probability:
+            without_top = apply_xtc(x, 1.0, self.xtc_threshold, list(self.xtc_special_tokens))
+            x = mx.where(coins[:, None] > self.xtc_probability, x, without_top)
+        if self.top_k:
+            x = apply_top_k(x, self.top_k)
+        x = x.astype(mx.float32) * (1 / self.temp)
+        return x - mx.logsumexp(x, axis=-1, keepdims=True)
+
+
+GREEDY = Sampling()
+
+
+class Chooser:
+    """Chooses the tokens of one round.
+
+    Args:
+        sampling: What tokens are drawn from.
+        k: Drafts in the round, at most.
+        key: The round's randomness; None at temperature 0.
+        history: All committed tokens `[n]`; None if no logits processor looks at them.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        k: int,
+        key: mx.array | None = None,
+        history: mx.array | None = None,
+    ):
+        self.sampling = sampling
+        self._history = history
+        if sampling.is_random:
+            assert key is not None, "drawing needs a key"
+            self._accept_key, coin_key, *self._draft_keys = mx.random.split(key, k + 2)
+            self._coins = mx.random.uniform(shape=(k + 1,), key=coin_key)
+
+    @property
+    def drafts_greedily(self) -> bool:
+        """Whether a draft is simply the likeliest token."""
+        return not (self.sampling.is_random or self.sampling.logits_processors)
+
+    def draft(
+        self, logits: mx.array, drafted: Sequence[mx.array]
+    ) -> tuple[mx.array, mx.array | None]:
+        """Chooses one draft.
+
+        Args:
+            logits: The drafter's, over the target's vocabulary, `[1, V]`.
+            drafted: The drafts before it, `[1]` each.
+
+        Returns:
+            The token `[1]` int32, and the log-probabilities it was drawn with, `[1, V]`; None for
+            certainty.
+        """
+        step = len(drafted)
+        log_probabilities = _log_softmax(self._process(logits, drafted))
+        if not self.sampling.is_random:
+            return mx.argmax(log_probabilities, axis=-1).astype(mx.int32), None
+        log_q = self.sampling.log_distribution(log_probabilities, self._coins[step : step + 1])
+        token = mx.random.categorical(log_q, key=self._draft_keys[step])
+        return token.astype(mx.int32), log_q
+
+    def log_probabilities(self, logits: mx.array, draft: mx.array) -> mx.array:
+        """Returns the target's log-probabilities `[k+1, V]`, after the logits processors.
+
+        Args:
+            logits: The target's, after the last committed token and each draft, `[k+1, V]`.
+            draft: Drafted token ids `[k]`.
+        """
+        if self.sampling.logits_processors:
+            drafted = [draft[i : i + 1] for i in range(draft.size)]
+            rows = [self._process(logits[i : i + 1], drafted[:i]) for i in range(logits.shape[0])]
+            logits = mx.concatenate(rows)
+        return _log_softmax(logits)
+
+    def accept(self, draft: Draft, log_probabilities: mx.array) -> mx.array:
+        """Accepts drafts, and draws the token that follows them.
+
+        Args:
+            draft: The drafts.
+            log_probabilities: The target's, from `log_probabilities`.
+
+        Returns:
+            `[k+2]` int32: how many drafts are accepted (n), then k+1 tokens, of which the n+1
+            first are committed.
+        """
+        if self.sampling.is_random:
+            coins = self._coins[: log_probabilities.shape[0]]
+            log_p = self.sampling.log_distribution(log_probabilities, coins)
+            return accept_sampled(draft.tokens, draft.log_probabilities, log_p, self._accept_key)
+        if (sampler := self.sampling.sampler) is not None:
+            rows = range(log_probabilities.shape[0])
+            drawn = [sampler(log_probabilities[i : i + 1]) for i in rows]
+            return accept_matching(draft.tokens, mx.concatenate(drawn))
+        return accept_matching(draft.tokens, mx.argmax(log_probabilities, axis=-1))
+
+    def _process(self, logits: mx.array, drafted: Sequence[mx.array]) -> mx.array:
+        for processor in self.sampling.logits_processors:
+            assert self._history is not None
+            logits = processor(mx.concatenate([self._history, *drafted]), logits)
+        return logits
+
+
+def _log_softmax(logits: mx.array) -> mx.array:
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
