@@ -31,6 +31,7 @@ def load_drafter(
     model: nn.Module,
     *,
     revision: str | None = None,
+    drafter_bits: int | None = None,
     on_convert: Callable[[Path], None] | None = None,
     **options: Any,
 ) -> ChainDrafter:
@@ -45,6 +46,8 @@ def load_drafter(
             Hub.
         model: The target, as `mlx_lm.load` returns it.
         revision: Branch, tag or commit on the Hub.
+        drafter_bits: Quantize the drafter's linear layers to so many bits; None leaves them as they
+            are on disk.
         on_convert: Called before a repository is converted, with the folder it is kept in.
         options: Keywords of `convert_drafter` that say how to convert a repository: `quantize,
             q_bits, q_group_size, q_mode, dtype, taps, feedback, rope_theta, window`.
@@ -62,15 +65,15 @@ def load_drafter(
                 f"mlx-drift convert {path} --mlx-path OUT"
             )
         _refuse_options(path_or_hf_repo, "a folder", options)
-        return load_converted(path, model)
+        return load_converted(path, model, drafter_bits)
     repository = find_hub_folder(path_or_hf_repo, revision, "drafter")
     if _is_converted(repository):
         _refuse_options(path_or_hf_repo, "converted already", options)
         repository.path(WEIGHTS)
-        return load_converted(repository.path("config.json").parent, model)
+        return load_converted(repository.path("config.json").parent, model, drafter_bits)
     shape = Target(model).shape
     folder = convert_once(repository, shape, options, on_convert)
-    return load_converted(folder, model)
+    return load_converted(folder, model, drafter_bits)
 
 
 def _refuse_options(name: str, what: str, options: dict[str, Any]) -> None:

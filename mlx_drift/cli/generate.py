@@ -52,6 +52,7 @@ def generate(
     no_draft: Annotated[
         bool, typer.Option("--no-draft", help="Generate with mlx-lm alone.")
     ] = False,
+    drafter_bits: options.DrafterBits = None,
     drafter_window: options.DrafterWindow = None,
     drafter_sinks: options.DrafterSinks = None,
     max_kv_size: options.MaxKvSize = None,
@@ -95,7 +96,7 @@ def generate(
     if no_draft:
         target, tokenizer = load_model(model, adapter_path)
     else:
-        target, tokenizer, loaded = load_pair(model, drafter, adapter_path, console)
+        target, tokenizer, loaded = load_pair(model, drafter, adapter_path, console, drafter_bits)
     for token in extra_eos_token or []:
         _add_eos_token(tokenizer, token)
     lay_out = partial(

@@ -37,7 +37,11 @@ def load_model(model: str | None, adapter_path: str | None) -> tuple[nn.Module, 
 
 
 def load_pair(
-    model: str | None, drafter: str | None, adapter_path: str | None, console: Console
+    model: str | None,
+    drafter: str | None,
+    adapter_path: str | None,
+    console: Console,
+    drafter_bits: int | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper, ChainDrafter]:
     """Loads a target, its tokenizer and a drafter; the embedded pair for None.
 
@@ -53,7 +57,8 @@ def load_pair(
     if existing(chosen) is None:
         find_hub_folder(chosen, None, "drafter")  # a wrong name is told before all the loading
     target, tokenizer = load_model(model, adapter_path)
-    return target, tokenizer, load_drafter(chosen, target, on_convert=_say_where)
+    loaded = load_drafter(chosen, target, drafter_bits=drafter_bits, on_convert=_say_where)
+    return target, tokenizer, loaded
 
 
 def windowed(

@@ -60,6 +60,9 @@ DrafterWindow = Annotated[
         help="Tokens back that the drafter sees; 0 for all. Default: the length it was trained on.",
     ),
 ]
+DrafterBits = Annotated[
+    int | None, typer.Option(help="Quantize the drafter to so many bits: 4 or 8, say.")
+]
 DrafterSinks = Annotated[
     str | None,
     typer.Option(

@@ -4,7 +4,8 @@ Notable:
 - One class serves the whole family. Pre-norm EAGLE-3 and normalized EAGLE-3.1 differ in two
   switches (`feedback`, `fc_norm`), the other trainers' heads in a few more; the equations are
   those of the paper, §2 and §4 (arXiv 2605.09992), and of SafeAILab/EAGLE `eagle/model/cnets.py`.
-- Every norm is `mx.fast.rms_norm`, one fused Metal kernel on Apple GPUs.
+- Every norm is `mx.fast.rms_norm`, one fused Metal kernel on Apple GPUs. At load, norms are merged
+  and projections packed (`mlx_drift.drafters.fold`); the layers here run both forms.
 - NVIDIA's heads of a single feature have no `fc`: the one tap is the hidden state.
 """
 
@@ -50,9 +51,14 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
         """Maps `[1, M, input_size]` to `[1, M, H]`."""
-        queries = self._split(self.q_proj(x), self.num_heads)
-        keys = self._split(self.k_proj(x), self.num_kv_heads)
-        values = self._split(self.v_proj(x), self.num_kv_heads)
+        if "qkv_proj" in self:
+            keys_from, values_from = self.num_heads, self.num_heads + self.num_kv_heads
+            heads = self._split(self.qkv_proj(x), self.num_heads + 2 * self.num_kv_heads)
+            queries, keys, values = mx.split(heads, [keys_from, values_from], axis=1)
+        else:
+            queries = self._split(self.q_proj(x), self.num_heads)
+            keys = self._split(self.k_proj(x), self.num_kv_heads)
+            values = self._split(self.v_proj(x), self.num_kv_heads)
         if "q_norm" in self:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries = self.rope(queries, offset=cache.offset)
@@ -76,7 +82,11 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Maps `[1, M, H]` to `[1, M, H]`."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        if "gate_up_proj" in self:
+            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(swiglu(gate, up))
 
 
 class Layer(nn.Module):
@@ -109,11 +119,19 @@ class FirstLayer(Layer):
         self, embedding: mx.array, hidden: mx.array, cache: LayerCache
     ) -> mx.array:
         """Maps the embedding and the hidden state, both `[1, M, H]`, to `[1, M, H]`."""
-        normed = self.hidden_norm(hidden) if "hidden_norm" in self else hidden
-        residual = normed if self.norm_before_residual else hidden
-        both = mx.concatenate([self.input_layernorm(embedding), normed], axis=-1)
+        both, residual = self._read(embedding, hidden)
         hidden = residual + self.self_attn(both, cache)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def _read(self, embedding: mx.array, hidden: mx.array) -> tuple[mx.array, mx.array]:
+        """Returns what the attention reads, `[1, M, 2H]`, and what it is added to, `[1, M, H]`."""
+        if "input_layernorm" not in self:  # folded: one norm without gains for both
+            both = mx.fast.rms_norm(mx.stack([embedding, hidden], axis=2), None, self.input_eps)
+            residual = both[:, :, 1] * self.residual_gain if self.norm_before_residual else hidden
+            return both.flatten(2), residual
+        normed = self.hidden_norm(hidden) if "hidden_norm" in self else hidden
+        both = mx.concatenate([self.input_layernorm(embedding), normed], axis=-1)
+        return both, normed if self.norm_before_residual else hidden
 
 
 class Eagle3Network(nn.Module):
@@ -137,11 +155,14 @@ class Eagle3Network(nn.Module):
         if config.own_head:
             self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.post_norm_feedback = config.feedback == "post"
+        self.tap_eps: float | None = None
 
     def fuse(self, taps: mx.array) -> mx.array:
         """Fuses taps `[M, A, T]` into the hidden state of a chain's first step, `[M, H]`."""
         if "fc_norm" in self:
             taps = mx.stack([norm(taps[:, i]) for i, norm in enumerate(self.fc_norm)], axis=1)
+        elif self.tap_eps is not None:  # folded: one norm without gains for all
+            taps = mx.fast.rms_norm(taps, None, self.tap_eps)
         taps = taps.flatten(1)
         if "input_norm" in self:
             taps = self.input_norm(taps)

@@ -12,6 +12,7 @@ from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.config import DrafterConfig, Eagle3Config, check_target, read_config
 from mlx_drift.drafters.eagle import EagleNetwork
 from mlx_drift.drafters.eagle3 import Eagle3Network
+from mlx_drift.drafters.fold import fold
 from mlx_drift.errors import DriftError
 from mlx_drift.paths import inside
 from mlx_drift.target import Target
@@ -34,18 +35,21 @@ class ArrayLike(Protocol):
         """The type of its elements."""
 
 
-def load_converted(folder: Path, model: nn.Module) -> ChainDrafter:
+def load_converted(folder: Path, model: nn.Module, bits: int | None = None) -> ChainDrafter:
     """Loads a converted drafter from its folder and binds it to a target.
 
-    All weights are evaluated and cast to the dtype of the target's activations, so the drafter may
-    be used from any thread and shared between conversations.
+    All weights are cast to the dtype of the target's activations, folded and packed
+    (`mlx_drift.drafters.fold`) and evaluated, so the drafter may be used from any thread and shared
+    between conversations.
 
     Args:
         folder: A folder that `convert_drafter` wrote.
         model: The target, as `mlx_lm.load` returns it.
+        bits: Quantize the linear layers to so many bits; None leaves them as they are.
 
     Raises:
-        DriftError: If the drafter is missing, damaged, not converted, or made for another target.
+        DriftError: If the drafter is missing, damaged, not converted, or made for another target,
+            or cannot be quantized so.
     """
     for name in ("config.json", WEIGHTS):
         inside(folder, name)
@@ -56,6 +60,17 @@ def load_converted(folder: Path, model: nn.Module) -> ChainDrafter:
     d2t = weights.pop("d2t", None)
     network = load_network(config, weights, folder / WEIGHTS)
     network.set_dtype(target.dtype)
+    fold(network)
+    if bits is not None:
+        if config.quantization is not None:
+            raise DriftError(
+                f"{folder} is quantized to {config.quantization.bits} bits already; leave "
+                "drafter_bits out, or convert it again with other --q-bits"
+            )
+        try:
+            quantize_linears(network, None, bits, "affine")
+        except ValueError as error:
+            raise DriftError(f"{folder}: cannot be quantized to {bits} bits ({error})") from None
     mx.eval(network)
     return ChainDrafter(config, network, target, target_ids(config, d2t, folder / WEIGHTS))
 
