@@ -5,6 +5,8 @@ from mlx_lm import load
 from mlx_drift.convert import convert_drafter, inspect_drafter
 from mlx_drift.decode.statistics import Statistics
 from mlx_drift.demo import load_demo
+from mlx_drift.drafters.draft_model import DraftModelDrafter
+from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.generate import DriftResponse, generate, stream_generate
 from mlx_drift.loading import load_drafter
@@ -17,10 +19,12 @@ from mlx_drift.prompt_cache import (
 from mlx_drift.target import remove_taps
 
 __all__ = [
+    "DraftModelDrafter",
     "DriftError",
     "DriftResponse",
     "DriftWarning",
     "PromptCache",
+    "PromptLookupDrafter",
     "Statistics",
     "convert_drafter",
     "generate",

@@ -127,7 +127,8 @@ class TargetCache(Caches):
 
     def quantize(self) -> None:
         """Quantizes keys and values where that is due, as mlx-lm does after each of its steps."""
-        if (q := self.quantization) is not None:
+        q = self.quantization
+        if q is not None and any(getattr(cache, "offset", 0) for cache in self):
             maybe_quantize_kv_cache(self, q.start, q.group_size, q.bits)
 
     def let_sinks_fade(self, fade: bool) -> None:

@@ -209,7 +209,7 @@ def stream_generate(
         for round in prompt_cache.follow(rounds):
             if not statistics.rounds:
                 progress(len(tokens), len(tokens))
-            statistics.record(round.tested, round.accepted, round.seconds)
+            statistics.record(round.tested, round.accepted, round.seconds, round.host_seconds)
             if statistics.rounds == ROUNDS_TO_JUDGE:
                 _warn_of_low_acceptance(statistics)
             for row, token in enumerate(round.tokens):
@@ -302,8 +302,8 @@ def _warn_of_low_acceptance(statistics: Statistics) -> None:
     if first < LOW_ACCEPTANCE:
         warnings.warn(
             f"only {first:.0%} of the first drafts were accepted in {statistics.rounds} rounds: "
-            "the drafter was made for another target, or its conventions are wrong. Convert it "
-            "again with --probe-conventions and --target",
+            "the drafter does not suit this target or this text. If it is a head made for it, its "
+            "conventions may be wrong: convert it again with --probe-conventions and --target",
             DriftWarning,
             stacklevel=3,
         )

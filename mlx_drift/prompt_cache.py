@@ -144,9 +144,7 @@ class PromptCache:
         pairs = zip(self.tokens, prompt, strict=False)
         shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         shared = min(len(self.tokens), len(prompt)) if shared is None else shared
-        if not self.tokens:
-            self.reuse = "nothing"
-        elif whole and shared == len(self.tokens):
+        if whole and shared == len(self.tokens) > 1:
             self.reuse = "extended"
             self._remember()
         elif shared > 1 and self._rewind(shared - 1):
@@ -154,7 +152,7 @@ class PromptCache:
         elif turn := next((t for t in reversed(self._turns) if self._restore(t, shared)), None):
             self.reuse, shared = "snapshot", turn.tokens
         else:
-            self.reuse, shared = "started over", 0
+            self.reuse, shared = "started over" if self.tokens else "nothing", 0
             self.target_cache, self.drafter_cache = self._make_caches()
         self.tokens = list(prompt[:shared])
         self._turns = [turn for turn in self._turns if turn.tokens <= shared]
@@ -353,8 +351,8 @@ def _fill(cache: PromptCache, arrays: dict[str, mx.array]) -> None:
 
 def fingerprint(module: nn.Module) -> str:
     """Tells models apart: a hash of names, shapes, dtypes, and the first bytes of every array."""
-    names, arrays = zip(*sorted(tree_flatten(module.parameters())), strict=True)
-    shapes = [f"{n} {a.dtype} {a.shape}" for n, a in zip(names, arrays, strict=True)]
-    heads = [a[(0,) * (a.ndim - 1)][:8] if a.ndim else a[None] for a in arrays]
-    values = mx.concatenate([mx.view(head, mx.uint8) for head in heads])
+    arrays = sorted(tree_flatten(module.parameters()))
+    shapes = [f"{name} {array.dtype} {array.shape}" for name, array in arrays]
+    heads = [a[(0,) * (a.ndim - 1)][:8] if a.ndim else a[None] for _, a in arrays]
+    values = mx.concatenate([mx.zeros(1, mx.uint8), *(mx.view(head, mx.uint8) for head in heads)])
     return hashlib.sha256("\n".join(shapes).encode() + np.array(values).tobytes()).hexdigest()

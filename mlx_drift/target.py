@@ -88,12 +88,13 @@ class Target:
     Args:
         model: A model as `mlx_lm.load` returns it.
         taps: Which hidden states to capture, in ascending order.
+        lazy: Do not compute the model's arrays: for questions that their shapes answer.
 
     Raises:
         DriftError: If the model's layers are not where every plain mlx-lm text model has them.
     """
 
-    def __init__(self, model: nn.Module, taps: Sequence[int] = ()):
+    def __init__(self, model: nn.Module, taps: Sequence[int] = (), *, lazy: bool = False):
         self.model = model
         self.taps = tuple(taps)
         self._backbone, self._parents = _backbone(model)
@@ -108,7 +109,8 @@ class Target:
         )
         self._install()
         # RoPE tables too, which mlx-lm leaves lazy: another thread may be the first to use them.
-        mx.eval(model)
+        if not lazy:
+            mx.eval(model)
 
     def make_cache(
         self, *, max_kv_size: int | None = None, quantization: KVQuantization | None = None
@@ -251,6 +253,8 @@ class Target:
     def _taps(self, captured: Captured, rows: int) -> mx.array:
         """Stacks the captured states `[M, A, hidden_size]`, if they are what is to be captured."""
         expected = (1, rows, self.shape.hidden_size)
+        if not self.taps:
+            return mx.zeros((rows, 0, self.shape.hidden_size), self.dtype)
         states = []
         for tap in self.taps:
             state = captured.taps.get(tap)

@@ -151,3 +151,15 @@ def test_plain_text_is_left_alone(model):
     plain = plain_greedy(model, PROMPT, LENGTH)
     steps = generate_step(mx.array(PROMPT), model, max_tokens=LENGTH, max_kv_size=16)
     assert [int(token) for token, _ in steps] != plain
+
+
+def test_an_empty_cache_is_not_quantized():
+    """mlx-lm quantizes after a row: the first one sees plain keys, also when it is fed anew."""
+    model = build("qwen3")
+    target = Target(model)
+    quantization = KVQuantization(4, 32, 0)
+    cache, fresh = (target.make_cache(quantization=quantization) for _ in range(2))
+    target.verify(mx.array([5]), cache)
+    target.rollback(cache, 1)
+    again, first = (target.verify(mx.array([9]), one)[0] for one in (cache, fresh))
+    assert mx.array_equal(again, first)

@@ -9,7 +9,7 @@ from backend import assert_same, assert_same_rows, assert_same_tokens
 from mlx_drift.decode.sampling import GREEDY, Chooser, Sampling
 from mlx_drift.decode.speculate import prefill, speculate, time_plain_steps
 from mlx_drift.target import Target
-from tiny import Oracle, plain_greedy, tiny_llama
+from tiny import Oracle, plain_greedy, tiny_drafter, tiny_llama
 
 PROMPT = [5, 9, 2, 44, 17, 3, 60]
 LENGTH = 24
@@ -100,6 +100,27 @@ def test_caches_hold_the_committed_rows_and_true_taps_after_every_round(model, t
         assert_same_rows(target_cache, reference)
 
     run(model, text, 4, after_round=check)
+
+
+def test_a_long_prompt_keeps_the_taps_of_one_chunk(model):
+    """Memory past the caches themselves does not grow with the prompt."""
+    drafter = tiny_drafter(model)
+    target = Target(model, drafter.taps)
+    peaks, chunks = [], []
+    ingest = drafter.ingest
+    drafter.ingest = lambda tokens, *rest: (chunks.append(tokens.size), ingest(tokens, *rest))
+    for length in (2048, 8192):
+        caches = target.make_cache(), drafter.make_cache()
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        prompt = mx.array([i % 60 for i in range(length)])
+        prefill(target, drafter, prompt, *caches, step_size=128, progress=lambda *_: None)
+        held = sum(cache.nbytes for cache in caches)
+        peaks.append(mx.get_peak_memory() - before - 2 * held)  # buffers are copied as they grow
+    assert max(chunks) == 128
+    scores = 128 * 4 * (8192 - 2048) * 4  # of attention, on a CPU: rows × heads × keys × bytes
+    assert peaks[1] - peaks[0] < 3 * scores
 
 
 def test_one_token_prompt(model):

@@ -127,6 +127,9 @@ class Oracle:
     def make_cache(self) -> OracleCache:
         return OracleCache(tokens=self.text[:1])
 
+    def start(self, token: mx.array, cache: OracleCache) -> None:
+        assert token.tolist() == cache.tokens
+
     def ingest(self, tokens: mx.array, taps: mx.array, cache: OracleCache) -> None:
         assert taps.shape == (tokens.size, len(self.taps), HIDDEN)
         cache.tokens += tokens.tolist()

@@ -24,6 +24,7 @@ def cache_prompt(
     prompt_file: options.PromptFile = None,
     model: options.Model = None,
     drafter: options.Drafter = None,
+    draft_model: options.DraftModel = None,
     drafter_bits: options.DrafterBits = None,
     adapter_path: options.AdapterPath = None,
     system_prompt: options.SystemPrompt = None,
@@ -42,7 +43,9 @@ def cache_prompt(
         raise DriftError("no prompt; give it as an argument, with --prompt-file, or - for stdin")
     template_keywords = parse_object(chat_template_config, "--chat-template-config")
     console = Console(stderr=True)
-    target, tokenizer, loaded = load_pair(model, drafter, adapter_path, console, drafter_bits)
+    target, tokenizer, loaded = load_pair(
+        model, drafter, adapter_path, console, drafter_bits, draft_model
+    )
     laid_out = apply_template(
         tokenizer,
         beginning + PLACE,

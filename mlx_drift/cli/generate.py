@@ -18,7 +18,7 @@ from mlx_drift.cli.prompts import PLACE, apply_template, encode, parse_object, r
 from mlx_drift.cli.report import report, table
 from mlx_drift.cli.show import prompt_bar
 from mlx_drift.demo import QUESTION
-from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
 from mlx_drift.generate import DriftResponse, check_num_draft_tokens, stream_generate
 from mlx_drift.prompt_cache import PromptCache, load_prompt_cache
@@ -52,6 +52,7 @@ def generate(
     no_draft: Annotated[
         bool, typer.Option("--no-draft", help="Generate with mlx-lm alone.")
     ] = False,
+    draft_model: options.DraftModel = None,
     drafter_bits: options.DrafterBits = None,
     drafter_window: options.DrafterWindow = None,
     drafter_sinks: options.DrafterSinks = None,
@@ -91,12 +92,14 @@ def generate(
                 f"{given[0]} is settled by {prompt_cache_file}: give it to cache-prompt instead"
             )
     console, stdout = Console(stderr=True), sys.stdout
-    loaded: ChainDrafter | None = None
+    loaded: Drafter | None = None
     cache: PromptCache | None = None
     if no_draft:
         target, tokenizer = load_model(model, adapter_path)
     else:
-        target, tokenizer, loaded = load_pair(model, drafter, adapter_path, console, drafter_bits)
+        target, tokenizer, loaded = load_pair(
+            model, drafter, adapter_path, console, drafter_bits, draft_model
+        )
     for token in extra_eos_token or []:
         _add_eos_token(tokenizer, token)
     lay_out = partial(

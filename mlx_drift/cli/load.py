@@ -13,11 +13,17 @@ from mlx_drift.convert.target import target_folder
 from mlx_drift.demo import DEMO, DRAFTERS, TARGET
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.config import read_json
+from mlx_drift.drafters.draft_model import DraftModelDrafter
+from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
+from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
 from mlx_drift.hub import find_hub_folder, resolve
 from mlx_drift.loading import load_drafter
 from mlx_drift.pairs import find_pair
 from mlx_drift.paths import existing
+
+PROMPT_LOOKUP = "prompt-lookup"
+"""What `--drafter` says for a drafter that is no model at all."""
 
 
 def load_model(model: str | None, adapter_path: str | None) -> tuple[nn.Module, TokenizerWrapper]:
@@ -42,16 +48,33 @@ def load_pair(
     adapter_path: str | None,
     console: Console,
     drafter_bits: int | None = None,
-) -> tuple[nn.Module, TokenizerWrapper, ChainDrafter]:
+    draft_model: str | None = None,
+) -> tuple[nn.Module, TokenizerWrapper, Drafter]:
     """Loads a target, its tokenizer and a drafter; the embedded pair for None.
 
     Raises:
         DriftError: If one of them is missing, damaged, or does not fit.
     """
+    if draft_model is not None or drafter == PROMPT_LOOKUP:
+        if draft_model is not None and drafter is not None:
+            raise DriftError("--drafter and --draft-model are both given; give one of them")
+        if drafter_bits is not None:
+            raise DriftError("--drafter-bits is for EAGLE drafters; leave it out")
+        target, tokenizer = load_model(model, adapter_path)
+        if draft_model is None:
+            return target, tokenizer, PromptLookupDrafter(target)
+        small, its_tokenizer = load_model(draft_model, None)
+        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise DriftError(
+                f"{draft_model} has another tokenizer than the target; give a draft model of the "
+                "same family"
+            )
+        return target, tokenizer, DraftModelDrafter(small, target)
     if model is not None and drafter is None:
         raise DriftError(
             "no drafter given for this model: add --drafter FOLDER, or --drafter auto to "
-            "pick a known one, or --no-draft to generate without"
+            "pick a known one, --draft-model for a small model of its family, --drafter "
+            f"{PROMPT_LOOKUP} for none, or --no-draft to generate without"
         )
     chosen = choose_drafter(drafter, model, console)
     if existing(chosen) is None:
@@ -62,12 +85,12 @@ def load_pair(
 
 
 def windowed(
-    drafter: ChainDrafter,
+    drafter: Drafter,
     window: int | None,
     sinks: str | None,
     tokenizer: TokenizerWrapper,
     around: LaidOut,
-) -> ChainDrafter:
+) -> Drafter:
     """Gives a drafter the window that was asked for, or leaves it as it is.
 
     Args:
@@ -79,10 +102,12 @@ def windowed(
         around: What the prompt puts around the question.
 
     Raises:
-        DriftError: If `sinks` is neither a number nor `system`.
+        DriftError: If `sinks` is neither a number nor `system`, or the drafter has no window.
     """
     if window is None and sinks is None:
         return drafter
+    if not isinstance(drafter, ChainDrafter):
+        raise DriftError("--drafter-window and --drafter-sinks are for EAGLE drafters")
     wanted = drafter.window if window is None else window or None
     if sinks is None:
         return drafter.windowed(wanted, drafter.sinks)

@@ -41,8 +41,13 @@ Drafter = Annotated[
     str | None,
     typer.Option(
         help="A converted drafter's folder, or a Hub repository, converted on first use; auto "
-        "picks a known one (`mlx-drift pairs`). With the embedded target: eagle3.1 or eagle3."
+        "picks a known one (`mlx-drift pairs`); prompt-lookup drafts what followed before. With "
+        "the embedded target: eagle3.1 or eagle3."
     ),
+]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(help="Draft with a small model that has the target's tokenizer, instead."),
 ]
 AdapterPath = Annotated[str | None, typer.Option(help="LoRA adapters of the target.")]
 SystemPrompt = Annotated[str | None, typer.Option(help="System prompt.")]

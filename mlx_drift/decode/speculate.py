@@ -37,6 +37,7 @@ class Round:
     accepted: int  # the first `accepted` tokens were drafted
     tested: int  # drafts that were tested (see `mlx_drift.decode.statistics`)
     seconds: float  # from the round's start to its synchronisation
+    host_seconds: float  # of it and after it, spent in Python: building graphs, reading results
 
 
 def prefill(
@@ -65,6 +66,8 @@ def prefill(
         done: How many tokens need not be fed.
     """
     last = prompt.size - 1
+    if not done:
+        drafter.start(prompt[:1], drafter_cache)
     progress(done, prompt.size)
     for start in range(done, last, step_size):
         stop = min(start + step_size, last)
@@ -124,9 +127,11 @@ def speculate(
         draft = proposed.tokens
         logits, taps = target.verify(mx.concatenate([last, draft]), target_cache)
         log_probabilities = chooser.log_probabilities(logits, draft)
-        verdict: Any = chooser.accept(proposed, log_probabilities).tolist()  # the synchronisation
+        decided = chooser.accept(proposed, log_probabilities)
+        built = time.perf_counter()
+        verdict: Any = decided.tolist()  # the synchronisation
+        read = time.perf_counter()
         accepted, *tokens = verdict
-        seconds = time.perf_counter() - start
 
         tokens = tokens[: accepted + 1]
         stop = next((i for i, token in enumerate(tokens) if token in stop_tokens), None)
@@ -145,7 +150,8 @@ def speculate(
         # Under way while the caller has its turn. And once they are, another thread may ask for
         # the next round or read the probabilities: what is lazy belongs to this thread's stream.
         mx.async_eval(drafter_cache.state, target_cache.state, chosen_from, key, committed)
-        yield Round(tokens, chosen_from, accepted, tested, seconds)
+        host_seconds = time.perf_counter() - read + built - start
+        yield Round(tokens, chosen_from, accepted, tested, read - start, host_seconds)
         remaining -= rows
         if stop is not None or remaining == 0:
             return

@@ -24,6 +24,7 @@ class Statistics:
         tested: For each draft position, how many drafts were tested there.
         accepted: For each draft position, how many were accepted.
         round_seconds: Wall-clock seconds of each round, drafting and verifying.
+        host_seconds: Of each round, the seconds spent in Python.
         plain_step_seconds: Seconds of a one-row target step, where it was timed.
         prompt_tokens: Prompt tokens that were processed.
         reused_tokens: Prompt tokens whose rows were in the prompt cache already.
@@ -36,6 +37,7 @@ class Statistics:
     tested: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     round_seconds: list[float] = field(default_factory=list)
+    host_seconds: list[float] = field(default_factory=list)
     plain_step_seconds: float | None = None
     prompt_tokens: int = 0
     reused_tokens: int = 0
@@ -46,14 +48,15 @@ class Statistics:
         """Notes how a prompt of `tokens` tokens found the prompt cache."""
         self.prompt_tokens, self.reused_tokens, self.reuse = tokens - reused, reused, reuse
 
-    def record(self, tested: int, accepted: int, seconds: float) -> None:
+    def record(self, tested: int, accepted: int, seconds: float, host_seconds: float = 0.0) -> None:
         """Adds one round in which `accepted` of the `tested` drafts were accepted."""
-        self.add(Statistics(1, [1] * tested, [1] * accepted, [seconds]))
+        self.add(Statistics(1, [1] * tested, [1] * accepted, [seconds], [host_seconds]))
 
     def add(self, other: "Statistics") -> None:
         """Adds another generation's rounds."""
         self.rounds += other.rounds
         self.round_seconds += other.round_seconds
+        self.host_seconds += other.host_seconds
         self.tested = _sum(self.tested, other.tested)
         self.accepted = _sum(self.accepted, other.accepted)
         self.prompt_tokens += other.prompt_tokens
@@ -91,6 +94,7 @@ class Statistics:
             "tokens_per_round": self.tokens_per_round,
             "conditional_acceptance": self.conditional_acceptance,
             "round_seconds": statistics.median(self.round_seconds) if self.rounds else None,
+            "host_seconds": statistics.median(self.host_seconds) if self.rounds else None,
             "plain_step_seconds": self.plain_step_seconds,
             "speedup_over_plain": self.speedup,
             "prompt_tokens": self.prompt_tokens,

@@ -135,6 +135,9 @@ class ChainDrafter:
             caches.append(ChainCache(narrowest, self.sinks))
         return ChainState(caches)
 
+    def start(self, token: mx.array, cache: ChainState) -> None:
+        """Does nothing: the first row is the second token's, with the taps of the first."""
+
     def ingest(self, tokens: mx.array, taps: mx.array, cache: ChainState) -> None:
         """Appends committed rows and leaves the seed of the next draft.
 

@@ -97,6 +97,9 @@ class Drafter(Protocol):
     def make_cache(self) -> DrafterCache:
         """Makes the empty state of one conversation."""
 
+    def start(self, token: mx.array, cache: Any) -> None:
+        """Takes the first token of a conversation, `[1]`, which no tap comes before."""
+
     def ingest(self, tokens: mx.array, taps: mx.array, cache: Any) -> None:
         """Appends committed tokens `[M]` with the taps `[M, A, T]` of one position earlier."""
 

@@ -1,0 +1,134 @@
+"""The classic drafter: a small language model with the target's tokenizer (Leviathan et al. 2023).
+
+It needs no taps: it reads the same tokens as the target. Any mlx-lm model will do whose caches can
+take rows back; the rows of a chain are taken back as a conversation is, by `mlx_drift.rewind`.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_drift.caches import TargetCache
+from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Choose, Draft
+from mlx_drift.errors import DriftError
+from mlx_drift.rewind import Snapshot
+from mlx_drift.target import Target
+
+
+class DraftModelState(TargetCache):
+    """One conversation: the draft model's caches, with a row for every token.
+
+    Attributes:
+        fed: How many rows they hold.
+        logits: Those of the last row, `[1, V]`: the next draft.
+    """
+
+    def __init__(self, caches: list[object]):
+        super().__init__(caches)
+        self.fed = 0
+        self.logits: mx.array | None = None
+
+    @property
+    def state(self) -> list[object]:
+        """All arrays, for `mx.eval`."""
+        return [super().state, self.logits]
+
+    def rewind(self, rows: int) -> bool:
+        """Goes back to when the target had been fed `rows` rows: one less than are held here."""
+        return self._at(rows, super().rewind(rows + 1))
+
+    def restore(self, snapshot: Snapshot, rows: int) -> bool:
+        """Goes back to a snapshot; the next draft comes with the next row."""
+        return self._at(rows, super().restore(snapshot, rows + 1))
+
+    def check_arrays(self, arrays: dict[str, mx.array], rows: int) -> None:
+        """Checks what a file says `to_arrays` gave when the target had been fed `rows` rows."""
+        super().check_arrays(arrays, rows + 1)
+
+    def from_arrays(self, arrays: dict[str, mx.array], rows: int) -> None:
+        """Takes what `to_arrays` gave; the next draft comes with the next row."""
+        super().from_arrays(arrays, rows + 1)
+        self._at(rows, True)
+
+    def _at(self, rows: int, done: bool) -> bool:
+        self.fed, self.logits = rows + 1, None
+        return done
+
+
+class DraftModelDrafter:
+    """Drafts with a small model. Holds no conversation: share it between them.
+
+    Args:
+        draft_model: A model as `mlx_lm.load` returns it.
+        model: The target.
+
+    Raises:
+        DriftError: If the draft model's caches cannot take rows back.
+    """
+
+    taps = ()
+
+    def __init__(self, draft_model: nn.Module, model: nn.Module):
+        self.model = model
+        self.network = draft_model
+        self._draft = Target(draft_model)
+        self._vocab_size = Target(model).shape.vocab_size
+        self.make_cache()
+
+    def make_cache(self) -> DraftModelState:
+        """Makes the empty state of one conversation."""
+        try:
+            return DraftModelState(self._draft.make_cache())
+        except DriftError as error:
+            raise DriftError(f"the draft model: {error}") from None
+
+    def start(self, token: mx.array, cache: DraftModelState) -> None:
+        """Takes the first token of a conversation, `[1]`."""
+        self._feed(token, cache)
+
+    def ingest(self, tokens: mx.array, taps: mx.array, cache: DraftModelState) -> None:
+        """Appends committed tokens `[M]`; there are no taps."""
+        self._feed(tokens, cache)
+
+    def propose(self, k: int, cache: DraftModelState, chooser: Choose | None = None) -> Draft:
+        """Chains k drafts; none before anything was ingested."""
+        if k == 0 or cache.logits is None:
+            return Draft(mx.zeros((0,), mx.int32))
+        fed, logits, before = cache.fed, cache.logits, cache.snapshot()
+        tokens: list[mx.array] = []
+        drawn_with: list[mx.array] = []
+        while True:
+            token, log_probabilities = self._choose(cache.logits, chooser, tokens)
+            tokens.append(token)
+            if log_probabilities is not None:
+                drawn_with.append(log_probabilities)
+            if len(tokens) == k:
+                break
+            self._feed(token, cache)
+        cache.restore(before, fed - 1)
+        cache.logits = logits
+        return Draft(mx.concatenate(tokens), mx.concatenate(drawn_with) if drawn_with else None)
+
+    def _feed(self, tokens: mx.array, cache: DraftModelState) -> None:
+        cache.fed += tokens.size
+        if tokens.size > MAX_DRAFT_TOKENS + 1:  # a prompt: of its logits only the last are wanted
+            self._draft(tokens[:-1], cache)
+            tokens = tokens[-1:]
+        logits, _ = self._draft(tokens, cache)
+        cache.logits = self._of_the_targets_width(logits[-1:])
+
+    def _choose(
+        self, logits: mx.array | None, chooser: Choose | None, drafted: Sequence[mx.array]
+    ) -> tuple[mx.array, mx.array | None]:
+        assert logits is not None
+        if chooser is None or chooser.drafts_greedily:
+            return mx.argmax(logits, axis=-1).astype(mx.int32), None
+        return chooser.draft(logits, drafted)
+
+    def _of_the_targets_width(self, logits: mx.array) -> mx.array:
+        """Cuts or fills up rows that a model family pads differently in its sizes."""
+        missing = self._vocab_size - logits.shape[-1]
+        if missing > 0:
+            return mx.pad(logits, [(0, 0), (0, missing)], constant_values=-mx.inf)
+        return logits[:, : self._vocab_size]
