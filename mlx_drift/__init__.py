@@ -5,6 +5,7 @@ from mlx_lm import load
 from mlx_drift.convert import convert_drafter, inspect_drafter
 from mlx_drift.decode.statistics import Statistics
 from mlx_drift.demo import load_demo
+from mlx_drift.doctor import doctor
 from mlx_drift.drafters.draft_model import DraftModelDrafter
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.errors import DriftError, DriftWarning
@@ -27,6 +28,7 @@ __all__ = [
     "PromptLookupDrafter",
     "Statistics",
     "convert_drafter",
+    "doctor",
     "generate",
     "inspect_drafter",
     "load",

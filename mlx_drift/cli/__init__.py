@@ -8,8 +8,10 @@ from typing import Any
 import typer
 from huggingface_hub.utils import logging as hub_log
 
+from mlx_drift.cli.bench import bench_command
 from mlx_drift.cli.cache_prompt import cache_prompt
 from mlx_drift.cli.convert import convert
+from mlx_drift.cli.doctor import doctor
 from mlx_drift.cli.generate import generate
 from mlx_drift.cli.inspect import inspect
 from mlx_drift.cli.pairs import pairs
@@ -26,7 +28,9 @@ app.command()(generate)
 app.command()(cache_prompt)
 app.command()(convert)
 app.command()(inspect)
+app.command()(doctor)
 app.command()(pairs)
+app.command(name="bench")(bench_command)
 
 
 def main(arguments: list[str] | None = None) -> None:
