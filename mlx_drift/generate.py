@@ -136,11 +136,13 @@ def stream_generate(
         logits_processors=tuple(logits_processors or ()),
         sampler=sampler,
     )
+    if seed is not None and not 0 <= seed < 1 << 64:
+        raise DriftError(f"seed is {seed}; expected a whole number from 0 to 2**64 - 1")
+    if seed is not None and not (drafter is not None and sampling.is_random):
+        mx.random.seed(seed)  # what an opaque sampler, and mlx-lm, draw from
     if drafter is None:
         if isinstance(prompt_cache, PromptCache):
             raise DriftError("the prompt cache was made for a drafter; give that one as drafter=")
-        if seed is not None:
-            mx.random.seed(seed)
         for response in mlx_lm.stream_generate(
             model,
             tokenizer,

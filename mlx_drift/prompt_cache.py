@@ -15,7 +15,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +80,7 @@ class PromptCache:
         self.whole = True
         self.tokens: list[int] = []
         self._turns: list[Turn] = []
+        self._prompts = 0
         self.target_cache, self.drafter_cache = self._make_caches()
 
     @property
@@ -99,7 +100,13 @@ class PromptCache:
 
         Returns:
             How many tokens need not be fed again.
+
+        Raises:
+            DriftError: If `step_size` is less than 1.
         """
+        if step_size < 1:
+            raise DriftError(f"prefill_step_size is {step_size}; expected at least 1")
+        self._prompts += 1
 
         def advance(done: int, total: int) -> None:
             self.tokens = list(prompt[: done + 1])
@@ -123,8 +130,18 @@ class PromptCache:
         return reused
 
     def follow(self, rounds: Iterator[Round]) -> Iterator[Round]:
-        """Passes rounds on, and keeps their tokens."""
+        """Passes rounds on, and keeps their tokens.
+
+        Raises:
+            DriftError: If another prompt was read since.
+        """
+        prompts = self._prompts
         while True:
+            if self._prompts != prompts:
+                raise DriftError(
+                    "the prompt cache was used for another prompt meanwhile, so this answer cannot "
+                    "go on; make a prompt cache for each conversation"
+                )
             with self.under_way():
                 round = next(rounds, None)
             if round is None:
@@ -159,7 +176,7 @@ class PromptCache:
 
     def _remember(self) -> None:
         """Takes a snapshot, if there is what trimming would not bring back."""
-        if not self.max_snapshots:
+        if not self.max_snapshots or len(self.tokens) < 2:
             return
         turn = Turn(len(self.tokens), self.target_cache.snapshot(), self.drafter_cache.snapshot())
         if any(arrays for arrays in (*turn.target, *turn.drafter)):
@@ -330,22 +347,17 @@ def _fill(cache: PromptCache, arrays: dict[str, mx.array]) -> None:
     cache.tokens = tokens.tolist()  # type: ignore[assignment]
     if any(not 0 <= token < cache.target.shape.vocab_size for token in cache.tokens):
         raise ValueError("tokens lie outside the vocabulary")
-    rows = max(0, len(cache.tokens) - 1)
-    if rows:
-        # Fed one row, which is never computed, the caches tell what the arrays must be.
-        quantization = cache.quantization
-        due = quantization is not None and rows >= quantization.start
-        cache.target_cache = cache.target.make_cache(
-            max_kv_size=cache.max_kv_size,
-            quantization=replace(quantization, start=0) if quantization and due else None,
-        )
-        _, taps = cache.target(tokens[:1], cache.target_cache)
-        cache.target_cache.quantization = quantization
-        cache.drafter.ingest(tokens[:1], taps, cache.drafter_cache)
+    if len(cache.tokens) < 2:  # which saves nothing
+        cache.tokens = []
+        return
+    # Fed the tokens, lazily and never computed, the caches tell what the arrays must be.
+    _, taps = cache.target(tokens[:-1], cache.target_cache)
+    cache.drafter.start(tokens[:1], cache.drafter_cache)
+    cache.drafter.ingest(tokens[1:], taps, cache.drafter_cache)
     for owner, held in (("target", cache.target_cache), ("drafter", cache.drafter_cache)):
         own = {n.removeprefix(f"{owner}."): a for n, a in arrays.items() if n.startswith(owner)}
-        held.check_arrays(own, rows)
-        held.from_arrays(own, rows)
+        held.check_arrays(own)
+        held.from_arrays(own, len(cache.tokens) - 1)
         mx.eval(held.state)
 
 

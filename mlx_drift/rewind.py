@@ -60,31 +60,32 @@ class Caches(list[Any]):
 
     def restore(self, snapshot: Snapshot, rows: int) -> bool:
         """Goes back to a snapshot that was taken when `rows` rows had been fed, if it can."""
-        if not self.can_return_to(rows):
+        pairs = [*zip(self.parts(), snapshot, strict=True)]
+        there = all(arrays is not None or _can_trim(part, rows) for part, arrays in pairs)
+        if not self.can_return_to(rows) or not there:
             return False
-        for part, arrays in zip(self.parts(), snapshot, strict=True):
+        for part, arrays in pairs:
             if arrays is None:
                 part.trim(part.offset - rows)
             else:
                 _put(part, arrays, rows)
         return True
 
-    def check_arrays(self, arrays: dict[str, mx.array], rows: int) -> None:
-        """Checks what `to_arrays` may have given at `rows` rows; these caches were fed some.
+    def check_arrays(self, arrays: dict[str, mx.array]) -> None:
+        """Checks what `to_arrays` may have given at as many rows as these caches hold.
 
         Raises:
             ValueError: Naming the first array that is missing, unknown or of another shape.
         """
-        expected = self.to_arrays() if rows else {}
+        expected, parts = self.to_arrays(), list(self.parts())
         if expected.keys() != arrays.keys():
             raise ValueError(f"{min(expected.keys() ^ arrays.keys())} is missing or unknown")
-        parts = list(self.parts())
         for name, array in arrays.items():
             part, shape = parts[int(name.partition(".")[0])], list(expected[name].shape)
-            least = most = shape[-2] if len(shape) > 1 else 0
-            if not isinstance(part, ArraysCache) and "sink" not in name:
-                least, most = _rows_held(part, rows)
-                shape[-2] = min(max(array.shape[-2], least), most) if array.ndim > 1 else most
+            if isinstance(part, ChunkedKVCache) and array.ndim == len(shape):
+                # How many older rows are still there depends on the blocks that came.
+                least = part.offset % part.chunk_size
+                shape[-2] = min(max(array.shape[-2], least), part.offset)
             if list(array.shape) != shape or array.dtype != expected[name].dtype:
                 raise ValueError(
                     f"{name} is {array.dtype} {list(array.shape)}, expected "
@@ -138,16 +139,6 @@ def _copy(part: Any) -> dict[str, mx.array]:
     keys, values = part.keys_and_values()
     arrays = dict(tree_flatten({"keys": keys, "values": values}))
     return {name: mx.contiguous(array) for name, array in arrays.items()}
-
-
-def _rows_held(part: Any, rows: int) -> tuple[int, int]:
-    """How many rows, at least and at most, `_copy` copies when `rows` rows had been fed."""
-    if isinstance(part, SlidingKVCache):
-        kept = min(rows, part.window - 1 + part.slack)
-        return kept, kept
-    if isinstance(part, ChunkedKVCache):
-        return rows % part.chunk_size, rows
-    return rows, rows
 
 
 def _put(part: Any, arrays: dict[str, mx.array], rows: int) -> None:

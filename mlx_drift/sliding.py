@@ -43,7 +43,7 @@ class SlidingKVCache(KVCache):
         self.slack = slack
         self.sinks_fade = False
         self._first = 0  # the row at the buffer's start
-        self._sunk: tuple[mx.array, mx.array] | None = None  # the sinks, once the buffer lost them
+        self._sunk: tuple[mx.array, ...] | None = None  # the sinks, once the buffer lost them
 
     @property
     def state(self) -> Any:
@@ -57,7 +57,7 @@ class SlidingKVCache(KVCache):
         if self.keys is None or used + rows > self.keys.shape[2]:
             kept = min(used, self.window - 1 + self.slack)
             if self.sinks and self._first == 0 and kept < used:
-                self._sunk = self._sinks()
+                self._sunk = tuple(_own(array) for array in self._sinks())
             grown = max(STEP, rows)
             self.keys = self._moved(self.keys, keys, used, kept, grown)
             self.values = self._moved(self.values, values, used, kept, grown)
@@ -115,14 +115,14 @@ class SlidingKVCache(KVCache):
         arrays = {"keys": self.keys[..., start:used, :], "values": self.values[..., start:used, :]}
         if self.sinks and self._first + start > 0:
             arrays["sink_keys"], arrays["sink_values"] = self._sinks()
-        return {name: mx.contiguous(array) for name, array in arrays.items()}
+        return {name: _own(array) for name, array in arrays.items()}
 
     def put(self, arrays: dict[str, mx.array], rows: int) -> None:
         """Puts back what `copy_visible` copied when `rows` rows had been fed."""
         self.keys, self.values = arrays["keys"], arrays["values"]
         self.offset, self._first = rows, rows - self.keys.shape[2]
-        sunk = arrays.get("sink_keys"), arrays.get("sink_values")
-        self._sunk = None if None in sunk else sunk  # type: ignore[assignment]
+        sinks = [array for name, array in arrays.items() if name.startswith("sink_")]
+        self._sunk = tuple(sinks) or None
 
     def _visible(self, rows: int) -> tuple[mx.array, mx.array]:
         """What the last `rows` rows see; a row that is fed next, if there are none."""
@@ -140,7 +140,7 @@ class SlidingKVCache(KVCache):
             mx.concatenate([sink_values, values], axis=2),
         )
 
-    def _sinks(self) -> tuple[mx.array, mx.array]:
+    def _sinks(self) -> tuple[mx.array, ...]:
         if self._first > 0 and self._sunk is not None:
             return self._sunk
         return self.keys[..., : self.sinks, :], self.values[..., : self.sinks, :]
@@ -153,3 +153,8 @@ class SlidingKVCache(KVCache):
         if buffer is None or not kept:
             return free
         return mx.concatenate([buffer[..., used - kept : used, :], free], axis=2)
+
+
+def _own(array: mx.array) -> mx.array:
+    """Copies a slice: a view would keep its whole buffer alive, and make the next write copy it."""
+    return array + 0

@@ -220,7 +220,7 @@ def test_text_prompts_are_encoded_as_mlx_lm_does(normalized):
         ("x", {"num_draft_tokens": 0}, "num_draft_tokens is 0; expected 1 to 64"),
         ("x", {"max_tokens": 0}, "max_tokens is 0"),
         ("x", {"draft_model": 1}, "'draft_model' is not supported with a drafter"),
-        ("x", {"temp": -1}, "temp is -1; expected at least 0"),
+        ("x", {"temp": -1}, "temp is -1; expected from 0"),
     ],
 )
 def test_refuses(normalized, prompt, keywords, message):

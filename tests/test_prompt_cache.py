@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from families import build
 from mlx_drift import (
+    DraftModelDrafter,
     DriftError,
     load_prompt_cache,
     make_prompt_cache,
@@ -235,6 +236,60 @@ def test_a_file_keeps_its_quantization(tmp_path):
         assert loaded.quantization == cache.quantization
         history = [*cache.tokens, 7]
         assert say(model, drafter, history, loaded)[0] == say(model, drafter, history, cache)[0]
+
+
+@pytest.mark.parametrize("length", [10, 40, 300])
+def test_a_file_keeps_sinks(length, tmp_path):
+    model = build("qwen3")  # which makes no caches of its own
+    drafter = tiny_drafter(model)
+    cache = make_prompt_cache(model, drafter, max_kv_size=16)
+    prompt = [i % VOCAB for i in range(length)]
+    say(model, drafter, prompt, cache)
+    save_prompt_cache(tmp_path / "cache", cache)
+    loaded = load_prompt_cache(tmp_path / "cache", model, drafter)
+    history = [*cache.tokens, 7]
+    assert say(model, drafter, history, loaded)[0] == say(model, drafter, history, cache)[0]
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_file_of_hardly_anything(length, tmp_path):
+    model = tiny_llama()
+    for drafter in (tiny_drafter(model), DraftModelDrafter(tiny_llama(), model)):
+        cache = make_prompt_cache(model, drafter)
+        if length:
+            cache.read([5], step_size=8, progress=lambda done, total: None)
+        save_prompt_cache(tmp_path / "cache", cache)
+        loaded = load_prompt_cache(tmp_path / "cache", model, drafter)
+        assert say(model, drafter, [5, 6], loaded)[0] == say(model, drafter, [5, 6])[0]
+
+
+def test_a_branch_at_the_first_token():
+    model = build("gpt_oss")
+    drafter = DraftModelDrafter(build("gpt_oss"), model)
+    cache = make_prompt_cache(model, drafter)
+    for prompt in ([5], [5, 60, 61], [5, 9, 9]):
+        assert say(model, drafter, prompt, cache)[0] == say(model, drafter, prompt)[0]
+
+
+def test_an_answer_that_another_prompt_overtook_is_refused():
+    model = tiny_llama()
+    drafter = tiny_drafter(model)
+    cache = make_prompt_cache(model, drafter)
+    paused = stream_generate(model, NoText(), [1, 2, 3], drafter=drafter, prompt_cache=cache)
+    next(paused)
+    prompt = [4, 5, 6]
+    tokens, _ = say(model, drafter, prompt, cache)
+    with pytest.raises(DriftError, match="used for another prompt meanwhile"):
+        list(paused)
+    prompt = [*prompt, *tokens, 8]
+    assert say(model, drafter, prompt, cache)[0] == say(model, drafter, prompt)[0]
+
+
+@pytest.mark.parametrize("step", [0, -1])
+def test_a_step_size_that_makes_no_sense_is_refused(step):
+    model = tiny_llama()
+    with pytest.raises(DriftError, match=f"prefill_step_size is {step}"):
+        say(model, tiny_drafter(model), [1, 2, 3], prefill_step_size=step)
 
 
 @pytest.fixture

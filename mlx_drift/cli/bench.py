@@ -45,6 +45,8 @@ def bench_command(
     """Measure plain decoding and drafting at several lengths, in turns, in one run."""
     if repeats < 1:
         raise DriftError(f"repeats is {repeats}; expected at least 1")
+    if any(not text.strip() for text in prompt or ()):
+        raise DriftError("the prompt is empty; give some text")
     keywords = parse_object(chat_template_config, "--chat-template-config")
     console = Console(stderr=True)
     target, tokenizer, loaded = load_pair(

@@ -41,6 +41,10 @@ def cache_prompt(
     beginning = read_prompt(text, prompt, prompt_file)
     if beginning is None:
         raise DriftError("no prompt; give it as an argument, with --prompt-file, or - for stdin")
+    if PLACE in beginning + (system_prompt or ""):
+        raise DriftError(
+            f"the prompt holds {PLACE}, which stands for what follows; word it otherwise"
+        )
     template_keywords = parse_object(chat_template_config, "--chat-template-config")
     console = Console(stderr=True)
     target, tokenizer, loaded = load_pair(

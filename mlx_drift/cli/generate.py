@@ -87,7 +87,7 @@ def generate(
             "--max-kv-size": max_kv_size,
             "--kv-bits": kv_bits,
         }
-        if given := [flag for flag, value in settled.items() if value]:
+        if given := [flag for flag, value in settled.items() if value not in (None, False)]:
             raise DriftError(
                 f"{given[0]} is settled by {prompt_cache_file}: give it to cache-prompt instead"
             )

@@ -13,7 +13,7 @@ Notable:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 from mlx_lm.sample_utils import (
@@ -33,6 +33,19 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 Sampler = Callable[[mx.array], mx.array]
 """Maps log-probabilities `[1, V]` to a token `[1]`, as mlx-lm's do."""
+
+
+LIMITS = (
+    ("temp", 0, 100_000),
+    ("top_p", 0, 1),
+    ("min_p", 0, 1),
+    ("min_tokens_to_keep", 1, 1 << 31),
+    ("top_k", 0, 1 << 31),
+    ("xtc_probability", 0, 1),
+    ("xtc_threshold", 0, 0.5),
+)
+COLDEST = 1e-4
+"""The lowest temperature above 0: lower ones divide log-probabilities out of float32."""
 
 
 @dataclass(frozen=True)
@@ -69,23 +82,20 @@ class Sampling:
     sampler: Sampler | None = None
 
     def __post_init__(self) -> None:
-        """Refuses what mlx-lm would refuse in the middle of a generation."""
-        for name, most in (
-            ("temp", float("inf")),
-            ("top_p", 1.0),
-            ("min_p", 1.0),
-            ("top_k", float("inf")),
-            ("xtc_probability", 1.0),
-            ("xtc_threshold", 0.5),
-        ):
+        """Refuses what mlx-lm would refuse in the middle of a generation, or not at all."""
+        for name, least, most in LIMITS:
             value = getattr(self, name)
-            if not 0 <= value <= most:
-                limit = f"from 0 to {most:g}" if most < float("inf") else "at least 0"
-                raise DriftError(f"{name} is {value}; expected {limit}")
-        if self.min_tokens_to_keep < 1:
-            raise DriftError(f"min_tokens_to_keep is {self.min_tokens_to_keep}; expected 1 or more")
-        if self.sampler is not None and self.temp:
-            raise DriftError("both temp and sampler are given; give one of them")
+            kinds = (int,) if name in ("top_k", "min_tokens_to_keep") else (int, float)
+            if not isinstance(value, kinds) or not least <= value <= most:
+                what = "a whole number " if kinds == (int,) else ""
+                raise DriftError(f"{name} is {value}; expected {what}from {least} to {most}")
+        if 0 < self.temp < COLDEST:
+            raise DriftError(f"temp is {self.temp}; expected 0, or at least {COLDEST:g}")
+        if self.sampler is not None:
+            names = ("temp", "top_p", "min_p", "top_k", "xtc_probability")
+            given = {name: getattr(self, name) for name in names}
+            if both := [n for n, value in given.items() if value and (n, value) != ("top_p", 1)]:
+                raise DriftError(f"both {both[0]} and sampler are given; give one of them")
 
     @property
     def is_random(self) -> bool:
@@ -96,16 +106,21 @@ class Sampling:
         """Returns the sampler of mlx-lm that draws from the same."""
         if self.sampler is not None:
             return self.sampler
-        return make_sampler(
-            self.temp,
-            self.top_p,
-            self.min_p,
-            self.min_tokens_to_keep,
-            self.top_k,
-            self.xtc_probability,
-            self.xtc_threshold,
-            list(self.xtc_special_tokens),
-        )
+
+        def draw(log_probabilities: mx.array) -> mx.array:
+            fitted = self._fitted(log_probabilities.shape[-1])
+            return make_sampler(
+                fitted.temp,
+                fitted.top_p,
+                fitted.min_p,
+                fitted.min_tokens_to_keep,
+                fitted.top_k,
+                fitted.xtc_probability,
+                fitted.xtc_threshold,
+                list(fitted.xtc_special_tokens),
+            )(log_probabilities)
+
+        return draw
 
     def log_distribution(self, log_probabilities: mx.array, coins: mx.array) -> mx.array:
         """Returns what tokens are drawn from, at a temperature above 0.
@@ -117,18 +132,32 @@ class Sampling:
         Returns:
             Log-probabilities `[M, V]` float32; minus infinity where a token cannot be drawn.
         """
-        x = log_probabilities
+        x, fitted = log_probabilities, self._fitted(log_probabilities.shape[-1])
         if 0 < self.top_p < 1:
             x = apply_top_p(x, self.top_p)
         if self.min_p:
-            x = apply_min_p(x, self.min_p, self.min_tokens_to_keep)
+            x = apply_min_p(x, self.min_p, fitted.min_tokens_to_keep)
         if self.xtc_probability:
-            without_top = apply_xtc(x, 1.0, self.xtc_threshold, list(self.xtc_special_tokens))
+            special = list(fitted.xtc_special_tokens)
+            without_top = apply_xtc(x, 1.0, self.xtc_threshold, special)
             x = mx.where(coins[:, None] > self.xtc_probability, x, without_top)
-        if self.top_k:
-            x = apply_top_k(x, self.top_k)
+        if fitted.top_k:
+            x = apply_top_k(x, fitted.top_k)
         x = x.astype(mx.float32) * (1 / self.temp)
         return x - mx.logsumexp(x, axis=-1, keepdims=True)
+
+    def _fitted(self, vocabulary: int) -> "Sampling":
+        """Returns what means the same in a vocabulary of this size.
+
+        mlx-lm raises there, in a compiled function that leaves mlx's random state broken; or MLX
+        writes where no token is.
+        """
+        return replace(
+            self,
+            top_k=self.top_k if self.top_k < vocabulary else 0,
+            min_tokens_to_keep=min(self.min_tokens_to_keep, vocabulary),
+            xtc_special_tokens=tuple(t for t in self.xtc_special_tokens if 0 <= t < vocabulary),
+        )
 
 
 GREEDY = Sampling()
@@ -221,6 +250,7 @@ class Chooser:
     def _process(self, logits: mx.array, drafted: Sequence[mx.array]) -> mx.array:
         for processor in self.sampling.logits_processors:
             assert self._history is not None
+            logits = mx.array(logits)  # which processors may write into
             logits = processor(mx.concatenate([self._history, *drafted]), logits)
         return logits
 

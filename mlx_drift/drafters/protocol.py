@@ -69,8 +69,8 @@ class DrafterCache(Protocol):
     def to_arrays(self) -> dict[str, mx.array]:
         """Copies all that rows to come may see, for a file."""
 
-    def check_arrays(self, arrays: dict[str, mx.array], rows: int) -> None:
-        """Checks what a file says `to_arrays` gave at `rows` rows; ValueError if it cannot be."""
+    def check_arrays(self, arrays: dict[str, mx.array]) -> None:
+        """Checks what a file says `to_arrays` gave at as many rows; ValueError if it cannot be."""
 
     def from_arrays(self, arrays: dict[str, mx.array], rows: int) -> None:
         """Takes what `to_arrays` gave when `rows` rows had been fed."""
