@@ -121,8 +121,8 @@ class SlidingKVCache(KVCache):
         """Puts back what `copy_visible` copied when `rows` rows had been fed."""
         self.keys, self.values = arrays["keys"], arrays["values"]
         self.offset, self._first = rows, rows - self.keys.shape[2]
-        sinks = [array for name, array in arrays.items() if name.startswith("sink_")]
-        self._sunk = tuple(sinks) or None
+        has_sinks = "sink_keys" in arrays
+        self._sunk = (arrays["sink_keys"], arrays["sink_values"]) if has_sinks else None
 
     def _visible(self, rows: int) -> tuple[mx.array, mx.array]:
         """What the last `rows` rows see; a row that is fed next, if there are none."""
