@@ -20,6 +20,7 @@ from mlx_drift.decode.statistics import Statistics
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.generate import check_num_draft_tokens, stream_generate
 from mlx_drift.prompt_cache import make_prompt_cache
+from mlx_drift.target import Target
 
 PROMPTS = (
     "Show me the source of `functools.partial`.",
@@ -143,12 +144,11 @@ def bench(
                 break_even(k, round_seconds * arms[0].tokens_per_second),
             )
         )
-    target_dtype = make_prompt_cache(model, drafter).target.dtype
     return Bench(
         tuple(arms),
         device_name(),
         version("mlx"),
-        str(target_dtype).removeprefix("mlx.core."),
+        str(Target(model).dtype).removeprefix("mlx.core."),
         temp,
         len(prompts),
         repeats,
