@@ -119,7 +119,7 @@ def test_a_long_prompt_keeps_the_taps_of_one_chunk(model):
     prompt = mx.array([i % 60 for i in range(200)])
     prefill(target, drafter, prompt, *caches, step_size=16, progress=lambda *_: None)
     assert len(alive) == 13
-    assert 1 <= min(alive) <= max(alive) <= 2  # the last chunk's name is bound until the next one's is
+    assert 1 <= min(alive) <= max(alive) <= 2  # the name is bound until the next chunk's
 
 
 def test_one_token_prompt(model):
