@@ -52,6 +52,7 @@ def understand_eagle3(
         "norm_before_residual": bool(values.checked("norm_before_residual", bool)),
         "hidden_size": hidden_size,
         "qk_norm": "layers.0.self_attn.q_norm.weight" in tensors,
+        "gated_attention": _gated(values, tensors),
         "draft_vocab_size": _draft_vocab_size(values, tensors, made_for.vocab_size),
         "own_head": own_head,
         "target": vars(made_for),
@@ -139,6 +140,28 @@ def _seen(values: Values, tensors: Tensors, switch: str, tensor: str) -> bool:
             f"{values.file}: {switch} is {stated}, but the weights have "
             f"{'a' if seen else 'no'} {tensor}"
         )
+    return seen
+
+
+def _gated(values: Values, tensors: Tensors) -> bool:
+    """Tells whether `q_proj` has a gate's rows beside the queries', as in Qwen3-Next.
+
+    Qwen3.5's `attn_output_gate` alone means nothing: trainers copy configs from targets.
+    """
+    queries, output = (
+        tensors.get(f"layers.0.self_attn.{name}.weight") for name in ("q_proj", "o_proj")
+    )
+    if queries is None or output is None or len(queries.shape) != 2 or len(output.shape) != 2:
+        return False
+    seen = queries.shape[0] == 2 * output.shape[1]
+    if seen and values.checked("attn_output_gate", bool) is False:
+        raise DriftError(
+            f"{values.file}: attn_output_gate is False, but q_proj has two rows for each column of "
+            "o_proj, as attention with a gate does"
+        )
+    values.look("attn_output_gate")
+    if seen:
+        values.rule("gated_attention", seen, "q_proj has two rows for each column of o_proj")
     return seen
 
 

@@ -94,10 +94,10 @@ def _count_layers(values: Values, tensors: Tensors) -> int:
 
 def _head_dim(values: Values, tensors: Tensors, heads: int) -> int:
     """Takes the width of a head; never hidden size over heads, which is often another number."""
-    queries = tensors.get("layers.0.self_attn.q_proj.weight")
-    if values.take("head_dim") is not None or queries is None or not queries.shape:
+    output = tensors.get("layers.0.self_attn.o_proj.weight")
+    if values.take("head_dim") is not None or output is None or len(output.shape) != 2:
         return values.size("head_dim")
-    return values.rule("head_dim", queries.shape[0] // heads, "rows of q_proj over heads")
+    return values.rule("head_dim", output.shape[1] // heads, "columns of o_proj over heads")
 
 
 def _window(values: Values, num_layers: int, override: int | None) -> tuple[int | None, list[int]]:

@@ -64,6 +64,7 @@ def head(
     layers: int = 1,
     fc: bool = True,
     qk_norm: bool = False,
+    gated: bool = False,
     embedding: bool = False,
     reduced: bool = True,
     **values: Any,
@@ -83,6 +84,11 @@ def head(
     if qk_norm:
         for name in ("q_norm", "k_norm"):
             tensors[f"layers.0.self_attn.{name}.weight"] = random(name, HEAD_DIM)
+    if gated:
+        for i in range(layers):
+            name = f"layers.{i}.self_attn.q_proj.weight"
+            rows, input_size = tensors[name].shape
+            tensors[name] = random(name, 2 * rows, input_size)
     if embedding:
         tensors["embed_tokens.weight"] = random("embed", VOCAB, HIDDEN)
     rows = DRAFT_VOCAB if reduced else VOCAB
@@ -319,6 +325,15 @@ VARIANTS = {
     "specforge four taps": variant("SpecForge", head(taps=(2, 5, 8, 11)), specforge),
     "specforge training wrappers": variant(
         "SpecForge", PLAIN, specforge, renames=(MIDLAYER, ("", "draft_model."))
+    ),
+    "specforge gated attention": variant(
+        "SpecForge", head(gated=True, attn_output_gate=True), specforge
+    ),
+    "specforge gated attention, deep and unsaid": variant(
+        "SpecForge", head(gated=True, layers=2), specforge, renames=(), head_dim=None
+    ),
+    "specforge with the gate of a target's config": variant(
+        "SpecForge", head(attn_output_gate=True), specforge
     ),
     "sglang deep": variant(
         "SpecForge",

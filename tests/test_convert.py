@@ -15,6 +15,7 @@ from mlx_drift.tensors import read_safetensors
 from tiny import LAYERS, tiny_llama
 
 BIN = Path(__file__).parent / "data" / "eagle3.1-bin"
+QUERIES = "midlayer.self_attn.q_proj.weight"
 
 
 @pytest.fixture
@@ -249,6 +250,7 @@ def test_unknown_config_keys_are_named(tmp_path):
         (lambda t: t.update({"layers.0.hidden_norm.weight": t["norm.weight"]}), "both mean"),
         (lambda t: t.pop("lm_head.weight"), "draft_vocab_size is 40"),
         (lambda t: t.update({"fc.weight": t["norm.weight"]}), "fc.weight has shape"),
+        (lambda t: t.update({QUERIES: t[QUERIES][1:]}), "q_proj.weight has shape"),
     ],
 )
 def test_refuses_tensors_that_do_not_fit(tmp_path, change, message):
@@ -258,6 +260,16 @@ def test_refuses_tensors_that_do_not_fit(tmp_path, change, message):
     with pytest.raises(DriftError, match=message):
         convert(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_refuses_a_gate_that_the_config_denies(tmp_path):
+    tensors = specforge_tensors()
+    tensors[QUERIES] = np.repeat(tensors[QUERIES], 2, axis=0)
+    source = write_checkpoint(
+        tmp_path / "source", tensors, specforge_config(attn_output_gate=False)
+    )
+    with pytest.raises(DriftError, match="attn_output_gate is False"):
+        convert(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

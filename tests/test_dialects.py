@@ -64,6 +64,7 @@ def test_is_the_same_head(name, tmp_path, model):
         assert tensors[key].dtype == mx.array(expected).dtype
         assert mx.array_equal(tensors[key], mx.array(expected)), key
     assert done.config.taps == variant.made.taps
+    assert getattr(done.config, "gated_attention", False) == ("gated attention" in name)
 
     if variant.made.tensors.get("layers.0.hidden_norm.weight") is not None:
         speculators(variant.made, tmp_path / "speculators")

@@ -14,6 +14,7 @@ from mlx_drift.drafters.fold import fold
 from mlx_drift.drafters.load import load_network, quantize_linears
 from mlx_drift.tensors import read_safetensors
 from test_train_time_test import CASES, drafter_of
+from tiny import HIDDEN, tiny_drafter, tiny_llama
 
 NORMED = [name for name in CASES if name.startswith("switches/")]
 OTHERS = [name for name in CASES if not name.startswith("switches/")]
@@ -64,6 +65,20 @@ def test_quantized_layers_are_packed_and_not_folded(drafter):
         loaded._embed = network.get("embed_tokens", loaded._embed)
         found.append(drafts(loaded, tokens, taps))
     assert found[0] == found[1]
+
+
+def test_a_quantized_gate_is_packed_with_its_queries():
+    model = tiny_llama()
+    plain, packed = (tiny_drafter(model, gated_attention=True) for _ in range(2))
+    for drafter in (plain, packed):
+        quantize_linears(drafter.network, 32, 4, "affine")
+    fold(packed.network)
+    attention = packed.network.layers[0].self_attn
+    assert isinstance(attention.qkv_proj, nn.QuantizedLinear)
+    assert attention.qkv_proj.scales.shape[0] == (2 * 4 + 2 * 2) * 8
+    tokens = mx.arange(10)
+    taps = mx.random.normal((9, 2, HIDDEN), key=mx.random.key(0))
+    assert drafts(packed, tokens, taps) == drafts(plain, tokens, taps)
 
 
 def launches(array: mx.array, path) -> int:

@@ -2,16 +2,13 @@
 
 One decoder layer whose q/k/v read [embedding of the next token ; target feature]. Row i pairs the
 target's residual streams at position i with token i+1 and predicts token i+2; from the second
-step on, the drafter's own state replaces the target feature. `normalized` is the one difference
-between the two drafters of the pair (EAGLE-3.1):
-
-* `fc_norm`: an RMSNorm for each tapped stream, so that the deepest and largest does not drown
-  the others;
-* `norm_output`: the state that is fed back is the final-norm output, so its size is bounded.
+step on, the drafter's own state replaces the target feature. `Switches` are all that drafters
+differ in; the first two are the difference between the pair's (EAGLE-3.1).
 """
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +19,61 @@ from torch import Tensor, nn
 from target import MLP, Attention, Llama, LlamaConfig, RMSNorm, rope_table
 
 
+@dataclass(frozen=True)
+class Switches:
+    """What a drafter does otherwise than EAGLE-3, under the names of its config.json.
+
+    * `fc_norm`: an RMSNorm for each tapped stream, so that the deepest and largest does not drown
+      the others;
+    * `norm_output`: the state that is fed back is the final-norm output, so its size is bounded;
+    * `norm_before_residual`: the residual starts at the normed state (speculators);
+    * `attn_output_gate`: what each head says is multiplied, element by element, with the sigmoid
+      of a projection of what the queries read (Qiu et al., arXiv 2505.06708). Stored as Qwen3-Next
+      does: each head of `q_proj` has its queries' rows first, then its gate's.
+    """
+
+    fc_norm: bool = False
+    norm_output: bool = False
+    norm_before_residual: bool = False
+    attn_output_gate: bool = False
+
+
+PLAIN = Switches()
+NORMALIZED = Switches(fc_norm=True, norm_output=True)
+QUERIES, GATE = "midlayer.self_attn.q_proj.weight", "midlayer.gate_proj.weight"
+
+
 def tap_layers(layers: int) -> list[int]:
     """EAGLE-3's low, middle and high tap, as indices into [embedding, out_0, out_1, ...]."""
     return [2, layers // 2, layers - 3]
 
 
 class DrafterLayer(nn.Module):
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, gated: bool) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, 2 * config.hidden_size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        if gated:  # the last, so that all the others get the random numbers they get without it
+            width = config.num_attention_heads * config.head_dim
+            self.gate_proj = nn.Linear(2 * config.hidden_size, width, bias=False)
 
 
 class Eagle3(nn.Module):
     d2t: Tensor
     t2d: Tensor
 
-    def __init__(self, config: LlamaConfig, draft_ids: Tensor, normalized: bool) -> None:
+    def __init__(self, config: LlamaConfig, draft_ids: Tensor, switches: Switches) -> None:
         super().__init__()
-        self.config, self.normalized = config, normalized
+        self.config, self.switches = config, switches
         self.taps = tap_layers(config.num_hidden_layers)
         size, draft_size = config.hidden_size, len(draft_ids)
-        if normalized:
+        if switches.fc_norm:
             self.fc_norm = nn.ModuleList(RMSNorm(size, config.rms_norm_eps) for _ in self.taps)
         self.fc = nn.Linear(len(self.taps) * size, size, bias=False)
-        self.midlayer = DrafterLayer(config)
+        self.midlayer = DrafterLayer(config, switches.attn_output_gate)
         self.norm = RMSNorm(size, config.rms_norm_eps)
         self.lm_head = nn.Linear(size, draft_size, bias=False)
         self.register_buffer("d2t", draft_ids - torch.arange(draft_size))  # id = row + d2t[row]
@@ -71,7 +95,7 @@ class Eagle3(nn.Module):
             self.lm_head.weight.copy_(target.model.embed_tokens.weight[self.draft_ids])
 
     def feature(self, taps: list[Tensor]) -> Tensor:
-        if self.normalized:
+        if self.switches.fc_norm:
             taps = [norm(tap) for norm, tap in zip(self.fc_norm, taps, strict=True)]
         return self.fc(torch.cat(taps, dim=-1))
 
@@ -80,48 +104,61 @@ class Eagle3(nn.Module):
         taps: list[Tensor],
         next_embedding: Callable[[int, Tensor | None], Tensor],
         steps: int,
+        rows: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """A draft chain from every row at once (train-time test): (normed, fed-back) states.
 
         `next_embedding(step, normed)` embeds the token that each row reads at `step`: the true
         next token in training, its own draft (from the previous step's `normed`) when measured.
         At step s, row i attends to the step-0 keys of rows <= i, and of steps 1..s to its own
-        keys only: exactly what a cached chain that left the prompt at row i would see.
+        keys only: exactly what a cached chain that left the prompt at row i would see. So chains
+        do not see each other, and with `rows` only theirs go on past the keys of step 0: all that
+        is yielded, and embedded from step 1 on, is of those rows.
         """
         layer, attention = self.midlayer, self.midlayer.self_attn
         groups = attention.heads // attention.kv_heads
         state, normed = self.feature(taps), None
-        length = state.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        chain: list[tuple[Tensor, Tensor]] = []  # keys and values of steps 0..s
+        positions = torch.arange(state.shape[1])
+        if rows is None:
+            rows = positions
+        hidden = positions > rows[:, None]
+        own: list[tuple[Tensor, Tensor]] = []  # keys and values of steps 1..s
         for step in range(steps):
-            embedding = layer.input_layernorm(next_embedding(step, normed))
-            u = torch.cat([embedding, layer.hidden_norm(state)], dim=-1)
-            q, k, v = attention.qkv(u, rope_table(self.config, torch.arange(length) + step))
+            embedding, residual = next_embedding(step, normed), layer.hidden_norm(state)
+            u = torch.cat([layer.input_layernorm(embedding), residual], dim=-1)
+            if not self.switches.norm_before_residual:
+                residual = state
+            k, v = attention.keys_values(u, rope_table(self.config, positions + step))
             k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+            if step == 0:
+                first_k, first_v = k, v
+                u, residual, positions = u[:, rows], residual[:, rows], rows
+            else:
+                own.append((k, v))
+            q = attention.queries(u, rope_table(self.config, positions + step))
             q = q * self.config.head_dim**-0.5
-            chain.append((k, v))
-            (first_k, first_v), own = chain[0], chain[1:]
-            scores = (q @ first_k.mT).masked_fill(~causal, -torch.inf)
+            scores = (q @ first_k.mT).masked_fill(hidden, -torch.inf)
             diagonal = [(q * own_k).sum(-1, keepdim=True) for own_k, _ in own]
             weights = torch.cat([scores, *diagonal], dim=-1).softmax(-1)
+            length = first_k.shape[2]
             heads = weights[..., :length] @ first_v
             for index, (_, own_v) in enumerate(own):
                 heads = heads + weights[..., length + index, None] * own_v
-            state = state + attention.out(heads)
+            if self.switches.attn_output_gate:
+                heads = heads * attention.split(layer.gate_proj(u), attention.heads).sigmoid()
+            state = residual + attention.out(heads)
             state = state + layer.mlp(layer.post_attention_layernorm(state))
             normed = self.norm(state)
-            state = normed if self.normalized else state
+            state = normed if self.switches.norm_output else state
             yield normed, state
 
-    def save(self, folder: Path, dtype: torch.dtype) -> None:
+    def save(self, folder: Path, dtype: torch.dtype, also_bin: bool = True) -> None:
         """SpecForge's layout, as safetensors in `folder` and as a torch file in `folder`-bin."""
         config = self.config
         # SpecForge numbers taps by the layer that writes them: one less than our indices.
         eagle: dict[str, Any] = {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in self.taps]}
         eagle["use_aux_hidden_state"] = True
-        if self.normalized:
-            eagle |= {"fc_norm": True, "norm_output": True}
+        eagle |= {switch: True for switch, on in asdict(self.switches).items() if on}
         stored = {
             "architectures": ["LlamaForCausalLMEagle3"],
             "model_type": "llama",
@@ -146,16 +183,30 @@ class Eagle3(nn.Module):
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor
             for name, tensor in self.state_dict().items()
         }
-        for path in (folder, folder.with_name(folder.name + "-bin")):
+        if self.switches.attn_output_gate:
+            both = torch.stack([self._by_head(tensors[QUERIES]), self._by_head(tensors.pop(GATE))])
+            tensors[QUERIES] = both.transpose(0, 1).flatten(0, 2).contiguous()
+        bin_folder = folder.with_name(folder.name + "-bin")
+        for path in (folder, bin_folder) if also_bin else (folder,):
             path.mkdir(parents=True, exist_ok=True)
             (path / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        torch.save(tensors, folder.with_name(folder.name + "-bin") / "pytorch_model.bin")
+        if also_bin:
+            torch.save(tensors, bin_folder / "pytorch_model.bin")
+
+    def _by_head(self, matrix: Tensor) -> Tensor:
+        return matrix.unflatten(0, (self.config.num_attention_heads, -1))
 
     @classmethod
     def load(cls, folder: Path, config: LlamaConfig) -> "Eagle3":
         tensors = load_file(folder / "model.safetensors")
+        stored = json.loads((folder / "config.json").read_text())["eagle_config"]
+        names = Switches.__dataclass_fields__
+        switches = Switches(**{name: on for name, on in stored.items() if name in names})
         draft_ids = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
-        drafter = cls(config, draft_ids, normalized="fc_norm.0.weight" in tensors)
+        drafter = cls(config, draft_ids, switches)
+        if switches.attn_output_gate:
+            queries, gate = drafter._by_head(tensors[QUERIES]).chunk(2, dim=1)
+            tensors |= {QUERIES: queries.flatten(0, 1), GATE: gate.flatten(0, 1)}
         drafter.load_state_dict(tensors)
         return drafter

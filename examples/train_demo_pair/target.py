@@ -67,15 +67,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(input_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Each [batch, heads, length, head_dim]; q and k rotated."""
+    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """[batch, heads, length, head_dim], rotated."""
+        return apply_rope(self.split(self.q_proj(x), self.heads), rope)
 
-        def split(projected: Tensor, heads: int) -> Tensor:
-            return projected.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+    def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Each [batch, kv_heads, length, head_dim]; the keys rotated."""
+        k = apply_rope(self.split(self.k_proj(x), self.kv_heads), rope)
+        return k, self.split(self.v_proj(x), self.kv_heads)
 
-        q = apply_rope(split(self.q_proj(x), self.heads), rope)
-        k = apply_rope(split(self.k_proj(x), self.kv_heads), rope)
-        return q, k, split(self.v_proj(x), self.kv_heads)
+    def split(self, projected: Tensor, heads: int) -> Tensor:
+        return projected.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
 
     def out(self, heads: Tensor) -> Tensor:
         return self.o_proj(heads.transpose(1, 2).flatten(-2))
@@ -135,7 +137,9 @@ class Layer(nn.Module):
         cache: Cache | None,
         mask: Tensor | None,
     ) -> Tensor:
-        q, k, v = self.self_attn.qkv(self.input_layernorm(x), rope)
+        normed = self.input_layernorm(x)
+        q = self.self_attn.queries(normed, rope)
+        k, v = self.self_attn.keys_values(normed, rope)
         if cache is not None:
             k, v = cache.update(index, k, v)
         heads = F.scaled_dot_product_attention(

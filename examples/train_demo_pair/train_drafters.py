@@ -18,7 +18,7 @@ from torch import Tensor
 from acceptance import heldout_answers, measure
 from answers import load_sequences
 from data import read_jsonl
-from drafter import Eagle3
+from drafter import NORMALIZED, PLAIN, Eagle3
 from muon import Muon
 from rows import Sequence, pack
 from schedule import paced
@@ -101,12 +101,12 @@ def main() -> None:
     sequences = load_sequences(args.answers)
     draft_ids = draft_vocabulary(sequences, args.draft_vocab, target.config.vocab_size)
     drafters = {}
-    for name in ("eagle3", "eagle3.1"):
+    for name, switches in (("eagle3", PLAIN), ("eagle3.1", NORMALIZED)):
         torch.manual_seed(args.seed)
         if args.resume:
             drafters[name] = Eagle3.load(args.out / name, target.config)
         else:
-            drafters[name] = Eagle3(target.config, draft_ids, normalized=name == "eagle3.1")
+            drafters[name] = Eagle3(target.config, draft_ids, switches)
             drafters[name].init_from_target(target)
 
     named = [pair for drafter in drafters.values() for pair in drafter.named_parameters()]

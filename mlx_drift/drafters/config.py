@@ -146,6 +146,10 @@ class Eagle3Config(DrafterConfig):
         hidden_norm: The first layer norms the hidden state it reads beside the embedding.
         norm_before_residual: The residual stream starts at the normed hidden state.
         qk_norm: RMSNorm of queries and keys per head, before RoPE.
+        gated_attention: What a head says is multiplied, element by element, with the sigmoid of a
+            projection of what its queries read, before the output's projection (Qiu et al., arXiv
+            2505.06708; paper, App. A). `attn_output_gate` in Qwen3-Next and Qwen3.5, whose layout
+            it has: for each head, `q_proj` has the queries' rows and then the gate's.
         draft_vocab_size: Rows of the drafter's head; `d2t` maps them if fewer than the target's.
         own_head: The checkpoint brings `lm_head`; else the target's head is used.
     """
@@ -158,6 +162,7 @@ class Eagle3Config(DrafterConfig):
     hidden_norm: bool = True
     norm_before_residual: bool
     qk_norm: bool = False
+    gated_attention: bool = False
     draft_vocab_size: int
     own_head: bool = True
 

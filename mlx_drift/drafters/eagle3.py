@@ -33,8 +33,9 @@ class Attention(nn.Module):
         self.scale = config.head_dim**-0.5
         width, kv_width = self.num_heads * config.head_dim, self.num_kv_heads * config.head_dim
         bias = config.attention_bias
+        self.gated = isinstance(config, Eagle3Config) and config.gated_attention
 
-        self.q_proj = nn.Linear(input_size, width, bias=bias)
+        self.q_proj = nn.Linear(input_size, 2 * width if self.gated else width, bias=bias)
         self.k_proj = nn.Linear(input_size, kv_width, bias=bias)
         self.v_proj = nn.Linear(input_size, kv_width, bias=bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_output_bias)
@@ -51,19 +52,24 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
         """Maps `[1, M, input_size]` to `[1, M, H]`."""
+        num_queries = 2 * self.num_heads if self.gated else self.num_heads
         if "qkv_proj" in self:
-            keys_from, values_from = self.num_heads, self.num_heads + self.num_kv_heads
-            heads = self._split(self.qkv_proj(x), self.num_heads + 2 * self.num_kv_heads)
+            keys_from, values_from = num_queries, num_queries + self.num_kv_heads
+            heads = self._split(self.qkv_proj(x), num_queries + 2 * self.num_kv_heads)
             queries, keys, values = mx.split(heads, [keys_from, values_from], axis=1)
         else:
-            queries = self._split(self.q_proj(x), self.num_heads)
+            queries = self._split(self.q_proj(x), num_queries)
             keys = self._split(self.k_proj(x), self.num_kv_heads)
             values = self._split(self.v_proj(x), self.num_kv_heads)
+        if self.gated:  # each head's queries, then its gate
+            queries, gates = queries[:, ::2], queries[:, 1::2]
         if "q_norm" in self:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries = self.rope(queries, offset=cache.offset)
         keys = self.rope(keys, offset=cache.offset)
         output = cache.attend(queries, keys, values, self.scale)
+        if self.gated:
+            output = output * mx.sigmoid(gates)
         return self.o_proj(output.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
 
     def _split(self, x: mx.array, heads: int) -> mx.array:

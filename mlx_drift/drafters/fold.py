@@ -4,7 +4,7 @@ A drafter's step is bound by the launches of small kernels, not by its bytes (ml
 - the norms of the taps become one weightless `mx.fast.rms_norm` over all of them, and so do those
   of the embedding and the hidden state in the first layer: a norm's gain multiplies the columns of
   the matrix that reads it;
-- queries, keys and values are one matrix, and so are gate and up.
+- queries (with their gates), keys and values are one matrix, and so are gate and up.
 
 Of the embedded EAGLE-3.1 drafter, an ingested row with the draft after it takes 40 kernels in place
 of 47, and a chained draft 40 in place of 44 (`pytest -n 0 -s tests/test_fold.py`: copies and

@@ -42,6 +42,7 @@ BASE_CONFIG: dict[str, Any] = {
     "sliding_window": None,
     "attention_bias": False,
     "qk_norm": False,
+    "gated_attention": False,
     "vocab_size": 48,
     "draft_vocab_size": 24,
     "taps": [2, 4, 7],
@@ -137,12 +138,13 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
         if n == 0:
             shapes[f"{layer}.hidden_norm.weight"] = (hidden,)
-        shapes[f"{attn}.q_proj.weight"] = (q_out, attn_in)
+        q_rows = 2 * q_out if config["gated_attention"] else q_out
+        shapes[f"{attn}.q_proj.weight"] = (q_rows, attn_in)
         shapes[f"{attn}.k_proj.weight"] = (kv_out, attn_in)
         shapes[f"{attn}.v_proj.weight"] = (kv_out, attn_in)
         shapes[f"{attn}.o_proj.weight"] = (hidden, q_out)
         if config["attention_bias"]:
-            shapes[f"{attn}.q_proj.bias"] = (q_out,)
+            shapes[f"{attn}.q_proj.bias"] = (q_rows,)
             shapes[f"{attn}.k_proj.bias"] = (kv_out,)
             shapes[f"{attn}.v_proj.bias"] = (kv_out,)
             shapes[f"{attn}.o_proj.bias"] = (hidden,)
@@ -242,6 +244,7 @@ def random_config(seed: int) -> dict[str, Any]:
         "qk_norm": pick(False, True),
         "taps": pick([2, 4, 7], [3], [1, 2, 4, 6, 8], [0, 5]),
         "tied": pick(False, True),
+        "gated_attention": pick(False, True),
     }
     return make_config(**overrides)
 
@@ -265,6 +268,14 @@ def reference_configs() -> dict[str, dict[str, Any]]:
         "two_layers": {"num_hidden_layers": 2},
         "qk_norm": {"qk_norm": True},
         "attention_bias": {"attention_bias": True},
+        "gated_attention": {"gated_attention": True},
+        "gated_attention_norms": {"gated_attention": True, "norm_before_residual": True, **normed},
+        "gated_attention_biased": {
+            "gated_attention": True,
+            "num_hidden_layers": 2,
+            "qk_norm": True,
+            "attention_bias": True,
+        },
         "one_tap": {"taps": [5], **normed},  # A*T == H: the "is fc needed?" width test is wrong
         "five_taps": {"taps": [1, 2, 4, 6, 8], **normed},
         "window5": {"sliding_window": 5},

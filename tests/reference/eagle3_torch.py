@@ -105,8 +105,9 @@ class Eagle3Reference:
     config
         Keys read: num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
         rms_norm_eps, rope_theta, rope_scaling (dict with ``rope_type``, or None), sliding_window
-        (int or None), qk_norm, taps, fc_norm, norm_before_fc, norm_before_residual, norm_output,
-        tied. Biases are used where a ``*.bias`` tensor is present.
+        (int or None), qk_norm, gated_attention, taps, fc_norm, norm_before_fc,
+        norm_before_residual, norm_output, tied. Biases are used where a ``*.bias`` tensor is
+        present.
     weights
         Canonical name -> tensor, PyTorch ``[out, in]`` layout.
     embed
@@ -194,7 +195,11 @@ class Eagle3Reference:
         rows = x.shape[0]
         prefix = f"layers.{layer}.self_attn"
 
-        q = self.linear(x, f"{prefix}.q_proj").reshape(rows, heads, head_dim)
+        q = self.linear(x, f"{prefix}.q_proj")
+        if c["gated_attention"]:  # Qwen3-Next's rows: head 0's query, its gate, head 1's query, ...
+            pairs = q.reshape(rows, heads, 2, head_dim)
+            q, gate = pairs[:, :, 0], pairs[:, :, 1]
+        q = q.reshape(rows, heads, head_dim)
         k = self.linear(x, f"{prefix}.k_proj").reshape(rows, kv_heads, head_dim)
         v = self.linear(x, f"{prefix}.v_proj").reshape(rows, kv_heads, head_dim)
         if c["qk_norm"]:  # per head, before RoPE
@@ -217,6 +222,8 @@ class Eagle3Reference:
                 seen_values = torch.stack([values[s][r, kv_head] for s, r in visible])
                 scores = seen_keys @ q[i, head] / math.sqrt(head_dim)
                 out[i, head] = torch.softmax(scores, dim=0) @ seen_values
+                if c["gated_attention"]:
+                    out[i, head] *= torch.sigmoid(gate[i, head])
         return self.linear(out.reshape(rows, heads * head_dim), f"{prefix}.o_proj")
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
