@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,12 +16,14 @@ from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.caches import KVQuantization
+from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.sampling import LogitsProcessor, Sampler, Sampling
 from mlx_drift.decode.speculate import speculate, time_plain_steps
 from mlx_drift.decode.statistics import LOW_ACCEPTANCE, Statistics
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.prompt_cache import PromptCache, make_prompt_cache
+from mlx_drift.tuned import remember, tuned_costs
 
 ROUNDS_TO_JUDGE = 32
 """Rounds after which a drafter that is hardly ever right is spoken of."""
@@ -44,7 +46,7 @@ def stream_generate(
     max_tokens: int = 256,
     *,
     drafter: Drafter | None = None,
-    num_draft_tokens: int = 3,
+    num_draft_tokens: int | Literal["auto"] = 3,
     temp: float = 0.0,
     top_p: float = 0.0,
     min_p: float = 0.0,
@@ -77,7 +79,9 @@ def stream_generate(
         prompt: Text, or token ids.
         max_tokens: Tokens to generate at most; −1 for no limit.
         drafter: A drafter loaded for this target; None for mlx-lm's own generation.
-        num_draft_tokens: Drafts a round, K.
+        num_draft_tokens: Drafts a round, K; or `"auto"`: what pays, learned from the rounds and
+            from what this process or `mlx-drift tune` measured before, plain decoding where
+            nothing does. That depends on time: a seed gives the same text again at a fixed K only.
         temp: Temperature; 0 for greedy decoding. This and the next seven are the keywords of
             mlx-lm's `make_sampler`, and mean the same.
         top_p: Keep the likeliest tokens that make up this mass; 0 or 1 for all.
@@ -143,6 +147,8 @@ def stream_generate(
     if drafter is None:
         if isinstance(prompt_cache, PromptCache):
             raise DriftError("the prompt cache was made for a drafter; give that one as drafter=")
+        if num_draft_tokens != "auto":
+            kwargs["num_draft_tokens"] = num_draft_tokens
         for response in mlx_lm.stream_generate(
             model,
             tokenizer,
@@ -150,7 +156,6 @@ def stream_generate(
             max_tokens,
             sampler=sampling.as_sampler(),
             logits_processors=list(sampling.logits_processors),
-            num_draft_tokens=num_draft_tokens,
             prompt_cache=prompt_cache,
             max_kv_size=max_kv_size,
             kv_bits=kv_bits,
@@ -184,8 +189,10 @@ def stream_generate(
             quantized_kv_start=quantized_kv_start,
             max_snapshots=0,
         )
+        prompt_cache.single_use = True
     prompt_cache = _own(prompt_cache, model, drafter)
-    statistics = Statistics()
+    draft_length = _draft_length(num_draft_tokens, prompt_cache, len(tokens))
+    statistics = Statistics(draft_length=draft_length)
     detokenizer = tokenizer.detokenizer
     count = 0
     with wired_limit([model, drafter.network]):
@@ -201,7 +208,7 @@ def stream_generate(
             mx.array(tokens[-1:], dtype=mx.int32),
             prompt_cache.target_cache,
             prompt_cache.drafter_cache,
-            num_draft_tokens=num_draft_tokens,
+            num_draft_tokens=draft_length,
             max_tokens=max_tokens,
             stop_tokens=set(tokenizer.eos_token_ids),
             sampling=sampling,
@@ -209,10 +216,10 @@ def stream_generate(
             history=tokens,
         )
         for round in prompt_cache.follow(rounds):
-            if not statistics.rounds:
+            if not count:
                 progress(len(tokens), len(tokens))
-            statistics.record(round.tested, round.accepted, round.seconds, round.host_seconds)
-            if statistics.rounds == ROUNDS_TO_JUDGE:
+            statistics.record_round(round)
+            if statistics.rounds == ROUNDS_TO_JUDGE and not round.is_plain:
                 _warn_of_low_acceptance(statistics)
             for row, token in enumerate(round.tokens):
                 count += 1
@@ -239,12 +246,14 @@ def stream_generate(
                     statistics=statistics,
                 )
         statistics.cache_bytes = prompt_cache.nbytes
-        if compare_plain:
+        if compare_plain and PLAIN not in draft_length.costs.known():
             last = mx.array(round.tokens[-1:])
             with prompt_cache.under_way():
-                statistics.plain_step_seconds = time_plain_steps(
-                    prompt_cache.target, last, prompt_cache.target_cache
-                )
+                seconds = time_plain_steps(prompt_cache.target, last, prompt_cache.target_cache)
+            draft_length.costs.know(PLAIN, seconds)
+        statistics.plain_step_seconds = draft_length.costs.known().get(PLAIN)
+        if num_draft_tokens == "auto":
+            remember(drafter, draft_length)
 
 
 def generate(
@@ -286,20 +295,34 @@ def _random_key(seed: int | None) -> mx.array:
     return mx.random.key(drawn)
 
 
-def check_num_draft_tokens(num_draft_tokens: int) -> None:
+def _draft_length(
+    num_draft_tokens: int | Literal["auto"], prompt_cache: PromptCache, context: int
+) -> DraftLength:
+    """Returns what says how many tokens to draft; what `auto` learned stays with the cache."""
+    if num_draft_tokens != "auto":
+        return DraftLength(fixed=num_draft_tokens)
+    if prompt_cache.draft_length is None:
+        costs = tuned_costs(prompt_cache.model, prompt_cache.drafter, context)
+        prompt_cache.draft_length = DraftLength(costs=costs)
+    return prompt_cache.draft_length
+
+
+def check_num_draft_tokens(num_draft_tokens: int | Literal["auto"]) -> None:
     """Checks K.
 
     Raises:
         DriftError: If it is no number of drafts that makes sense.
     """
-    if not 1 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
+    if num_draft_tokens != "auto" and not 1 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
         raise DriftError(
-            f"num_draft_tokens is {num_draft_tokens}; expected 1 to {MAX_DRAFT_TOKENS} "
-            "(to generate without drafts, leave the drafter out: --no-draft)"
+            f"num_draft_tokens is {num_draft_tokens}; expected 1 to {MAX_DRAFT_TOKENS}, "
+            "or auto (to generate without drafts, leave the drafter out: --no-draft)"
         )
 
 
 def _warn_of_low_acceptance(statistics: Statistics) -> None:
+    if not statistics.conditional_acceptance:  # nothing was ever drafted
+        return
     first = statistics.conditional_acceptance[0]
     if first < LOW_ACCEPTANCE:
         warnings.warn(

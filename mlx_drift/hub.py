@@ -205,6 +205,32 @@ def find_hub_folder(text: str, revision: str | None, what: str) -> HubFolder:
     return HubFolder(repo, subfolder, commit, files, revision)
 
 
+def dataset_file(repo: str, path: str, revision: str | None, most_bytes: int) -> Path:
+    """Returns a file of a data set on the Hub in the local cache, downloading it if need be.
+
+    Args:
+        repo: The data set, `owner/name`.
+        path: The file in it.
+        revision: Branch, tag or commit; by default the main branch.
+        most_bytes: A larger file is not downloaded.
+
+    Raises:
+        DriftError: If there is no such file, it is too large, or it cannot be had.
+    """
+    subject = f"{repo}:{path}"
+    if split_repository(repo) != (repo, "") or split_repository(f"in/{path}") is None:
+        raise DriftError(f"{subject}: expected a file of a data set, owner/name:path")
+    with _one_line(subject, repo, revision):
+        try:
+            url = hf_hub_url(repo, path, repo_type="dataset", revision=revision)
+            size = get_hf_file_metadata(url).size
+        except (httpx.TransportError, OfflineModeIsEnabled):
+            size = None  # what the cache has of it is used, or the download says why not
+        if size is not None and size > most_bytes:
+            raise DriftError(f"{subject}: {size} bytes; at most {most_bytes} are downloaded")
+        return Path(hf_hub_download(repo, path, repo_type="dataset", revision=revision))
+
+
 def upload_folder(folder: Path, repo: str) -> str:
     """Uploads the files of a folder to a repository on the Hub, which is created if need be.
 

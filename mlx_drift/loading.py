@@ -90,13 +90,18 @@ def _is_converted(repository: HubFolder) -> bool:
     return "drafter_type" in read_json(repository.path("config.json"))
 
 
-def drafter_cache() -> Path:
-    """Returns where drafters converted on first use are kept.
+def cache_home() -> Path:
+    """Returns where mlx-drift keeps what it made.
 
     `MLX_DRIFT_CACHE` if it is set, else `mlx-drift` in `XDG_CACHE_HOME` or `~/.cache`.
     """
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("MLX_DRIFT_CACHE") or f"{home}/mlx-drift").expanduser() / "drafters"
+    return Path(os.environ.get("MLX_DRIFT_CACHE") or f"{home}/mlx-drift").expanduser()
+
+
+def drafter_cache() -> Path:
+    """Returns where drafters converted on first use are kept."""
+    return cache_home() / "drafters"
 
 
 def convert_once(

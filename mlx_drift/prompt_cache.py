@@ -13,7 +13,7 @@ Notable:
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_drift.caches import KVQuantization, TargetCache
-from mlx_drift.decode.speculate import Progress, Round, prefill
+from mlx_drift.decode.draft_length import DraftLength
+from mlx_drift.decode.speculate import Progress, prefill
+from mlx_drift.decode.text import Round
 from mlx_drift.drafters.protocol import Drafter, DrafterCache
 from mlx_drift.errors import DriftError
 from mlx_drift.rewind import Snapshot
@@ -57,6 +59,10 @@ class PromptCache:
         tokens: The tokens that the caches have seen.
         reuse: How the last prompt found the caches.
         whole: Nothing was interrupted while they changed.
+        draft_length: What `num_draft_tokens="auto"` learned in this conversation.
+        is_ahead: A stretch of plain decoding is under way: the target has begun the next step, and
+            the drafter has yet to see the last tokens.
+        single_use: It is given up after one answer, so nothing is made ready for another.
         target_cache: The target's, with a row for every token but the last.
         drafter_cache: The drafter's, with a row for every token but the first.
     """
@@ -78,6 +84,10 @@ class PromptCache:
         self.target = Target(model, drafter.taps)
         self.reuse: Reuse = "nothing"
         self.whole = True
+        self.draft_length: DraftLength | None = None
+        self.single_use = False
+        self.is_ahead = False
+        self._under_way: Generator[Round] | None = None
         self.tokens: list[int] = []
         self._turns: list[Turn] = []
         self._prompts = 0
@@ -106,6 +116,7 @@ class PromptCache:
         """
         if step_size < 1:
             raise DriftError(f"prefill_step_size is {step_size}; expected at least 1")
+        self.finish()
         self._prompts += 1
 
         def advance(done: int, total: int) -> None:
@@ -129,25 +140,56 @@ class PromptCache:
         self._remember()
         return reused
 
-    def follow(self, rounds: Iterator[Round]) -> Iterator[Round]:
+    def follow(self, rounds: Generator[Round]) -> Iterator[Round]:
         """Passes rounds on, and keeps their tokens.
 
         Raises:
             DriftError: If another prompt was read since.
         """
         prompts = self._prompts
-        while True:
-            if self._prompts != prompts:
-                raise DriftError(
-                    "the prompt cache was used for another prompt meanwhile, so this answer cannot "
-                    "go on; make a prompt cache for each conversation"
-                )
-            with self.under_way():
-                round = next(rounds, None)
-            if round is None:
-                return
-            self.tokens += round.tokens
-            yield round
+        self._under_way = rounds
+        try:
+            while True:
+                if self._prompts != prompts:
+                    raise DriftError(
+                        "the prompt cache was used for another prompt meanwhile, so this answer "
+                        "cannot go on; make a prompt cache for each conversation"
+                    )
+                with self.under_way():
+                    round = next(rounds, None)
+                if round is None:
+                    break
+                self.tokens += round.tokens
+                self.is_ahead = round.is_plain
+                yield round
+        finally:
+            if self._prompts == prompts:
+                self.finish()
+
+    def finish(self) -> None:
+        """Ends the answer under way, if there is one: takes back what is ahead of its tokens.
+
+        Raises:
+            DriftError: If another thread is in the middle of a round of it.
+        """
+        rounds, self._under_way = self._under_way, None
+        if rounds is None:
+            return
+        was_whole = self.whole
+        try:
+            rounds.close()
+        except ValueError:
+            self._under_way = rounds
+            raise DriftError(
+                "the prompt cache is in use by another thread; make one for each conversation"
+            ) from None
+        self.whole, self.is_ahead = was_whole, False
+        self._settle()
+
+    def _settle(self) -> None:
+        """Computes what is still lazy, which belongs to this thread, for whoever comes next."""
+        if not self.single_use:
+            mx.async_eval(self.target_cache.state, self.drafter_cache.state)
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
@@ -248,6 +290,11 @@ def save_prompt_cache(path: str | Path, cache: PromptCache) -> None:
         DriftError: If the cache was left in the middle of a round, or the file cannot be written.
     """
     path = Path(path)
+    if cache.is_ahead:
+        raise DriftError(
+            f"{path}: the prompt cache is ahead of an answer under way, so it is not written. Save "
+            "it when the answer has ended, or call cache.finish() first, which ends it"
+        )
     if not cache.whole:
         raise DriftError(
             f"{path}: the prompt cache was interrupted in the middle of a step, so it is not "

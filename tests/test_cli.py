@@ -35,7 +35,7 @@ def test_with_nothing_given_the_embedded_pair_answers(cli):
     assert out == expected_text(24) + "\n"
     for figure in ("prompt", "generation", "rounds", "acceptance_length", "tokens_per_round"):
         assert figure in err
-    for figure in ("conditional acceptance", "plain decoding", "peak memory"):
+    for figure in ("conditional acceptance", "against plain", "peak memory"):
         assert figure in err
 
 

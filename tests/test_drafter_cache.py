@@ -142,6 +142,7 @@ def test_tells_of_config_keys_that_nothing_reads(serve, model, tmp_path):
 def test_generate_converts_and_another_process_finds_it_offline(cli, serve, tmp_path):
     hub = serve(embedded_checkpoint(tmp_path / "repo"))
     arguments = ["generate", "--model", str(TARGET), "-p", QUESTION, "-m", "16", "--json"]
+    arguments += ["--num-draft-tokens", "3"]  # auto depends on time
 
     def told(out):
         report = json.loads(out)

@@ -21,7 +21,7 @@ from mlx_drift.caches import TargetCache
 from mlx_drift.decode.speculate import prefill, speculate
 from mlx_drift.errors import DriftError
 from mlx_drift.target import Target, remove_taps
-from tiny import Oracle, plain_greedy
+from tiny import Oracle, Scripted, plain_greedy
 
 REFUSED = {
     "deepseek_v41": "keeps its state in LayerCache",
@@ -68,7 +68,10 @@ def taps_of(model):
 
 
 def spoken(target, text, k, advance=next):
-    """What is generated past the prompt, through every count of accepted drafts."""
+    """What is generated past the prompt, through every count of accepted drafts.
+
+    With k = 0, rounds and stretches of plain decoding take turns.
+    """
     rng = random.Random(k)
     spoil = [set(), {0}] + [{i for i in range(8) if rng.random() < 0.3} for _ in range(20)]
     drafter = AnyWidth(text, spoil, target.taps)
@@ -79,7 +82,7 @@ def spoken(target, text, k, advance=next):
         drafter,
         mx.array(PROMPT[-1:]),
         *caches,
-        num_draft_tokens=k,
+        num_draft_tokens=k or Scripted([0, 0, 2, 2, 0, 3, 3]),
         max_tokens=LENGTH,
         stop_tokens=frozenset(),
     )
@@ -95,11 +98,12 @@ def in_a_thread(rounds, end):
         return pool.submit(next, rounds, end).result()
 
 
-def test_any_thread_may_ask_for_the_next_round():
+@pytest.mark.parametrize("k", [0, 3])
+def test_any_thread_may_ask_for_the_next_round(k):
     model = build("qwen3_next")
     text = PROMPT + plain_greedy(model, PROMPT, LENGTH + 8)
     target = Target(model, taps_of(model))
-    assert spoken(target, text, 3, in_a_thread) == text[len(PROMPT) : len(PROMPT) + LENGTH]
+    assert spoken(target, text, k, in_a_thread) == text[len(PROMPT) : len(PROMPT) + LENGTH]
 
 
 def alike(target):
@@ -136,7 +140,7 @@ def test_greedy_output_is_the_targets_own(family):
     model = build(family)
     text = PROMPT + plain_greedy(model, PROMPT, LENGTH + 8)
     target = Target(model, taps_of(model))
-    for k in (1, 2, 4):
+    for k in (0, 1, 2, 4):
         assert spoken(target, text, k) == text[len(PROMPT) : len(PROMPT) + LENGTH], k
 
 

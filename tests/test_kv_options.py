@@ -13,7 +13,7 @@ from mlx_drift.caches import KVQuantization
 from mlx_drift.decode.speculate import prefill, speculate
 from mlx_drift.target import Target
 from test_families import AnyWidth
-from tiny import plain_greedy, tiny_drafter, tiny_llama
+from tiny import Scripted, plain_greedy, tiny_drafter, tiny_llama
 
 PROMPT = [5, 9, 2, 44, 17, 3, 60, 11, 25]
 LENGTH = 64
@@ -29,7 +29,10 @@ def model():
 
 
 def same_as_mlx_lm(model, prompt, k, *, max_kv_size=None, quantization=None, step_size=2048):
-    """Asserts that what is generated through an oracle is what mlx-lm generates alone."""
+    """Asserts that what is generated through an oracle is what mlx-lm generates alone.
+
+    With k = 0, rounds and stretches of plain decoding take turns.
+    """
     q = quantization
     kv_bits = {} if q is None else {"kv_bits": q.bits, "kv_group_size": q.group_size}
     options = kv_bits if q is None else kv_bits | {"quantized_kv_start": q.start}
@@ -55,7 +58,7 @@ def same_as_mlx_lm(model, prompt, k, *, max_kv_size=None, quantization=None, ste
         drafter,
         tokens[-1:],
         *caches,
-        num_draft_tokens=k,
+        num_draft_tokens=k or Scripted([0, 0, 2, 2, 0, 3, 3]),
         max_tokens=LENGTH,
         stop_tokens=frozenset(),
     )
@@ -65,7 +68,7 @@ def same_as_mlx_lm(model, prompt, k, *, max_kv_size=None, quantization=None, ste
 
 
 @pytest.mark.parametrize("size", [8, long(16), 32])
-@pytest.mark.parametrize("k", [1, long(3), 5])
+@pytest.mark.parametrize("k", [0, 1, long(3), 5])
 @pytest.mark.parametrize("times", [1, 4])
 def test_a_bounded_cache_with_sinks_says_what_mlx_lm_says(model, size, k, times):
     cache = same_as_mlx_lm(model, PROMPT * times, k, max_kv_size=size, step_size=16)
@@ -74,7 +77,7 @@ def test_a_bounded_cache_with_sinks_says_what_mlx_lm_says(model, size, k, times)
 
 @pytest.mark.parametrize("start", [0, 1, len(PROMPT), 20, 50])
 @pytest.mark.parametrize("bits", [4, long(8)])
-@pytest.mark.parametrize("k", [long(1), long(2), 4])
+@pytest.mark.parametrize("k", [0, long(1), long(2), 4])
 def test_quantized_keys_and_values_say_what_mlx_lm_says(model, start, bits, k):
     quantization = KVQuantization(bits, 32, start)
     cache = same_as_mlx_lm(model, PROMPT, k, quantization=quantization)

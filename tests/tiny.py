@@ -1,5 +1,7 @@
 """Tiny targets with random weights, and a drafter that is right as often as it is told to be."""
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -8,6 +10,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import llama
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_drift.decode.draft_length import DraftLength
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.config import Eagle3Config
 from mlx_drift.drafters.eagle3 import Eagle3Network
@@ -142,3 +145,54 @@ class Oracle:
         self.rounds += 1
         tokens = [(t + 1) % VOCAB if i in spoilt else t for i, t in enumerate(right)]
         return Draft(mx.array(tokens, dtype=mx.int32))
+
+
+class Scripted(DraftLength):
+    """Drafts as many tokens as a script says, over and over; 0 for plain decoding.
+
+    A stretch of that asks after every token whether it is to go on, and then the loop asks again.
+    """
+
+    def __init__(self, script: Iterable[int]):
+        super().__init__()
+        self.script = itertools.cycle(script)
+
+    def choose(self, pending: int = 0) -> int:
+        return next(self.script)
+
+
+class Letters(NoText):
+    """A tokenizer of the alphabet's letters, which is all it needs to ask the tiny target."""
+
+    has_chat_template = False
+    bos_token_id = None
+
+    def encode(self, text, add_special_tokens=True):
+        return [ord(letter) % 60 for letter in text]
+
+    def decode(self, tokens):
+        return "".join(chr(60 + token) for token in tokens)
+
+
+class KnowingCache(OracleCache):
+    nbytes = 0
+
+
+class Knowing(Oracle):
+    """Knows how the target goes on after any text, but for what is spoilt: the same every time."""
+
+    def __init__(self, model, spoil):
+        super().__init__([], spoil)
+        self.model = model
+        self.network = nn.Module()
+
+    def make_cache(self):
+        self.rounds = 0
+        return KnowingCache()
+
+    def start(self, token, cache):
+        cache.tokens = token.tolist()
+
+    def propose(self, k, cache, chooser=None):
+        self.text = cache.tokens + plain_greedy(self.model, cache.tokens, k)
+        return super().propose(k, cache, chooser)

@@ -12,9 +12,12 @@ from mlx_drift.cli.bench import bench_command
 from mlx_drift.cli.cache_prompt import cache_prompt
 from mlx_drift.cli.convert import convert
 from mlx_drift.cli.doctor import doctor
+from mlx_drift.cli.drift import drift_command
 from mlx_drift.cli.generate import generate
 from mlx_drift.cli.inspect import inspect
+from mlx_drift.cli.measure import measure
 from mlx_drift.cli.pairs import pairs
+from mlx_drift.cli.tune import tune_command
 from mlx_drift.errors import DriftError, DriftWarning
 
 app = typer.Typer(
@@ -31,6 +34,9 @@ app.command()(inspect)
 app.command()(doctor)
 app.command()(pairs)
 app.command(name="bench")(bench_command)
+app.command(name="tune")(tune_command)
+app.command(name="drift")(drift_command)
+app.command()(measure)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,9 +1,11 @@
 """`mlx-drift bench`: does drafting pay here, and with how many drafts?"""
 
 import json
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 import typer
 from mlx_lm.utils import dequantize_model
 from rich.console import Console
@@ -11,24 +13,51 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mlx_drift.cli import options
-from mlx_drift.cli.load import load_pair
+from mlx_drift.cli.bench_tables import about, about_shape, shape_table, table
+from mlx_drift.cli.load import choose_drafter, load_model, load_pair
 from mlx_drift.cli.prompts import apply_template, encode, parse_object
+from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.errors import DriftError
-from mlx_drift.measure.bench import PROMPTS, Arm, Bench, bench
+from mlx_drift.generate import check_num_draft_tokens
+from mlx_drift.loading import load_drafter
+from mlx_drift.measure.arms import Length
+from mlx_drift.measure.bench import LENGTHS, PROMPTS, Bench, bench
+from mlx_drift.measure.rounds import TURNS
+from mlx_drift.measure.shape_costs import ACCEPTANCES, ShapeCosts, check_assumptions, shape_costs
+from mlx_drift.measure.shapes import SHAPES, UNQUANTIZED, random_pair
+
+Found = TypeVar("Found", Bench, ShapeCosts)
+
+CONTEXT, TARGET_BITS = 128, 4
+"""What `--shape` measures with, if nothing else is said."""
+
+WIDTH = 100
+"""Of a table that does not go to a terminal."""
 
 
 def bench_command(
     model: options.Model = None,
     drafter: options.Drafter = None,
     draft_model: options.DraftModel = None,
-    drafter_bits: options.DrafterBits = None,
+    drafter_bits: Annotated[
+        int | None,
+        typer.Option(help="Measure the drafter quantized to so many bits beside it: 4 or 8, say."),
+    ] = None,
     adapter_path: options.AdapterPath = None,
+    baseline_draft_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure mlx-lm's own speculative loop beside it, with this small model."
+        ),
+    ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeatable.")
     ] = None,
     num_draft_tokens: Annotated[
-        list[int] | None,
-        typer.Option(metavar="K", help="A draft length to measure; repeatable. Default: 1 to 4."),
+        list[str] | None,
+        typer.Option(
+            metavar="K", help="A draft length to measure, or auto; repeatable. Default: 1 to 4."
+        ),
     ] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Tokens to generate for each prompt.", min=2)
@@ -40,23 +69,121 @@ def bench_command(
     ] = False,
     ignore_chat_template: options.IgnoreChatTemplate = False,
     chat_template_config: options.ChatTemplateConfig = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Time rounds of random weights at a real model's shapes instead: "
+            f"{', '.join(SHAPES)}.",
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="With --shape: so many layers only, to fit.")
+    ] = None,
+    target_bits: Annotated[
+        int | None,
+        typer.Option(help="With --shape: bits of the target; 16: unquantized. Default: 4."),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="With --shape: tokens in the caches. Default: 128.")
+    ] = None,
+    acceptance: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,…",
+            help="With --shape: the acceptances of a draft to compute speed-ups for. "
+            f"Default: {','.join(map(str, ACCEPTANCES))}.",
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure plain decoding and drafting at several lengths, in turns, in one run."""
+    """Measure plain decoding and ways of drafting, in turns, in one run."""
     if repeats < 1:
         raise DriftError(f"repeats is {repeats}; expected at least 1")
     if any(not text.strip() for text in prompt or ()):
         raise DriftError("the prompt is empty; give some text")
-    keywords = parse_object(chat_template_config, "--chat-template-config")
+    lengths = [_length(text) for text in num_draft_tokens or ()] or list(LENGTHS)
+    of_a_pair = {
+        "--model": model,
+        "--drafter": drafter,
+        "--draft-model": draft_model,
+        "--adapter-path": adapter_path,
+        "--baseline-draft-model": baseline_draft_model,
+        "--prompt": prompt,
+    }
+    of_a_shape = {
+        "--layers": layers,
+        "--target-bits": target_bits,
+        "--context": context,
+        "--acceptance": acceptance,
+    }
+    for flag, value in (of_a_shape if shape is None else of_a_pair).items():
+        if value is not None:
+            needs = "goes with --shape" if shape is None else "does not go with --shape"
+            raise DriftError(f"{flag} {needs}; leave it out")
     console = Console(stderr=True)
-    target, tokenizer, loaded = load_pair(
-        model, drafter, adapter_path, console, drafter_bits, draft_model
-    )
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("measuring", total=None)
+
+    def progress(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+
+    if shape is not None:
+        numbers = [k for k in lengths if isinstance(k, int)]
+        if num_draft_tokens and len(numbers) < len(lengths):
+            raise DriftError("--shape measures fixed draft lengths; leave auto out")
+        context = CONTEXT if context is None else context
+        acceptances = _acceptances(acceptance)
+        check_assumptions(numbers, context, acceptances)
+        bits = UNQUANTIZED if dequantize else target_bits or TARGET_BITS
+        on_cpu = mx.default_device() == mx.Device(mx.cpu)
+        with bar:
+            pair = random_pair(
+                shape,
+                layers=layers,
+                bits=bits,
+                drafter_bits=drafter_bits,
+                # MLX's CPU backend computes low precision many times slower; nobody uses it so.
+                dtype=mx.float32 if dequantize or on_cpu else mx.bfloat16,
+                context=context,
+            )
+            costs = shape_costs(
+                shape,
+                pair,
+                target_bits=bits,
+                drafter_bits=drafter_bits,
+                lengths=numbers,
+                context=context,
+                acceptances=acceptances,
+                temp=temp,
+                turns=TURNS,
+                progress=progress,
+            )
+        _tell(costs, shape_table, about_shape, as_json)
+        return
+    keywords = parse_object(chat_template_config, "--chat-template-config")
+    target, tokenizer, loaded = load_pair(model, drafter, adapter_path, console, None, draft_model)
+    baseline = None
+    if baseline_draft_model is not None:
+        baseline, its_tokenizer = load_model(baseline_draft_model, None)
+        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise DriftError(
+                f"{baseline_draft_model} has another tokenizer than the target; give a draft model "
+                "of the same family"
+            )
     if dequantize:
-        dequantize_model(target)
-        target.set_dtype(mx.float32)
-        loaded.network.set_dtype(mx.float32)
-        mx.eval(target, loaded.network)
+        for network in target, loaded.network, baseline:
+            if network is not None:
+                _to_float32(network)
+    quantized = None
+    if isinstance(loaded, ChainDrafter):
+        folder = choose_drafter(drafter, model, Console(quiet=True))
+        if dequantize:  # a drafter borrows its target's embedding when it is loaded
+            loaded = load_drafter(folder, target)
+        if drafter_bits is not None:
+            quantized = drafter_bits, load_drafter(folder, target, drafter_bits=drafter_bits)
+    elif drafter_bits is not None:
+        raise DriftError("--drafter-bits is for EAGLE drafters; leave it out")
     tokens = [
         encode(
             tokenizer,
@@ -66,59 +193,63 @@ def bench_command(
         )
         for text in prompt or PROMPTS
     ]
-    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
     with bar:
-        task = bar.add_task("answers", total=None)
         found = bench(
             target,
             tokenizer,
             loaded,
             tokens,
-            lengths=num_draft_tokens or (1, 2, 3, 4),
+            lengths=lengths,
+            quantized=quantized,
+            draft_model=baseline,
             max_tokens=max_tokens,
             repeats=repeats,
             temp=temp,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            turns=TURNS,
+            progress=progress,
         )
+    _tell(found, table, about, as_json)
+
+
+def _length(text: str) -> Length:
+    """Reads a draft length."""
+    if text == "auto":
+        return "auto"
+    try:
+        length = int(text)
+    except ValueError:
+        raise DriftError(f"--num-draft-tokens is {text}; expected a number, or auto") from None
+    check_num_draft_tokens(length)
+    return length
+
+
+def _acceptances(text: str | None) -> tuple[float, ...]:
+    """Reads numbers with commas between them."""
+    if text is None:
+        return ACCEPTANCES
+    try:
+        return tuple(float(one) for one in text.split(","))
+    except ValueError:
+        raise DriftError(
+            f"--acceptance is {text}; expected numbers from 0 to 1, with commas between them"
+        ) from None
+
+
+def _to_float32(network: nn.Module) -> None:
+    dequantize_model(network)
+    network.set_dtype(mx.float32)
+    mx.eval(network)
+
+
+def _tell(
+    found: Found, table: Callable[[Found], Table], about: Callable[[Found], str], as_json: bool
+) -> None:
+    """Prints what was found."""
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:
-        Console().print(_table(found))
-        typer.echo(_about(found))
-
-
-def _table(found: Bench) -> Table:
-    names = "K", "tokens/s", "× plain", "quartiles", "accepted", "ms", "Python", "alone", "pays at"
-    table = Table(*names, box=None, header_style="dim")
-    for arm in found.arms:
-        table.add_row(*_row(arm))
-    return table
-
-
-def _row(arm: Arm) -> list[str]:
-    if arm.round_seconds is None or arm.host_seconds is None:
-        return ["–", f"{arm.tokens_per_second:.1f}"]
-    low, middle, high = arm.speedup
-    return [
-        str(arm.num_draft_tokens),
-        f"{arm.tokens_per_second:.1f}",
-        f"{middle:.2f}",
-        f"{low:.2f}–{high:.2f}",
-        f"{arm.acceptance_length:.2f}",
-        f"{1000 * arm.round_seconds:.1f}",
-        f"{1000 * arm.host_seconds:.1f}",
-        f"{arm.efficiency:.2f}",
-        "never" if arm.break_even is None else f"{arm.break_even:.2f}",
-    ]
-
-
-def _about(found: Bench) -> str:
-    return f"""
-{found.device}, mlx {found.mlx_version}, {found.dtype} activations, temperature {found.temp:g};
-{found.prompts} prompts × {found.repeats}, at most {found.max_tokens} tokens each.
-K         drafts a round; – is mlx-lm's plain decoding
-× plain   tokens a second over plain decoding's of the same prompt and turn: the median
-accepted  drafts a round
-ms        of a round, and what Python takes of it
-alone     round efficiency: the passes of a round, timed alone, over the round
-pays at   the acceptance of every draft from which rounds of this length pay"""
+        console = Console()
+        if not console.is_terminal:  # a file or a pipe has no width
+            console.width = WIDTH
+        console.print(table(found))
+        typer.echo(about(found))

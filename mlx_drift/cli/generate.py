@@ -5,7 +5,7 @@ import sys
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -15,7 +15,7 @@ from mlx_drift.caches import KVQuantization
 from mlx_drift.cli import options
 from mlx_drift.cli.load import load_model, load_pair, windowed
 from mlx_drift.cli.prompts import PLACE, apply_template, encode, parse_object, read_prompt
-from mlx_drift.cli.report import report, table
+from mlx_drift.cli.report import explanation, report, table
 from mlx_drift.cli.show import prompt_bar
 from mlx_drift.demo import QUESTION
 from mlx_drift.drafters.protocol import Drafter
@@ -40,7 +40,10 @@ def generate(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Tokens to generate at most; -1: no limit.")
     ] = 256,
-    num_draft_tokens: Annotated[int, typer.Option(metavar="K", help="Drafts a round.")] = 3,
+    num_draft_tokens: options.NumDraftTokens = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show the numbers that auto decides by.")
+    ] = False,
     temp: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
     min_p: options.MinP = 0.0,
@@ -78,8 +81,10 @@ def generate(
         raise DriftError("no prompt; give it as an argument, with --prompt-file, or - for stdin")
     question = question or QUESTION
     template_keywords = parse_object(chat_template_config, "--chat-template-config")
+    # The embedded pair shows drafting, whether it pays or not.
+    k = _draft_tokens(num_draft_tokens or ("3" if model is None else "auto"))
     if not no_draft:
-        check_num_draft_tokens(num_draft_tokens)
+        check_num_draft_tokens(k)
     if prompt_cache_file is not None:
         settled = {
             "--no-draft": no_draft,
@@ -130,7 +135,7 @@ def generate(
                 tokens,
                 max_tokens,
                 drafter=loaded,
-                num_draft_tokens=num_draft_tokens,
+                num_draft_tokens=k,
                 temp=temp,
                 top_p=top_p,
                 min_p=min_p,
@@ -161,9 +166,21 @@ def generate(
     else:
         typer.echo()
     if last is not None:
-        console.print(table(last, num_draft_tokens, interrupted))
+        console.print(table(last, interrupted))
+        if explain and last.statistics.draft_length is not None:
+            console.print(explanation(last.statistics.draft_length))
     if interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+def _draft_tokens(text: str) -> int | Literal["auto"]:
+    """Reads `--num-draft-tokens`."""
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise DriftError(f"--num-draft-tokens is {text}; expected a number, or auto") from None
 
 
 def _add_eos_token(tokenizer: TokenizerWrapper, token: str) -> None:

@@ -1,5 +1,7 @@
 """Loads models for the command line: mlx-lm's own loader, its errors in one line."""
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.nn as nn
@@ -81,6 +83,44 @@ def load_pair(
         find_hub_folder(chosen, None, "drafter")  # a wrong name is told before all the loading
     target, tokenizer = load_model(model, adapter_path)
     loaded = load_drafter(chosen, target, drafter_bits=drafter_bits, on_convert=_say_where)
+    return target, tokenizer, loaded
+
+
+def load_drafters(
+    model: str | None,
+    drafters: Sequence[str],
+    adapter_path: str | None,
+    console: Console,
+    drafter_bits: int | None = None,
+) -> tuple[nn.Module, TokenizerWrapper, dict[str, Drafter]]:
+    """Loads a target, its tokenizer and several drafters, by what they are called.
+
+    Args:
+        model: The target; None for the embedded one.
+        drafters: What `--drafter` said; nothing for its default.
+        adapter_path: LoRA adapters of the target.
+        console: Told which drafter `auto` is.
+        drafter_bits: Bits to quantize the drafters to.
+
+    Raises:
+        DriftError: If one of them is missing, damaged, does not fit, or is given twice.
+    """
+    if again := [name for name, count in Counter(drafters).items() if count > 1]:
+        raise DriftError(f"--drafter {again[0]} is given more than once")
+    chosen = {
+        name: name if name == PROMPT_LOOKUP else choose_drafter(name, model, console)
+        for name in drafters[1:]
+    }
+    first = drafters[0] if drafters else None
+    target, tokenizer, drafter = load_pair(model, first, adapter_path, console, drafter_bits)
+    loaded = {first or DRAFTERS[0]: drafter}
+    for name, source in chosen.items():
+        if name == PROMPT_LOOKUP:
+            loaded[name] = PromptLookupDrafter(target)
+        else:
+            loaded[name] = load_drafter(
+                source, target, drafter_bits=drafter_bits, on_convert=_say_where
+            )
     return target, tokenizer, loaded
 
 

@@ -68,6 +68,14 @@ DrafterWindow = Annotated[
 DrafterBits = Annotated[
     int | None, typer.Option(help="Quantize the drafter to so many bits: 4 or 8, say.")
 ]
+NumDraftTokens = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K|auto",
+        help="Drafts a round; auto: what pays here, plain decoding if nothing does. "
+        "Default: auto, for the embedded pair 3. A --seed gives the same text again at a fixed K.",
+    ),
+]
 DrafterSinks = Annotated[
     str | None,
     typer.Option(

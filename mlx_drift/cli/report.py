@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 from rich.table import Table
 
+from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.generate import DriftResponse
 
 
@@ -20,12 +21,12 @@ def report(text: str, last: DriftResponse | None, interrupted: bool) -> dict[str
         "generation_tokens": last.generation_tokens,
         "generation_tps": last.generation_tps,
         "peak_memory_gb": last.peak_memory,
-        "statistics": last.statistics.to_dict() if last.statistics.rounds else None,
+        "statistics": last.statistics.to_dict() if last.statistics.draft_length else None,
     }
 
 
-def table(last: DriftResponse, k: int, interrupted: bool) -> Table:
-    """Lays out the statistics of a generation that drafted `k` tokens a round."""
+def table(last: DriftResponse, interrupted: bool) -> Table:
+    """Lays out the statistics of a generation."""
     rows = Table(show_header=False, box=None, pad_edge=False)
     rows.add_column(style="dim")
     rows.add_column()
@@ -37,8 +38,12 @@ def table(last: DriftResponse, k: int, interrupted: bool) -> Table:
         f"{last.generation_tokens} tokens, {last.generation_tps:.0f} tokens/s"
         + (" (interrupted)" if interrupted else ""),
     )
+    if statistics.draft_length is not None:
+        rows.add_row("draft length", _draft_length(statistics.draft_length))
+    if statistics.plain_tokens:
+        rows.add_row("plain decoding", f"{statistics.plain_tokens} tokens, between the rounds")
     if statistics.rounds:
-        rows.add_row("rounds", f"{statistics.rounds}, drafting K = {k}")
+        rows.add_row("rounds", str(statistics.rounds))
         rows.add_row(
             "acceptance_length", f"{statistics.acceptance_length:.2f} drafts accepted a round"
         )
@@ -50,15 +55,47 @@ def table(last: DriftResponse, k: int, interrupted: bool) -> Table:
         )
     if statistics.speedup is not None and statistics.plain_step_seconds is not None:
         faster = statistics.speedup >= 1
+        is_auto = statistics.draft_length is not None and statistics.draft_length.fixed is None
         rows.add_row(
-            "plain decoding",
-            f"{1 / statistics.plain_step_seconds:.0f} tokens/s: drafting is "
+            "against plain",
+            f"{1 / statistics.plain_step_seconds:.0f} tokens/s: "
+            f"{'auto' if is_auto else 'drafting'} is "
             f"{statistics.speedup if faster else 1 / statistics.speedup:.2f}× "
-            + ("faster" if faster else "slower" + _why_slower()),
+            + ("faster" if faster else "slower" + ("" if is_auto else _why_slower())),
         )
     caches = f", caches {statistics.cache_bytes / 1e6:.1f} MB" if statistics.cache_bytes else ""
     rows.add_row("peak memory", f"{last.peak_memory:.2f} GB{caches}")
     return rows
+
+
+def explanation(draft_length: DraftLength) -> Table:
+    """Lays out what every draft length is expected to give."""
+    rows = Table("K", "ms", "tokens a round", "tokens/s", "", box=None, header_style="dim")
+    best = draft_length.best()
+    for candidate in draft_length.candidates():
+        k = candidate.num_draft_tokens
+        rows.add_row(
+            str(k) if k else "plain",
+            f"{1000 * candidate.seconds:.1f}" + ("" if candidate.measured else " (estimated)"),
+            f"{candidate.tokens:.2f}",
+            f"{candidate.tokens_per_second:.1f}",
+            "best" if candidate == best else "",
+        )
+    return rows
+
+
+def _draft_length(draft_length: DraftLength) -> str:
+    """Says what was drafted a round, and what would pay best."""
+    best = draft_length.best()
+    if draft_length.fixed is None:
+        if best is None or best.num_draft_tokens == PLAIN:
+            return "auto: plain decoding, no number of drafts pays here"
+        return f"auto: K = {best.num_draft_tokens} now"
+    if best is None or PLAIN not in draft_length.costs.known():
+        return f"K = {draft_length.fixed}"
+    if best.num_draft_tokens == PLAIN:
+        return f"K = {draft_length.fixed}; auto would choose plain decoding"
+    return f"K = {draft_length.fixed}; auto would choose K = {best.num_draft_tokens}"
 
 
 def _why_slower() -> str:

@@ -98,6 +98,11 @@ class Sampling:
                 raise DriftError(f"both {both[0]} and sampler are given; give one of them")
 
     @property
+    def is_filtered(self) -> bool:
+        """Whether some tokens cannot be drawn, which depends on how likely they are."""
+        return bool(0 < self.top_p < 1 or self.min_p or self.xtc_probability or self.top_k)
+
+    @property
     def is_random(self) -> bool:
         """Whether tokens are drawn from a known distribution."""
         return self.temp > 0
@@ -126,7 +131,8 @@ class Sampling:
         """Returns what tokens are drawn from, at a temperature above 0.
 
         Args:
-            log_probabilities: `[M, V]`, after the logits processors.
+            log_probabilities: `[M, V]`, after the logits processors; logits will do where nothing
+                is filtered.
             coins: Uniform in [0, 1), one a row, `[M]`: XTC's.
 
         Returns:
@@ -206,10 +212,12 @@ class Chooser:
             certainty.
         """
         step = len(drafted)
-        log_probabilities = _log_softmax(self._process(logits, drafted))
+        logits = self._process(logits, drafted)
         if not self.sampling.is_random:
-            return mx.argmax(log_probabilities, axis=-1).astype(mx.int32), None
-        log_q = self.sampling.log_distribution(log_probabilities, self._coins[step : step + 1])
+            return mx.argmax(_log_softmax(logits), axis=-1).astype(mx.int32), None
+        if self.sampling.is_filtered:
+            logits = _log_softmax(logits)
+        log_q = self.sampling.log_distribution(logits, self._coins[step : step + 1])
         token = mx.random.categorical(log_q, key=self._draft_keys[step])
         return token.astype(mx.int32), log_q
 

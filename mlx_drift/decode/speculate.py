@@ -9,15 +9,17 @@ synchronisation: the `tolist` that brings the number of accepted drafts and the 
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_drift.caches import TargetCache
-from mlx_drift.decode.sampling import GREEDY, Chooser, Sampling
+from mlx_drift.decode.draft_length import PLAIN, DraftLength
+from mlx_drift.decode.plain import decode_plain
+from mlx_drift.decode.sampling import GREEDY, Sampling
+from mlx_drift.decode.text import Round, Text
 from mlx_drift.drafters.protocol import Drafter, DrafterCache
 from mlx_drift.target import Target
 
@@ -26,18 +28,6 @@ ROUNDS_BETWEEN_CLEARS = 64  # mlx-lm clears its buffers every 256 tokens
 
 Progress = Callable[[int, int], None]
 """Called with the prompt tokens processed so far, and all of them."""
-
-
-@dataclass(frozen=True)
-class Round:
-    """What one round committed."""
-
-    tokens: list[int]
-    log_probabilities: list[mx.array]  # [V] for each token: the target's, it was chosen from
-    accepted: int  # the first `accepted` tokens were drafted
-    tested: int  # drafts that were tested (see `mlx_drift.decode.statistics`)
-    seconds: float  # from the round's start to its synchronisation
-    host_seconds: float  # of it and after it, spent in Python: building graphs, reading results
 
 
 def prefill(
@@ -85,13 +75,13 @@ def speculate(
     target_cache: TargetCache,
     drafter_cache: DrafterCache,
     *,
-    num_draft_tokens: int,
+    num_draft_tokens: int | DraftLength,
     max_tokens: int,
     stop_tokens: AbstractSet[int],
     sampling: Sampling = GREEDY,
     key: mx.array | None = None,
     history: Sequence[int] = (),
-) -> Iterator[Round]:
+) -> Generator[Round]:
     """Decodes; greedily, token for token what the target alone would give.
 
     At a temperature above 0, what is committed has exactly the distribution of what the target
@@ -103,7 +93,7 @@ def speculate(
         last: The last committed token `[1]`, which neither cache was fed as a target row.
         target_cache: The target's cache, holding all committed tokens but the last.
         drafter_cache: The drafter's cache, holding a row for every committed token but the first.
-        num_draft_tokens: Drafts a round, K.
+        num_draft_tokens: Drafts a round, K; or what chooses it before every round.
         max_tokens: Tokens to commit in all; −1 for no limit.
         stop_tokens: Token ids after which nothing is wanted.
         sampling: What tokens are drawn from.
@@ -113,19 +103,28 @@ def speculate(
     Yields:
         A `Round` for each target pass; the last one ends at a stop token or at `max_tokens`.
     """
-    remaining = max_tokens
-    round_key = None
-    committed = mx.array(list(history), dtype=mx.int32) if sampling.logits_processors else None
+    draft_length = num_draft_tokens
+    if not isinstance(draft_length, DraftLength):
+        draft_length = DraftLength(fixed=draft_length)
+    text = Text(last, max_tokens, stop_tokens, sampling, key, history)
     for count in itertools.count(1):
         start = time.perf_counter()
-        k = num_draft_tokens if remaining < 0 else min(num_draft_tokens, remaining - 1)
+        k = draft_length.choose()
+        if k == PLAIN:
+            yield from decode_plain(
+                target, drafter, text, target_cache, drafter_cache, draft_length
+            )
+            if text.finished:
+                return
+            continue
+        if text.remaining >= 0:
+            k = min(k, text.remaining - 1)
         k = min(k, target_cache.room - 1)  # keys and values that are about to be quantized
-        if key is not None:
-            key, round_key = mx.random.split(key)
-        chooser = Chooser(sampling, k, round_key, committed)
+        chooser = text.chooser(k)
         proposed = drafter.propose(k, drafter_cache, chooser)
         draft = proposed.tokens
-        logits, taps = target.verify(mx.concatenate([last, draft]), target_cache)
+        waited = _start(draft)  # the device drafts while the host goes on
+        logits, taps = target.verify(mx.concatenate([text.last, draft]), target_cache)
         log_probabilities = chooser.log_probabilities(logits, draft)
         decided = chooser.accept(proposed, log_probabilities)
         built = time.perf_counter()
@@ -133,30 +132,31 @@ def speculate(
         read = time.perf_counter()
         accepted, *tokens = verdict
 
-        tokens = tokens[: accepted + 1]
-        stop = next((i for i, token in enumerate(tokens) if token in stop_tokens), None)
-        tested = min(accepted + 1, draft.size)
-        if stop is not None and stop < accepted:
-            tokens, accepted, tested = tokens[: stop + 1], stop + 1, stop + 1
+        tokens = text.commit(tokens[: accepted + 1])
         rows = len(tokens)
-
+        tested = min(accepted + 1, draft.size, rows)
+        accepted = min(accepted, rows)
         target.rollback(target_cache, draft.size + 1 - rows)
-        fresh = mx.array(tokens)
-        last = mx.array(tokens[-1:])
-        if committed is not None:
-            committed = mx.concatenate([committed, fresh])
-        drafter.ingest(fresh, taps[:rows], drafter_cache)
+        drafter.ingest(text.fresh, taps[:rows], drafter_cache)
         chosen_from = [log_probabilities[row] for row in range(rows)]
         # Under way while the caller has its turn. And once they are, another thread may ask for
         # the next round or read the probabilities: what is lazy belongs to this thread's stream.
-        mx.async_eval(drafter_cache.state, target_cache.state, chosen_from, key, committed)
-        host_seconds = time.perf_counter() - read + built - start
+        waited += _start(drafter_cache.state, target_cache.state, chosen_from, text.state)
+        seconds = time.perf_counter() - start
+        draft_length.record_round(k, draft.size, tested, accepted, seconds)
+        host_seconds = seconds - (read - built) - waited
         yield Round(tokens, chosen_from, accepted, tested, read - start, host_seconds)
-        remaining -= rows
-        if stop is not None or remaining == 0:
+        if text.finished:
             return
         if count % ROUNDS_BETWEEN_CLEARS == 0:
             mx.clear_cache()
+
+
+def _start(*arrays: Any) -> float:
+    """Starts computing; returns what that took: on a CPU it waits when too much is under way."""
+    start = time.perf_counter()
+    mx.async_eval(*arrays)
+    return time.perf_counter() - start
 
 
 def time_plain_steps(target: Target, last: mx.array, cache: TargetCache) -> float:

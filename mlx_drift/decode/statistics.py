@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
+from mlx_drift.decode.draft_length import DraftLength
+from mlx_drift.decode.text import Round
+
 LOW_ACCEPTANCE = 0.10
 """Below it a drafter was made for another target, or read wrongly: a good one has 0.5 to 0.9."""
 
@@ -29,6 +32,9 @@ class Statistics:
         prompt_tokens: Prompt tokens that were processed.
         reused_tokens: Prompt tokens whose rows were in the prompt cache already.
         reuse: How the prompt found the prompt cache (`mlx_drift.prompt_cache.Reuse`).
+        plain_tokens: Tokens of plain decoding, between the rounds.
+        plain_seconds: Seconds they took in all.
+        draft_length: What chose the number of drafts, or what would have.
         cache_bytes: Bytes of the caches of target and drafter, snapshots included, after the last
             round; the most of them, where generations are added up.
     """
@@ -42,11 +48,22 @@ class Statistics:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     reuse: str | None = None
+    plain_tokens: int = 0
+    plain_seconds: float = 0.0
+    draft_length: DraftLength | None = None
     cache_bytes: int = 0
 
     def record_prompt(self, reuse: str, tokens: int, reused: int) -> None:
         """Notes how a prompt of `tokens` tokens found the prompt cache."""
         self.prompt_tokens, self.reused_tokens, self.reuse = tokens - reused, reused, reuse
+
+    def record_round(self, round: Round) -> None:
+        """Adds one round, or a token of plain decoding."""
+        if round.is_plain:
+            self.plain_tokens += 1
+            self.plain_seconds += round.seconds
+        else:
+            self.record(round.tested, round.accepted, round.seconds, round.host_seconds)
 
     def record(self, tested: int, accepted: int, seconds: float, host_seconds: float = 0.0) -> None:
         """Adds one round in which `accepted` of the `tested` drafts were accepted."""
@@ -61,6 +78,8 @@ class Statistics:
         self.accepted = _sum(self.accepted, other.accepted)
         self.prompt_tokens += other.prompt_tokens
         self.reused_tokens += other.reused_tokens
+        self.plain_tokens += other.plain_tokens
+        self.plain_seconds += other.plain_seconds
         self.cache_bytes = max(self.cache_bytes, other.cache_bytes)
 
     @property
@@ -81,10 +100,11 @@ class Statistics:
     @property
     def speedup(self) -> float | None:
         """Tokens a second over plain decoding's, from medians; None if plain was not timed."""
-        if self.plain_step_seconds is None or not self.rounds:
+        if self.plain_step_seconds is None or not (self.rounds or self.plain_tokens):
             return None
-        round_seconds = statistics.median(self.round_seconds)
-        return self.tokens_per_round * self.plain_step_seconds / round_seconds
+        drafting = self.rounds * statistics.median(self.round_seconds) if self.rounds else 0.0
+        tokens = self.plain_tokens + self.rounds * self.tokens_per_round
+        return tokens * self.plain_step_seconds / (self.plain_seconds + drafting)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures for `--json`."""
@@ -97,6 +117,8 @@ class Statistics:
             "host_seconds": statistics.median(self.host_seconds) if self.rounds else None,
             "plain_step_seconds": self.plain_step_seconds,
             "speedup_over_plain": self.speedup,
+            "plain_tokens": self.plain_tokens,
+            "draft_length": self.draft_length.to_dict() if self.draft_length else None,
             "prompt_tokens": self.prompt_tokens,
             "reused_tokens": self.reused_tokens,
             "reuse": self.reuse,

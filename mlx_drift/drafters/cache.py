@@ -3,6 +3,9 @@
 A drafter's layers project queries, keys and values and hand them to the cache, which knows the
 positions (`offset`) and what may be seen. `ChainCache` is decoding; `TrainTimeTestCache` is the
 teacher-forced chain of every position at once. The layers are the same code in both.
+
+What they attend with is a fused kernel that keeps no weights. `weights` tells them afterwards, by
+plain operations in float32: for measuring (`mlx_drift.measure.observe`), decoding does not ask.
 """
 
 import mlx.core as mx
@@ -23,6 +26,8 @@ class ChainCache:
     """
 
     def __init__(self, window: int | None = None, sinks: int = 0):
+        self.window = window
+        self.sinks = sinks
         self.rows = KVCache() if window is None else SlidingKVCache(window + sinks, sinks, ALL)
 
     @property
@@ -50,6 +55,26 @@ class ChainCache:
         keys, values = self.rows.update_and_fetch(keys, values)
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
+    def weights(self, queries: mx.array, scale: float) -> mx.array:
+        """Returns what the rows appended last attend to.
+
+        Args:
+            queries: Theirs, as `attend` was given them, or those of the last M of them.
+            scale: Factor of the scores.
+
+        Returns:
+            `[heads, M, offset]` float32: a column for every row in the cache, 0 if it is not seen.
+        """
+        key, row = mx.arange(self.offset), mx.arange(self.offset - queries.shape[2], self.offset)
+        distance = row[:, None] - key
+        visible = distance >= 0
+        if self.window is not None:
+            visible = visible & ((distance < self.window) | (key < self.sinks))
+        keys = self.rows.keys[..., : self.offset, :]
+        grouped = _grouped(queries.astype(mx.float32) * scale, keys)
+        scores = mx.where(visible, grouped @ keys[:, :, None].swapaxes(-1, -2), -mx.inf)
+        return mx.softmax(scores, axis=-1).flatten(0, 2)
+
 
 class TrainTimeTestCache:
     """The chain of all L positions at once, as EAGLE-3 trains it (paper §2 "TTT").
@@ -73,18 +98,39 @@ class TrainTimeTestCache:
         """Appends one step and attends; shapes as in `ChainCache.attend`, M = L."""
         self._keys.append(keys)
         self._values.append(values)
-        batch, heads, rows, width = queries.shape
-        groups = (batch, keys.shape[1], heads // keys.shape[1], rows, width)
-        queries = (queries * scale).reshape(groups)
-
-        causal = queries @ self._keys[0][:, :, None].swapaxes(-1, -2)
-        i, j = mx.arange(rows)[:, None], mx.arange(rows)[None]
-        visible = (j <= i) if self.window is None else (j <= i) & (i - j < self.window)
-        causal = mx.where(visible, causal, -mx.inf)
-        own = [(queries * k[:, :, None]).sum(-1, keepdims=True) for k in self._keys[1:]]
-
-        weights = mx.softmax(mx.concatenate([causal, *own], axis=-1), axis=-1, precise=True)
+        rows = queries.shape[2]
+        weights = self._weigh(queries, scale)
         output = weights[..., :rows] @ self._values[0][:, :, None]
         for step, v in enumerate(self._values[1:]):
             output = output + weights[..., rows + step, None] * v[:, :, None]
-        return output.reshape(batch, heads, rows, width)
+        return output.reshape(queries.shape)
+
+    def weights(self, queries: mx.array, scale: float) -> mx.array:
+        """Returns what the rows of the last step attend to.
+
+        Args:
+            queries: Theirs, as `attend` was given them.
+            scale: Factor of the scores.
+
+        Returns:
+            `[heads, L, L + j]` float32: the rows of step 0, then the row's own keys of the steps
+            1 … j.
+        """
+        return self._weigh(queries.astype(mx.float32), scale).flatten(0, 2)
+
+    def _weigh(self, queries: mx.array, scale: float) -> mx.array:
+        """Weighs all keys for the queries of one step: `[1, kv_heads, groups, L, L + j]`."""
+        rows = queries.shape[2]
+        grouped = _grouped(queries * scale, self._keys[0])
+        causal = grouped @ self._keys[0][:, :, None].swapaxes(-1, -2)
+        i, j = mx.arange(rows)[:, None], mx.arange(rows)[None]
+        visible = (j <= i) if self.window is None else (j <= i) & (i - j < self.window)
+        causal = mx.where(visible, causal, -mx.inf)
+        own = [(grouped * k[:, :, None]).sum(-1, keepdims=True) for k in self._keys[1:]]
+        return mx.softmax(mx.concatenate([causal, *own], axis=-1), axis=-1, precise=True)
+
+
+def _grouped(queries: mx.array, keys: mx.array) -> mx.array:
+    """Puts the heads that share keys side by side: `[1, kv_heads, groups, M, head_dim]`."""
+    batch, heads, rows, width = queries.shape
+    return queries.reshape(batch, keys.shape[1], heads // keys.shape[1], rows, width)

@@ -126,6 +126,16 @@ class ChainDrafter:
         other.window, other.sinks = window, sinks
         return other
 
+    def through(self, network: Network) -> "ChainDrafter":
+        """Returns this drafter with another network in its place: one around its own, say.
+
+        Args:
+            network: What fuses taps and runs the steps; embedding and head stay what they are.
+        """
+        other = copy.copy(self)
+        other.network = network
+        return other
+
     def make_cache(self) -> ChainState:
         """Makes the empty state of one conversation."""
         caches = []

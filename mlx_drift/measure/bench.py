@@ -1,4 +1,4 @@
-"""What drafting gains here: plain decoding and every draft length, in turns, in one run.
+"""What drafting gains here: plain decoding and every way of drafting, in turns, in one run.
 
 A machine's clock speed drifts and other work comes and goes, so absolute times are noisy. Every
 prompt is answered by all arms one after the other, and what is reported of an arm is its ratio to
@@ -6,21 +6,24 @@ plain decoding of the same prompt in the same turn: the median, and the quartile
 """
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_drift.decode.statistics import Statistics
 from mlx_drift.drafters.protocol import Drafter
-from mlx_drift.generate import check_num_draft_tokens, stream_generate
-from mlx_drift.prompt_cache import make_prompt_cache
+from mlx_drift.generate import check_num_draft_tokens
+from mlx_drift.measure.arithmetic import break_even, device_name, quartiles
+from mlx_drift.measure.arms import Answer, Length, Way, answer, check_baseline
+from mlx_drift.measure.rounds import TURNS, Plan, RoundCost, round_costs
+from mlx_drift.measure.shape_costs import SAMPLED
 from mlx_drift.target import Target
+
+LENGTHS: tuple[Length, ...] = (1, 2, 3, 4, "auto")
+"""The draft lengths that are measured if none are given."""
 
 PROMPTS = (
     "Show me the source of `functools.partial`.",
@@ -30,36 +33,45 @@ PROMPTS = (
 )
 """Asked if no others are given: everyday ones, and ones the embedded pair knows."""
 
-ALONE = 9
-"""How often each part of a round is timed alone."""
-
 
 @dataclass(frozen=True)
 class Arm:
-    """One draft length, measured.
+    """One way of answering, measured.
 
     Attributes:
-        num_draft_tokens: Drafts a round, K; 0 for plain decoding by mlx-lm.
+        name: `plain`, `K=2`, `auto`, `K=2, 4 bits` (of the drafter), `mlx-lm K=2`.
+        num_draft_tokens: Drafts a round, K, or `auto`; None for plain decoding by mlx-lm.
+        drafter_bits: What the drafter was quantized to for this run.
         tokens_per_second: Of generation, the median over prompts and turns.
         speedup: Tokens a second over plain decoding's: lower quartile, median, upper quartile.
+        speeds: Tokens a second of each prompt in each turn, `[turns][prompts]`.
         acceptance_length: Accepted drafts a round.
         conditional_acceptance: Of each draft, if all before it were accepted.
-        round_seconds: The median round.
+        round_seconds: From the end of a round to the next one's: the median.
         host_seconds: Of the median round, what Python takes.
-        efficiency: What the passes of a round take, timed alone, over what a round takes.
         break_even: The acceptance of every draft at which a round of this length pays; None if
             none does.
+        greedy, sampled: What greedy and sampled rounds cost, whole and in parts, with about as many
+            drafts accepted as here (`mlx_drift.measure.rounds`).
+        efficiency: Round efficiency of the two.
+        draft_length: What `auto` decided last, and by what numbers.
     """
 
-    num_draft_tokens: int
+    name: str
+    num_draft_tokens: Length | None
+    drafter_bits: int | None
     tokens_per_second: float
     speedup: tuple[float, float, float]
+    speeds: list[list[float]]
     acceptance_length: float | None = None
     conditional_acceptance: tuple[float, ...] = ()
     round_seconds: float | None = None
     host_seconds: float | None = None
-    efficiency: float | None = None
     break_even: float | None = None
+    greedy: RoundCost | None = None
+    sampled: RoundCost | None = None
+    efficiency: tuple[float, float] | None = None
+    draft_length: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,10 +98,13 @@ def bench(
     drafter: Drafter,
     prompts: Sequence[list[int]],
     *,
-    lengths: Sequence[int] = (1, 2, 3, 4),
+    lengths: Sequence[Length] = LENGTHS,
+    quantized: tuple[int, Drafter] | None = None,
+    draft_model: nn.Module | None = None,
     max_tokens: int = 128,
     repeats: int = 3,
     temp: float = 0.0,
+    turns: int = TURNS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Bench:
     """Measures plain decoding and drafting at some lengths.
@@ -100,50 +115,63 @@ def bench(
         drafter: A drafter loaded for it.
         prompts: Token ids of each prompt.
         lengths: The draft lengths.
+        quantized: Bits, and the drafter quantized to them: an arm more for each length.
+        draft_model: A small model with the target's tokenizer, for mlx-lm's own speculative loop:
+            an arm more for each length that is a number.
         max_tokens: Tokens to generate for each prompt, at most.
         repeats: How often each prompt is answered by each arm; once more to warm up.
         temp: Temperature; 0 for greedy decoding.
-        progress: Told after each answer.
+        turns: How often each kind of round has its turn when round efficiency is measured.
+        progress: Told after each answer, and each turn of rounds.
 
     Raises:
-        DriftError: If a length is out of range, or the drafter does not fit.
+        DriftError: If a length is out of range, or the drafter or draft model does not fit.
     """
     for length in lengths:
         check_num_draft_tokens(length)
-    speeds: dict[int, list[float]] = {k: [] for k in (0, *lengths)}
-    seen: dict[int, Statistics] = {k: Statistics() for k in lengths}
-    total = (repeats + 1) * len(prompts) * len(speeds)
+    if draft_model is not None:
+        check_baseline(model, draft_model)
+    drafters = {None: drafter} | ({} if quantized is None else {quantized[0]: quantized[1]})
+    numbers = [k for k in lengths if isinstance(k, int)]
+    ways = [
+        Way(),
+        *(Way(k, d, drafter_bits=bits) for k in lengths for bits, d in drafters.items()),
+        *(Way(k, draft_model=draft_model) for k in numbers if draft_model is not None),
+    ]
+    total = (repeats + 1) * len(prompts) * len(ways) + (turns + 1) * len(drafters) * bool(numbers)
     done = 0
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    answers = [Answer() for _ in ways]
     for turn in range(repeats + 1):
         for number, prompt in enumerate(prompts):
-            for k in speeds:
-                seed = turn * len(prompts) + number
-                speed, found = _answer(
-                    model, tokenizer, drafter if k else None, prompt, k, max_tokens, temp, seed
+            seed = turn * len(prompts) + number
+            for way, found in zip(ways, answers, strict=True):
+                one = answer(
+                    way, model, tokenizer, prompt, max_tokens=max_tokens, temp=temp, seed=seed
                 )
                 if turn:  # the first one warms up
-                    speeds[k].append(speed)
-                    if k:
-                        seen[k].add(found)
-                done += 1
-                progress(done, total)
-    arms = [Arm(0, statistics.median(speeds[0]), (1.0, 1.0, 1.0))]
-    for k in lengths:
-        found = seen[k]
-        round_seconds = statistics.median(found.round_seconds)
-        arms.append(
-            Arm(
-                k,
-                statistics.median(speeds[k]),
-                quartiles([a / b for a, b in zip(speeds[k], speeds[0], strict=True)]),
-                found.acceptance_length,
-                tuple(found.conditional_acceptance),
-                round_seconds,
-                statistics.median(found.host_seconds),
-                _alone(model, drafter, prompts[0], k, found.tokens_per_round) / round_seconds,
-                break_even(k, round_seconds * arms[0].tokens_per_second),
-            )
-        )
+                    found.add(one)
+                tell()
+    costs: dict[tuple[int | None, Length], list[RoundCost]] = {}
+    for bits, one_drafter in drafters.items() if numbers else ():
+        accepted = {
+            way.num_draft_tokens: round(found.statistics.acceptance_length)
+            for way, found in zip(ways, answers, strict=True)
+            if way.drafter is one_drafter
+        }
+        plans = [Plan(k, accepted[k], t) for k in numbers for t in (0.0, temp or SAMPLED)]
+        taken, _ = round_costs(model, one_drafter, prompts[0], plans, turns=turns, progress=tell)
+        costs |= {(bits, k): taken[2 * i : 2 * i + 2] for i, k in enumerate(numbers)}
+    arms = []
+    for way, found in zip(ways, answers, strict=True):
+        key = way.drafter_bits, way.num_draft_tokens
+        of_mlx_drift = costs.get(key, ()) if way.drafter is not None else ()  # type: ignore[arg-type]
+        arms.append(_arm(way, found, answers[0], len(prompts), of_mlx_drift))
     return Bench(
         tuple(arms),
         device_name(),
@@ -156,109 +184,35 @@ def bench(
     )
 
 
-def break_even(k: int, cost: float) -> float | None:
-    """Returns the acceptance of every draft at which a round yields as many tokens as it costs.
+def _arm(way: Way, found: Answer, plain: Answer, prompts: int, costs: Sequence[RoundCost]) -> Arm:
+    """Sums up what was seen of a way of answering.
 
     Args:
-        k: Drafts a round.
-        cost: A round's time, in plain steps.
-
-    Returns:
-        The a with 1 + a + … + aᵏ = cost; None if that is more than k + 1.
+        way: The way.
+        found: What was seen of it.
+        plain: What was seen of plain decoding.
+        prompts: How many prompts there were.
+        costs: Of greedy and sampled rounds, where they were timed.
     """
-    if cost > k + 1:
-        return None
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        tokens = sum(middle**i for i in range(k + 1))
-        low, high = (middle, high) if tokens < cost else (low, middle)
-    return high
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Returns the lower quartile, the median and the upper quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
-
-
-def device_name() -> str:
-    """Names what mlx computes on."""
-    if mx.default_device() == mx.Device(mx.cpu):
-        return "CPU"
-    return str(mx.device_info().get("device_name", "GPU"))
-
-
-def _answer(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    drafter: Drafter | None,
-    prompt: list[int],
-    k: int,
-    max_tokens: int,
-    temp: float,
-    seed: int,
-) -> tuple[float, Statistics]:
-    """Answers one prompt: tokens a second after the prompt, and the statistics of its rounds."""
-    start = time.perf_counter()
-
-    def note(processed: int, total: int) -> None:
-        nonlocal start
-        if processed < total:  # the last time, all but the prompt's last token are processed
-            start = time.perf_counter()
-
-    responses = stream_generate(
-        model,
-        tokenizer,
-        prompt,
-        max_tokens,
-        drafter=drafter,
-        num_draft_tokens=max(k, 1),
-        temp=temp,
-        seed=seed,
-        prompt_progress_callback=note,
+    k, seen = way.num_draft_tokens, found.statistics
+    round_seconds = statistics.median(found.round_seconds) if found.round_seconds else None
+    steps = None if round_seconds is None else round_seconds * statistics.median(plain.speeds)
+    greedy, sampled = costs or (None, None)
+    is_mlx_drift = way.drafter is not None and seen.rounds
+    return Arm(
+        way.name,
+        k,
+        way.drafter_bits,
+        statistics.median(found.speeds),
+        quartiles([a / b for a, b in zip(found.speeds, plain.speeds, strict=True)]),
+        [found.speeds[i : i + prompts] for i in range(0, len(found.speeds), prompts)],
+        seen.acceptance_length if seen.rounds else None,
+        tuple(seen.conditional_acceptance),
+        round_seconds,
+        statistics.median(seen.host_seconds) if is_mlx_drift else None,
+        break_even(k, steps) if isinstance(k, int) and steps is not None else None,
+        greedy,
+        sampled,
+        (greedy.efficiency, sampled.efficiency) if greedy and sampled else None,
+        found.draft_length,
     )
-    *_, last = responses
-    return last.generation_tokens / (time.perf_counter() - start), last.statistics
-
-
-def _alone(
-    model: nn.Module, drafter: Drafter, prompt: list[int], k: int, tokens_per_round: float
-) -> float:
-    """Times the passes of a round of k drafts one by one, each waited for: seconds in all."""
-    cache = make_prompt_cache(model, drafter, max_snapshots=0)
-    cache.read(prompt, step_size=2048, progress=lambda done, total: None)
-    target, target_cache, drafter_cache = cache.target, cache.target_cache, cache.drafter_cache
-    rows = max(1, round(tokens_per_round))
-    tokens = mx.array((prompt * (k + 1))[: k + 1], dtype=mx.int32)
-    _, taps = target.verify(tokens, target_cache)
-    target.rollback(target_cache, k + 1)
-    mx.eval(taps, target_cache.state)
-
-    def draft() -> Any:
-        return drafter.propose(k, drafter_cache).tokens
-
-    def verify() -> Any:
-        return target.verify(tokens, target_cache)
-
-    def ingest() -> Any:
-        drafter.ingest(tokens[:rows], taps[:rows], drafter_cache)
-        return drafter_cache.state
-
-    seconds = 0.0
-    for part, undo in (
-        (draft, lambda: None),
-        (verify, lambda: target.rollback(target_cache, k + 1)),
-        (ingest, lambda: None),
-    ):
-        runs = []
-        for _ in range(ALONE):
-            start = time.perf_counter()
-            mx.eval(part())
-            runs.append(time.perf_counter() - start)
-            undo()
-            mx.eval(target_cache.state)
-        seconds += statistics.median(runs)
-    return seconds

@@ -1,0 +1,135 @@
+"""The tables of `mlx-drift bench`, and what their columns mean."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from mlx_drift.measure.bench import Arm, Bench
+from mlx_drift.measure.shape_costs import SAMPLED, LengthCost, ShapeCosts
+
+NOTHING = "–"
+
+
+def table(found: Bench) -> Table:
+    """Returns the arms, a row each."""
+    names = "", "tokens/s", "× plain", "quartiles", "accepted", "ms", "Python", "alone", "pays at"
+    shown = _new_table(names)
+    unquantized = {
+        arm.num_draft_tokens: arm
+        for arm in found.arms
+        if arm.drafter_bits is None and not arm.name.startswith("mlx-lm")
+    }
+    for arm in found.arms:
+        before = None if arm.drafter_bits is None else unquantized[arm.num_draft_tokens]
+        shown.add_row(*_row(arm, before))
+    return shown
+
+
+def _row(arm: Arm, before: Arm | None) -> list[str]:
+    """Lays out one arm; `before` is the same one with the drafter as it is on disk."""
+    if arm.num_draft_tokens is None:
+        return [arm.name, f"{arm.tokens_per_second:.1f}"]
+    low, middle, high = arm.speedup
+    accepted = _number(arm.acceptance_length)
+    if before is not None:
+        accepted = f"{_number(before.acceptance_length)} → {accepted}"
+    return [
+        arm.name,
+        f"{arm.tokens_per_second:.1f}",
+        f"{middle:.2f}",
+        f"{low:.2f}–{high:.2f}",
+        accepted,
+        _milliseconds(arm.round_seconds),
+        _milliseconds(arm.host_seconds),
+        NOTHING if arm.efficiency is None else " ".join(f"{e:.2f}" for e in arm.efficiency),
+        _pays(arm.num_draft_tokens, arm.break_even),
+    ]
+
+
+def about(found: Bench) -> str:
+    """Says what was measured and what the columns are."""
+    bits = {arm.drafter_bits for arm in found.arms} - {None}
+    explained = [
+        f"{found.device}, mlx {found.mlx_version}, {found.dtype} activations, "
+        f"temperature {found.temp:g};",
+        f"{found.prompts} prompts × {found.repeats}, at most {found.max_tokens} tokens each.",
+        "K=…       mlx-drift with so many drafts a round; plain is mlx-lm's plain decoding",
+        *["mlx-lm    mlx-lm's own speculative loop, with the small model that was given"]
+        * any(arm.name.startswith("mlx-lm") for arm in found.arms),
+        "× plain   tokens a second over plain decoding's of the same prompt and turn: the median",
+        "accepted  drafts a round" + "; before → after the drafter was quantized" * bool(bits),
+        "ms        of a round, and what Python takes of it",
+        "alone     round efficiency: the passes of a round, timed alone, over the round;",
+        f"          of greedy rounds, then of sampled ones (temperature {found.temp or SAMPLED:g})",
+        "pays at   the acceptance of every draft from which rounds of this length pay",
+    ]
+    return "\n".join(["", *explained])
+
+
+def shape_table(found: ShapeCosts) -> Table:
+    """Returns the lengths, a row each."""
+    names = "K", "ms", "Python", "verify", "draft", "ingest", "steps", "alone", "pays at"
+    assumed = [f"a={a:g}" for a in found.lengths[0].speedups] if found.lengths else []
+    shown = _new_table((*names, *assumed))
+    for length in found.lengths:
+        shown.add_row(*_shape_row(length))
+    return shown
+
+
+def _shape_row(length: LengthCost) -> list[str]:
+    cost = length.cost
+    return [
+        str(length.num_draft_tokens),
+        _milliseconds(cost.seconds),
+        _milliseconds(cost.host_seconds),
+        _milliseconds(cost.verify_seconds),
+        _milliseconds(cost.draft_seconds),
+        _milliseconds(cost.ingest_seconds),
+        f"{length.plain_steps:.2f}",
+        " ".join(f"{e:.2f}" for e in length.efficiency),
+        _pays(length.num_draft_tokens, length.break_even),
+        *(f"{speedup:.2f}×" for speedup in length.speedups.values()),
+    ]
+
+
+def about_shape(found: ShapeCosts) -> str:
+    """Says what was measured and what the columns are."""
+    unquantized = found.target_bits == 16
+    target = "unquantized" if unquantized else f"{found.target_bits} bits"
+    drafter = "unquantized" if found.drafter_bits is None else f"{found.drafter_bits} bits"
+    return f"""
+{found.device}, mlx {found.mlx_version}, {found.dtype} activations, temperature {found.temp:g};
+random weights at {found.shape}'s shapes: {found.layers} layers, {target} ({
+        found.target_bytes / 1e9:.2f} GB);
+an EAGLE-3.1 drafter, {drafter} ({found.drafter_bytes / 1e9:.2f} GB); from {
+        found.context
+    } tokens of context on.
+A plain step takes {1000 * found.plain_step_seconds:.1f} ms.
+K         drafts a round
+ms        of a round, and what Python takes of it; then of its passes, each timed alone
+steps     a round's time in plain steps
+alone     round efficiency: the passes, timed alone, over the round;
+          of greedy rounds, then of sampled ones (temperature {found.temp or SAMPLED:g})
+pays at   the acceptance of every draft from which rounds of this length pay
+a=…       tokens a second over plain decoding's, if every draft were accepted so often"""
+
+
+def _number(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f}"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return NOTHING if seconds is None else f"{1000 * seconds:.1f}"
+
+
+def _pays(length: int | str, break_even: float | None) -> str:
+    if length == "auto":
+        return NOTHING
+    return "never" if break_even is None else f"{break_even:.2f}"
+
+
+def _new_table(names: Sequence[str]) -> Table:
+    shown = Table(box=None, header_style="dim")
+    for name in names:
+        shown.add_column(name, no_wrap=True)
+    return shown

@@ -1,0 +1,280 @@
+"""How many drafts pay, learned from the rounds themselves.
+
+A round of k drafts commits 1 + a₁ + a₁a₂ + … + a₁⋯a_k tokens on average, where a_i is how often
+draft i is accepted if all before it were. What it costs is measured, not modelled: the limits of
+fused attention, the tiles of a matrix kernel and the drafter's own steps are all in it. The k of
+most tokens a second wins; 0 stands for plain decoding.
+
+Notable:
+- The past fades with every token. In a stretch of plain decoding nothing is learned about the
+  drafter, so what is believed of it drifts back to a first guess, until drafting seems worth
+  another try. No timer is needed for that, and where a round is too dear there is no further try.
+- A length that was never tried is taken for cheaper than the line through the costs known, so that
+  it is tried if it might be best: lengths are climbed one by one while that pays.
+- Costs are the lower medians of the last few rounds: other work on the machine only ever adds.
+"""
+
+import itertools
+import operator
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PLAIN = 0
+"""The draft length that stands for plain decoding, a token at a time."""
+
+MOST_DRAFTS = 16
+"""Lengths beyond it are not tried: on no machine known do they pay for a chain of drafts."""
+
+MEMORY, ENOUGH = 9, 2  # measurements of a cost that are kept, and that make it known
+OPTIMISM = 0.7  # of the last known slope, for a length that was never tried
+GUESS, GUESS_WEIGHT = 0.7, 3.0  # an untested drafter's acceptance, and the rounds it counts for
+FADING = 0.99  # what is left of the past after a token
+LOOK_AROUND, NEAR_BEST = 64, 0.9  # rounds after which a neighbour that is near best is timed again
+HORIZON = 64  # tokens in which rows that the drafter missed must have paid for themselves
+
+
+class Costs:
+    """Seconds of a round by its draft length; under `PLAIN`, of one token of plain decoding.
+
+    Args:
+        known: What was measured on this machine before. Its scale is that of now wherever both
+            are known: the machine may be busier, or the context longer.
+    """
+
+    def __init__(self, known: Mapping[int, float] | None = None):
+        self._before = dict(sorted((known or {}).items()))
+        self._now: dict[int, deque[float]] = {}
+
+    def add(self, k: int, seconds: float) -> None:
+        """Notes one measurement."""
+        self._now.setdefault(k, deque(maxlen=MEMORY)).append(seconds)
+
+    def know(self, k: int, seconds: float) -> None:
+        """Notes what was measured elsewhere."""
+        self._before = dict(sorted((self._before | {k: seconds}).items()))
+
+    def known(self) -> dict[int, float]:
+        """Returns what rounds take by their draft length, as far as enough was measured."""
+        now = {k: _lower_median(v) for k, v in self._now.items() if len(v) >= ENOUGH}
+        lines = {k: estimate(k, self._before) for k in self._now}
+        scales = [_lower_median(self._now[k]) / line for k, line in lines.items() if line]
+        scale = _lower_median(scales) if scales else 1.0
+        before = {k: seconds * scale for k, seconds in self._before.items()}
+        return dict(sorted((before | now).items()))
+
+
+def estimate(k: int, known: Mapping[int, float]) -> float | None:
+    """Returns what a round of k drafts takes; None if there is nothing to go by.
+
+    Between two known lengths on the line through them; beyond the longest by part of the last slope
+    a draft.
+
+    Args:
+        k: Drafts a round.
+        known: What rounds of some lengths take, the shortest first.
+    """
+    if k in known:
+        return known[k]
+    shorter = [i for i in known if i < k][-2:]
+    longer = next((i for i in known if i > k), None)
+    if not shorter or (longer is None and len(shorter) < 2):
+        return None
+    i, j = (shorter[-1], longer) if longer is not None else shorter
+    low, high = known[i], known[j]
+    slope = max(0.0, high - low) / (j - i)
+    return low + (k - i) * slope if longer is not None else high + (k - j) * slope * OPTIMISM
+
+
+class Acceptance:
+    """How often each draft is accepted if all before it were, recent rounds counting most."""
+
+    def __init__(self) -> None:
+        self._tested: list[float] = []
+        self._accepted: list[float] = []
+
+    def __len__(self) -> int:
+        """Returns how many drafts a round ever had tested."""
+        return len(self._tested)
+
+    def record(self, tested: int, accepted: int) -> None:
+        """Notes one round."""
+        while len(self._tested) < tested:
+            self._tested.append(0.0)
+            self._accepted.append(0.0)
+        for i in range(tested):
+            self._tested[i] += 1
+            self._accepted[i] += i < accepted
+
+    def fade(self, tokens: int) -> None:
+        """Lets the past count for less: `tokens` tokens went by."""
+        kept = FADING**tokens
+        self._tested = [x * kept for x in self._tested]
+        self._accepted = [x * kept for x in self._accepted]
+
+    def rates(self, k: int) -> list[float]:
+        """Returns the conditional acceptance of drafts 1 … k.
+
+        One that was hardly tested is believed to fare as the one before it.
+        """
+        rates, belief = [], GUESS
+        for i in range(k):
+            tested = self._tested[i] if i < len(self._tested) else 0.0
+            accepted = self._accepted[i] if i < len(self._accepted) else 0.0
+            belief = (accepted + GUESS_WEIGHT * belief) / (tested + GUESS_WEIGHT)
+            rates.append(belief)
+        return rates
+
+    def tokens(self, k: int) -> list[float]:
+        """Returns how many tokens rounds of 0 … k drafts commit on average."""
+        kept = itertools.accumulate(self.rates(k), operator.mul, initial=1.0)
+        return list(itertools.accumulate(kept))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A draft length, and what is expected of it.
+
+    Attributes:
+        num_draft_tokens: Drafts a round; 0 for plain decoding.
+        seconds: Of a round.
+        measured: Whether that was measured, or follows from other lengths.
+        tokens: Committed by a round.
+        tokens_per_second: The one over the other.
+    """
+
+    num_draft_tokens: int
+    seconds: float
+    measured: bool
+    tokens: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
+
+
+class DraftLength:
+    """Says before every round how many tokens to draft, and learns from it after.
+
+    Args:
+        fixed: Always so many drafts; it learns all the same, and tells what it would have chosen.
+        costs: Seconds of a round by draft length, as measured before (`mlx-drift tune`).
+    """
+
+    def __init__(self, fixed: int | None = None, costs: Mapping[int, float] | None = None):
+        self.fixed = fixed
+        self.costs = Costs(costs)
+        self.acceptance = Acceptance()
+        self.tuned = bool(costs)
+        self.rounds = 0
+        self._timed_at: dict[int, int] = {}
+        self._catch_up_seconds = 0.0  # a row
+        self._is_plain = False
+
+    def choose(self, pending: int = 0) -> int:
+        """Returns how many tokens to draft next.
+
+        Args:
+            pending: Rows that the drafter missed, which it would have to catch up with first.
+        """
+        if self.fixed is not None:
+            return self.fixed
+        known = self.costs.known()
+        for k in (PLAIN, 1):
+            if k not in known:
+                return k
+        candidates = self.candidates()
+        best = max(candidates, key=lambda c: c.tokens_per_second)
+        if best.num_draft_tokens == PLAIN:
+            return PLAIN
+        if self._is_plain and self._is_overdue(PLAIN):
+            return PLAIN  # it was turned to for its time's sake
+        if self._is_plain:
+            a_token_saves = known[PLAIN] - 1 / best.tokens_per_second
+            pays = a_token_saves * HORIZON >= pending * self._catch_up_seconds
+            return best.num_draft_tokens if pays else PLAIN
+        for candidate in candidates:
+            k = candidate.num_draft_tokens
+            if (
+                abs(k - best.num_draft_tokens) == 1
+                and self._is_overdue(k)
+                and candidate.tokens_per_second > NEAR_BEST * best.tokens_per_second
+            ):
+                return k
+        return best.num_draft_tokens
+
+    def record_round(
+        self, asked: int, drafted: int, tested: int, accepted: int, seconds: float
+    ) -> None:
+        """Learns from a round.
+
+        Args:
+            asked: How many drafts were asked for.
+            drafted: How many there were. Where a drafter has nothing to say (prompt lookup), that
+                counts as a draft refused: rounds of that length yield no more.
+            tested: How many of them were tested.
+            accepted: How many were accepted.
+            seconds: What the round took.
+        """
+        self._is_plain = False
+        self.rounds += 1
+        self.acceptance.fade(accepted + 1)
+        fell_short = drafted < asked and accepted == drafted
+        self.acceptance.record(tested + fell_short, accepted)
+        if asked:  # not so at the end of the text
+            self._time(asked, seconds)
+
+    def record_plain(self, seconds: float | None) -> None:
+        """Learns from a token of plain decoding; None if it was not timed."""
+        self._is_plain = True
+        self.rounds += 1
+        self.acceptance.fade(1)
+        if seconds is not None:
+            self._time(PLAIN, seconds)
+
+    def record_catch_up(self, rows: int, seconds: float) -> None:
+        """Learns what the rows cost that the drafter had missed."""
+        self._catch_up_seconds = seconds / rows
+
+    def candidates(self) -> list[Candidate]:
+        """Returns plain decoding and every length up to one more than was tried."""
+        known = self.costs.known()
+        tokens = self.acceptance.tokens(min(max(known, default=0) + 1, MOST_DRAFTS))
+        costs = [estimate(k, known) for k in range(len(tokens))]
+        return [
+            Candidate(k, seconds, k in known, tokens[k])
+            for k, seconds in enumerate(costs)
+            if seconds is not None
+        ]
+
+    def best(self) -> Candidate | None:
+        """Returns the candidate of most tokens a second, if there is one."""
+        return max(self.candidates(), key=lambda c: c.tokens_per_second, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the decision and its numbers, for `--json` and `--explain`."""
+        best = self.best()
+        return {
+            "fixed": self.fixed,
+            "auto": best.num_draft_tokens if best else None,
+            "tuned": self.tuned,
+            "catch_up_seconds": self._catch_up_seconds,
+            "conditional_acceptance": self.acceptance.rates(max(1, len(self.acceptance))),
+            "candidates": [
+                asdict(c) | {"tokens_per_second": c.tokens_per_second} for c in self.candidates()
+            ],
+        }
+
+    def _is_overdue(self, k: int) -> bool:
+        return self.rounds - self._timed_at.get(k, 0) > LOOK_AROUND
+
+    def _time(self, k: int, seconds: float) -> None:
+        self.costs.add(k, seconds)
+        self._timed_at[k] = self.rounds
+
+
+def _lower_median(values: Any) -> float:
+    ordered = sorted(values)
+    return ordered[(len(ordered) - 1) // 2]

@@ -1,0 +1,128 @@
+"""A stretch of plain decoding between rounds, for where no number of drafts pays.
+
+As in mlx-lm the next step is under way while a token is read. The taps of the stretch are kept, and
+the drafter catches up with them only when it is asked again, or when they become too many.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_drift.caches import TargetCache
+from mlx_drift.decode.draft_length import PLAIN, DraftLength
+from mlx_drift.decode.text import Round, Text
+from mlx_drift.drafters.protocol import Draft, Drafter, DrafterCache
+from mlx_drift.target import Target
+
+MOST_PENDING = 2048
+"""Rows whose taps are kept: 50 MB for three taps of an 8B model in 16 bits."""
+
+TOKENS_BETWEEN_CLEARS = 256  # as in mlx-lm
+
+
+@dataclass(frozen=True)
+class Step:
+    """One target step, lazy."""
+
+    token: mx.array  # [1]: what it chose
+    taps: mx.array  # [1, A, T]
+    log_probabilities: mx.array  # [1, V]
+
+
+def decode_plain(
+    target: Target,
+    drafter: Drafter,
+    text: Text,
+    target_cache: TargetCache,
+    drafter_cache: DrafterCache,
+    draft_length: DraftLength,
+) -> Iterator[Round]:
+    """Decodes without drafts until drafting seems worth a try, or nothing more is wanted.
+
+    When it ends, or is closed, the caches are as after any round.
+
+    Args:
+        target: The target, capturing the drafter's taps.
+        drafter: The drafter.
+        text: What is committed; it grows.
+        target_cache: The target's cache.
+        drafter_cache: The drafter's cache.
+        draft_length: Says when to stop.
+
+    Yields:
+        A `Round` for each token.
+    """
+    missed: list[tuple[mx.array, mx.array]] = []  # tokens and taps that the drafter has not seen
+    following: Step | None = None
+    step = _step(target, text, target_cache)
+    is_first = True
+    try:
+        while True:
+            start = time.perf_counter()
+            target.rollback(target_cache, 0)  # the step's own row stays
+            more = text.remaining != 1 and draft_length.choose(len(missed) + 1) == PLAIN
+            following = _step(target, text, target_cache, step.token) if more else None
+            built = time.perf_counter()
+            tokens: Any = step.token.tolist()
+            read = time.perf_counter()
+            text.commit(tokens)
+            if text.finished and following is not None:
+                target.rollback(target_cache, 1)
+                following = None
+            missed.append((text.fresh, step.taps))
+            if len(missed) == MOST_PENDING:
+                _catch_up(drafter, drafter_cache, missed)
+                mx.async_eval(drafter_cache.state)
+            seconds = time.perf_counter() - start
+            # The first one of a stretch waits for a step that was not under way.
+            draft_length.record_plain(None if is_first else seconds)
+            is_first = False
+            yield Round(
+                tokens,
+                [step.log_probabilities[0]],
+                accepted=0,
+                tested=0,
+                seconds=seconds,
+                host_seconds=seconds - (read - built),
+                is_plain=True,
+            )
+            if following is None:
+                break
+            if len(missed) % TOKENS_BETWEEN_CLEARS == 0:
+                mx.clear_cache()
+            step, following = following, None
+    except GeneratorExit:
+        if following is not None:
+            target.rollback(target_cache, 1)
+        _catch_up(drafter, drafter_cache, missed)
+        raise
+    start, rows = time.perf_counter(), len(missed)
+    _catch_up(drafter, drafter_cache, missed)
+    if rows and not text.finished:  # else nobody may ask for them
+        mx.eval(drafter_cache.state)
+        draft_length.record_catch_up(rows, time.perf_counter() - start)
+
+
+def _step(target: Target, text: Text, cache: TargetCache, *under_way: mx.array) -> Step:
+    """Starts a target step after the last token, committed or under way."""
+    last = under_way[0] if under_way else text.last
+    chooser = text.chooser(0, *under_way)
+    logits, taps = target.verify(last, cache)
+    none = Draft(mx.zeros((0,), mx.int32))
+    log_probabilities = chooser.log_probabilities(logits, none.tokens)
+    token = chooser.accept(none, log_probabilities)[1:]
+    mx.async_eval(token, taps, log_probabilities, cache.state, text.state)
+    return Step(token, taps, log_probabilities)
+
+
+def _catch_up(
+    drafter: Drafter, cache: DrafterCache, missed: list[tuple[mx.array, mx.array]]
+) -> None:
+    """Gives the drafter the rows that it missed."""
+    if missed:
+        tokens, taps = (mx.concatenate(list(parts)) for parts in zip(*missed, strict=True))
+        drafter.ingest(tokens, taps, cache)
+        missed.clear()

@@ -1,0 +1,91 @@
+"""What the rounds commit, and what they need to know of it."""
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_drift.decode.sampling import Chooser, Sampling
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one target pass committed."""
+
+    tokens: list[int]
+    log_probabilities: list[mx.array]  # [V] for each token: the target's, it was chosen from
+    accepted: int  # the first `accepted` tokens were drafted
+    tested: int  # drafts that were tested (see `mlx_drift.decode.statistics`)
+    seconds: float  # from the round's start to its synchronisation
+    host_seconds: float  # of the whole round, spent in Python: building graphs, reading results
+    is_plain: bool = False  # a token of plain decoding: nothing was drafted
+
+
+class Text:
+    """The committed tokens, as far as what comes after depends on them.
+
+    Args:
+        last: The last committed token `[1]`.
+        max_tokens: Tokens to commit; −1 for no limit.
+        stop_tokens: Token ids after which nothing is wanted.
+        sampling: What tokens are drawn from.
+        key: The randomness, at a temperature above 0.
+        history: All committed tokens, for logits processors.
+
+    Attributes:
+        last: The last committed token `[1]`.
+        fresh: Those committed last, `[M]`.
+        remaining: Tokens yet to commit; negative for no limit.
+        finished: Nothing is wanted after them.
+    """
+
+    def __init__(
+        self,
+        last: mx.array,
+        max_tokens: int,
+        stop_tokens: AbstractSet[int],
+        sampling: Sampling,
+        key: mx.array | None,
+        history: Sequence[int],
+    ):
+        self.last = self.fresh = last
+        self.remaining = max_tokens
+        self.finished = False
+        self._stop_tokens = stop_tokens
+        self._sampling = sampling
+        self._key = key
+        self._history = None
+        if sampling.logits_processors:
+            self._history = mx.array(list(history), dtype=mx.int32)
+
+    @property
+    def state(self) -> list[mx.array | None]:
+        """The arrays that what comes after depends on."""
+        return [self._key, self._history]
+
+    def chooser(self, k: int, *uncommitted: mx.array) -> Chooser:
+        """Returns what chooses the next tokens.
+
+        Args:
+            k: Drafts, at most.
+            uncommitted: A token `[1]` that will have been committed by then, if one is under way.
+        """
+        round_key, history = None, self._history
+        if self._key is not None:
+            self._key, round_key = mx.random.split(self._key)
+        if history is not None and uncommitted:
+            history = mx.concatenate([history, *uncommitted])
+        return Chooser(self._sampling, k, round_key, history)
+
+    def commit(self, tokens: list[int]) -> list[int]:
+        """Commits tokens up to the first after which nothing is wanted, and returns those."""
+        stop = next((i for i, token in enumerate(tokens) if token in self._stop_tokens), None)
+        if stop is not None:
+            tokens = tokens[: stop + 1]
+        self.fresh, self.last = mx.array(tokens), mx.array(tokens[-1:])
+        if self._history is not None:
+            self._history = mx.concatenate([self._history, self.fresh])
+        self.remaining -= len(tokens)
+        self.finished = stop is not None or self.remaining == 0
+        return tokens
