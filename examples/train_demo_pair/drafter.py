@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from target import MLP, Attention, Llama, LlamaConfig, RMSNorm, rope_table
+from chains import Chains
+from target import MLP, Attention, Llama, LlamaConfig, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,14 @@ class Eagle3(nn.Module):
             self.norm.weight.copy_(target.model.norm.weight)
             self.lm_head.weight.copy_(target.model.embed_tokens.weight[self.draft_ids])
 
+    def read(self, target: Llama, states: list[Tensor]) -> list[Tensor]:
+        """What `unroll` starts from, of all of the target's residual streams."""
+        return [states[tap] for tap in self.taps]
+
+    def choose(self, target: Llama, normed: Tensor) -> Tensor:
+        """The token that each row drafts."""
+        return self.draft_ids[self.lm_head(normed).argmax(-1)]
+
     def feature(self, taps: list[Tensor]) -> Tensor:
         if self.switches.fc_norm:
             taps = [norm(tap) for norm, tap in zip(self.fc_norm, taps, strict=True)]
@@ -110,43 +119,24 @@ class Eagle3(nn.Module):
 
         `next_embedding(step, normed)` embeds the token that each row reads at `step`: the true
         next token in training, its own draft (from the previous step's `normed`) when measured.
-        At step s, row i attends to the step-0 keys of rows <= i, and of steps 1..s to its own
-        keys only: exactly what a cached chain that left the prompt at row i would see. So chains
-        do not see each other, and with `rows` only theirs go on past the keys of step 0: all that
-        is yielded, and embedded from step 1 on, is of those rows.
+        With `rows` only their chains go on: all that is yielded, and embedded from step 1 on, is
+        of those rows.
         """
-        layer, attention = self.midlayer, self.midlayer.self_attn
-        groups = attention.heads // attention.kv_heads
+        layer = self.midlayer
         state, normed = self.feature(taps), None
-        positions = torch.arange(state.shape[1])
-        if rows is None:
-            rows = positions
-        hidden = positions > rows[:, None]
-        own: list[tuple[Tensor, Tensor]] = []  # keys and values of steps 1..s
+        chains = Chains(layer.self_attn, self.config, state.shape[1], rows)
         for step in range(steps):
             embedding, residual = next_embedding(step, normed), layer.hidden_norm(state)
             u = torch.cat([layer.input_layernorm(embedding), residual], dim=-1)
             if not self.switches.norm_before_residual:
                 residual = state
-            k, v = attention.keys_values(u, rope_table(self.config, positions + step))
-            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+            heads = chains.heads(u)
             if step == 0:
-                first_k, first_v = k, v
-                u, residual, positions = u[:, rows], residual[:, rows], rows
-            else:
-                own.append((k, v))
-            q = attention.queries(u, rope_table(self.config, positions + step))
-            q = q * self.config.head_dim**-0.5
-            scores = (q @ first_k.mT).masked_fill(hidden, -torch.inf)
-            diagonal = [(q * own_k).sum(-1, keepdim=True) for own_k, _ in own]
-            weights = torch.cat([scores, *diagonal], dim=-1).softmax(-1)
-            length = first_k.shape[2]
-            heads = weights[..., :length] @ first_v
-            for index, (_, own_v) in enumerate(own):
-                heads = heads + weights[..., length + index, None] * own_v
+                u, residual = u[:, chains.rows], residual[:, chains.rows]
             if self.switches.attn_output_gate:
-                heads = heads * attention.split(layer.gate_proj(u), attention.heads).sigmoid()
-            state = residual + attention.out(heads)
+                gate = layer.self_attn.split(layer.gate_proj(u), layer.self_attn.heads)
+                heads = heads * gate.sigmoid()
+            state = residual + layer.self_attn.out(heads)
             state = state + layer.mlp(layer.post_attention_layernorm(state))
             normed = self.norm(state)
             state = normed if self.switches.norm_output else state
