@@ -4,7 +4,7 @@ import re
 
 from huggingface_hub import ModelCardData
 
-from mlx_drift.drafters.config import DrafterConfig, Eagle3Config
+from mlx_drift.drafters.config import DrafterConfig, Eagle3Config, MTPConfig
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # what may stand in a command to copy
 
@@ -37,6 +37,8 @@ def model_card(name: str, config: DrafterConfig) -> str:
         kind, tag = "An EAGLE-3 drafter", "eagle3"
         if config.fc_norm and config.feedback == "post":
             kind = "An EAGLE-3.1 (normalized) drafter"
+    if isinstance(config, MTPConfig):
+        kind, tag = "A multi-token-prediction (MTP) head", "mtp"
     repo = config.source.get("repo", "")
     source = repo if _REPOSITORY.fullmatch(repo) else None
     data = ModelCardData(

@@ -8,29 +8,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_drift.convert.card import model_card
 from mlx_drift.convert.conventions import TapConvention
 from mlx_drift.convert.layers import Overrides
+from mlx_drift.convert.mtp_source import read_mtp_checkpoint
+from mlx_drift.convert.resolved import Resolved
 from mlx_drift.convert.source import Checkpoint, read_checkpoint
 from mlx_drift.convert.stored import StoredTensor, from_mlx
 from mlx_drift.convert.target import read_target_shape, shared_with_target
-from mlx_drift.convert.understand import Resolved, understand
+from mlx_drift.convert.understand import understand
 from mlx_drift.convert.vocabulary import read_d2t
 from mlx_drift.convert.write import Output, Progress, check_free, write_weights, written_whole
-from mlx_drift.drafters.config import (
-    Eagle3Config,
-    EagleConfig,
-    Quantization,
-    check_target,
-)
+from mlx_drift.drafters.config import AnyConfig, Eagle3Config, Quantization, check_target
 from mlx_drift.drafters.load import (
     WEIGHTS,
     build_network,
     check_tensors,
     load_network,
     quantize_linears,
+    quantized_layers,
     target_ids,
 )
 from mlx_drift.errors import DriftError
@@ -52,7 +49,7 @@ class Candidate:
         d2t: Target token id of each draft token id, `[D]` int32; None if they are the same.
     """
 
-    config: Eagle3Config | EagleConfig
+    config: AnyConfig
     network: Any
     d2t: mx.array | None
 
@@ -89,7 +86,7 @@ class Conversion:
     """
 
     dialect: str
-    config: Eagle3Config | EagleConfig
+    config: AnyConfig
     unknown_keys: list[str]
     notes: list[str]
     url: str | None = None
@@ -106,6 +103,7 @@ def convert_drafter(
     mlx_path: str | Path,
     *,
     target: str | TargetShape | None = None,
+    mtp: bool = False,
     quantize: bool = False,
     q_bits: int | None = None,
     q_group_size: int | None = None,
@@ -133,6 +131,8 @@ def convert_drafter(
             where the taps depend on it, and is checked against. Of a repository only json is
             fetched; an embedding or head that equals the one of a target on this machine is left
             out.
+        mtp: Take the multi-token-prediction head out of a model's checkpoint, or of a sidecar: of
+            a repository only the shards that hold some of it are fetched.
         quantize: Quantize the linear layers.
         q_bits: Bits a weight; None for the mode's default.
         q_group_size: Weights that share a scale; None for the mode's default.
@@ -168,7 +168,7 @@ def convert_drafter(
         raise DriftError(f"window is {window}; expected at least 1, or 0 for none")
     shape = read_target_shape(target) if isinstance(target, str) else target
     overrides = Overrides(taps, feedback, rope_theta, window)
-    checkpoint = read_checkpoint(source, revision)
+    checkpoint = (read_mtp_checkpoint if mtp else read_checkpoint)(source, revision)
     understand(checkpoint, shape, overrides)  # what is refused is refused before it is fetched
     checkpoint = checkpoint.fetched()
     notes: list[str] = []
@@ -212,7 +212,7 @@ def convert_drafter(
 
 def _checked(
     checkpoint: Checkpoint, resolved: Resolved, shape: TargetShape | None
-) -> tuple[Eagle3Config | EagleConfig, dict[str, StoredTensor], mx.array | None]:
+) -> tuple[AnyConfig, dict[str, StoredTensor], mx.array | None]:
     """Checks everything that can be wrong; returns the config, the tensors and the offsets."""
     config = resolved.config({})
     if shape is not None:
@@ -259,8 +259,8 @@ def _probe(
 
 
 def _leave_out_shared(
-    config: Eagle3Config | EagleConfig, tensors: dict[str, StoredTensor], target: str
-) -> tuple[Eagle3Config | EagleConfig, dict[str, StoredTensor]]:
+    config: AnyConfig, tensors: dict[str, StoredTensor], target: str
+) -> tuple[AnyConfig, dict[str, StoredTensor]]:
     """Leaves out the embedding and the head where the target has the same ones."""
     candidates = {"embed_tokens.weight": "own_embedding"}
     if isinstance(config, Eagle3Config) and config.draft_vocab_size == config.target.vocab_size:
@@ -277,7 +277,7 @@ def _leave_out_shared(
 
 
 def _quantization(
-    config: Eagle3Config | EagleConfig,
+    config: AnyConfig,
     checkpoint: Checkpoint,
     group_size: int | None,
     bits: int | None,
@@ -293,12 +293,12 @@ def _quantization(
         quantize_linears(network, group_size, bits, mode)
     except ValueError as error:
         raise DriftError(f"the drafter cannot be quantized so: {error}") from None
-    layer = next(m for m in network.modules() if isinstance(m, nn.QuantizedLinear))
+    layer: Any = next(m for m in network.modules() if "scales" in m)
     return Quantization(group_size=layer.group_size, bits=layer.bits, mode=layer.mode)
 
 
 def _outputs(
-    config: Eagle3Config | EagleConfig,
+    config: AnyConfig,
     tensors: dict[str, StoredTensor],
     d2t: mx.array | None,
     dtype: mx.Dtype | None,
@@ -306,17 +306,11 @@ def _outputs(
 ) -> dict[str, Output]:
     """Says how each tensor is written."""
     network = build_network(config, Path())
-    linear = (
-        {
-            f"{name}.weight"
-            for name, module in network.named_modules()
-            if isinstance(module, nn.QuantizedLinear)
-        }
-        if quantize
-        else set()
-    )
+    packed = quantized_layers(network) if quantize else set()
     outputs = {
-        name: Output(tensor, dtype, config.quantization if name in linear else None)
+        name: Output(
+            tensor, dtype, config.quantization if name.rpartition(".")[0] in packed else None
+        )
         for name, tensor in tensors.items()
     }
     if d2t is not None:

@@ -13,9 +13,10 @@ import numpy as np
 
 from mlx_drift.convert.conventions import TapConvention
 from mlx_drift.convert.layers import Overrides
+from mlx_drift.convert.resolved import Resolved
 from mlx_drift.convert.source import Checkpoint, read_checkpoint
 from mlx_drift.convert.target import read_target_shape, target_folder
-from mlx_drift.convert.understand import Resolved, understand
+from mlx_drift.convert.understand import understand
 from mlx_drift.convert.vocabulary import read_d2t
 from mlx_drift.drafters.config import read_json
 from mlx_drift.drafters.load import build_network, check_tensors

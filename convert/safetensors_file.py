@@ -50,7 +50,8 @@ def read_safetensors_file(read_at: ReadAt, size: int, where: str) -> dict[str, S
         raise damaged("its header is not JSON") from None
     if not isinstance(header, dict):
         raise damaged("its header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    file_format = metadata.get("format") if isinstance(metadata, dict) else None
 
     start, data_size = 8 + length, size - 8 - length
     tensors, spans = {}, []
@@ -73,7 +74,7 @@ def read_safetensors_file(read_at: ReadAt, size: int, where: str) -> dict[str, S
             raise damaged(f"{name} takes {end - begin} bytes, which its shape {shape} does not")
         spans.append((begin, end))
         read = partial(_read_rows, read_at, start + begin, tuple(shape), dtype, where)
-        tensors[name] = StoredTensor(tuple(shape), dtype, read)
+        tensors[name] = StoredTensor(tuple(shape), dtype, read, file_format)
     spans.sort()
     ends = [0, *(end for _, end in spans)]
     if [begin for begin, _ in spans] != ends[:-1] or ends[-1] != data_size:

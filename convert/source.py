@@ -5,8 +5,9 @@ executed, and no file outside its folder is opened.
 """
 
 import hashlib
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +54,9 @@ class Folder(Protocol):
     def reader(self, name: str) -> tuple[ReadAt, int]:
         """Returns a reader of a file, which need not be here, and the file's size."""
 
+    def subfolder(self, name: str) -> "Folder | None":
+        """Returns a folder in it, if there is one of that name."""
+
 
 @dataclass(frozen=True)
 class LocalFolder:
@@ -91,6 +95,11 @@ class LocalFolder:
         path = self.path(name)
         return file_reader(path), path.stat().st_size
 
+    def subfolder(self, name: str) -> "LocalFolder | None":
+        """Returns a folder in it, if there is one of that name."""
+        folder = self.folder / name
+        return LocalFolder(inside(self.folder, name)) if folder.is_dir() else None
+
 
 @dataclass(frozen=True)
 class RemoteFolder:
@@ -127,18 +136,28 @@ class RemoteFolder:
 
         return read, self.hub.size(name)
 
+    def subfolder(self, name: str) -> "RemoteFolder | None":
+        """Returns a folder in it, if there is one of that name."""
+        folder = self.hub.inner(name)
+        return RemoteFolder(folder) if folder.files else None
+
+
+Wanted = Callable[[str], bool]
+"""Tells by its name whether a tensor is of interest."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A drafter checkpoint whose headers were read, not yet understood.
 
     Attributes:
-        folder: Where it is.
+        folder: Where its weights are.
         config_file: The config's name, for messages.
         config: The config.
         weights: The name of the weights, for messages.
         weight_files: The files of the weights.
         tensors: The tensors, still in those files.
+        wanted: Which tensors of the files they are; None for all.
     """
 
     folder: Folder
@@ -147,6 +166,7 @@ class Checkpoint:
     weights: str
     weight_files: tuple[str, ...]
     tensors: dict[str, StoredTensor]
+    wanted: Wanted | None = None
 
     def fetched(self) -> "Checkpoint":
         """Returns the checkpoint with its weights on this machine, downloading them if need be."""
@@ -154,7 +174,8 @@ class Checkpoint:
             return self
         for name in self.weight_files:
             self.folder.path(name)  # from now on the reader finds them in the cache
-        return read_folder(self.folder, Path(self.weights).name)
+        _, tensors = read_weights(self.folder, Path(self.weights).name, self.wanted)
+        return replace(self, tensors=tensors)
 
     def source(self) -> dict[str, str]:
         """Returns where it came from, with the SHA-256 of the weights (of all shards in turn)."""
@@ -211,13 +232,45 @@ def read_checkpoint(source: str | HubFolder, revision: str | None = None) -> Che
 
 def read_folder(folder: Folder, file: str | None = None) -> Checkpoint:
     """Reads a checkpoint from its folder, or the weights file of that name in it."""
+    config = read_config_of(folder)
+    entry = file or choose_weights(folder)
+    files, tensors = read_weights(folder, entry)
+    return Checkpoint(
+        folder=folder,
+        config_file=f"{folder.name}/{CONFIG}",
+        config=config,
+        weights=f"{folder.name}/{entry}",
+        weight_files=files,
+        tensors=tensors,
+    )
+
+
+def read_config_of(folder: Folder) -> dict[str, Any]:
+    """Reads the config of a checkpoint's folder."""
     files = folder.files
     if CONFIG not in files:
         raise DriftError(f"{folder.name} has no {CONFIG}{_elsewhere(files)}")
-    config_path = folder.path(CONFIG)
-    config = read_json(config_path)
-    entry = file or _choose_weights(folder)
-    shards = _shards(folder, entry) if entry.endswith(".index.json") else {entry: None}
+    return read_json(folder.path(CONFIG))
+
+
+def read_weights(
+    folder: Folder, entry: str, wanted: Wanted | None = None
+) -> tuple[tuple[str, ...], dict[str, StoredTensor]]:
+    """Reads the headers of a weights file, or of the shards of an index.
+
+    Args:
+        folder: Where they are.
+        entry: The file, or the index.
+        wanted: Which tensors are of interest: a shard without any is not looked at. None for all.
+
+    Returns:
+        The files, and the tensors in them.
+
+    Raises:
+        DriftError: If anything is missing or damaged.
+    """
+    is_index = entry.endswith(".index.json")
+    shards = _shards(folder, entry, wanted) if is_index else {entry: None}
     tensors: dict[str, StoredTensor] = {}
     for name, expected in shards.items():
         found = _read_tensors(folder, name)
@@ -226,6 +279,8 @@ def read_folder(folder: Folder, file: str | None = None) -> Checkpoint:
         for tensor in expected or ():
             if tensor not in found:
                 raise DriftError(f"{folder.name}/{entry} names {tensor} in {name}, which lacks it")
+        if wanted is not None:
+            found = {tensor: stored for tensor, stored in found.items() if wanted(tensor)}
         if twice := sorted(found.keys() & tensors.keys()):
             raise DriftError(f"{folder.name}: two shards of {entry} hold {twice[0]}")
         tensors |= found
@@ -233,17 +288,10 @@ def read_folder(folder: Folder, file: str | None = None) -> Checkpoint:
             raise DriftError(
                 f"{folder.name}/{entry} holds {len(tensors)} tensors; that is no drafter"
             )
-    return Checkpoint(
-        folder=folder,
-        config_file=f"{folder.name}/{CONFIG}",
-        config=config,
-        weights=f"{folder.name}/{entry}",
-        weight_files=tuple(sorted(shards)),
-        tensors=tensors,
-    )
+    return tuple(sorted(shards)), tensors
 
 
-def _choose_weights(folder: Folder) -> str:
+def choose_weights(folder: Folder) -> str:
     """Chooses the weights: `.bin` only where there is no safetensors, whatever it is called."""
     files = folder.files
     for suffix, names in WEIGHTS.items():
@@ -272,8 +320,8 @@ def _elsewhere(files: AbstractSet[str]) -> str:
     return ""
 
 
-def _shards(folder: Folder, index: str) -> dict[str, list[str]]:
-    """Reads a shard index: the names of the tensors of each shard."""
+def _shards(folder: Folder, index: str, wanted: Wanted | None) -> dict[str, list[str]]:
+    """Reads a shard index: the names of the tensors of each shard that has any of interest."""
     weight_map = read_json(folder.path(index), MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DriftError(f"{folder.name}/{index} has no weight_map; expected one of all tensors")
@@ -281,6 +329,8 @@ def _shards(folder: Folder, index: str) -> dict[str, list[str]]:
     files = folder.files
     shards: dict[str, list[str]] = {}
     for tensor, shard in weight_map.items():
+        if wanted is not None and not wanted(tensor):
+            continue
         if not isinstance(shard, str) or shard not in files or not shard.endswith(suffix):
             raise DriftError(
                 f"{folder.name}/{index} names the shard {brief(shard)}; expected a {suffix} file "

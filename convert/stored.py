@@ -121,11 +121,13 @@ class StoredTensor:
         stored: Its dtype in the file, by safetensors' name.
         read: Reads rows start … stop of the first axis, in NumPy's carrier of the MLX dtype; all
             of a scalar for 0 … 1.
+        file_format: The `format` of a safetensors file, where it says one: `pt` or `mlx`.
     """
 
     shape: tuple[int, ...]
     stored: str
     read: Callable[[int, int], npt.NDArray[Any]]
+    file_format: str | None = None
 
     @property
     def dtype(self) -> mx.Dtype:

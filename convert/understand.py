@@ -6,16 +6,15 @@ target or the probe settles it.
 """
 
 import re
-from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_drift.convert.conventions import Undecided, Values
+from mlx_drift.convert.conventions import Values
 from mlx_drift.convert.dialects import Dialect, Names
 from mlx_drift.convert.dialects.angelslim import ANGELSLIM
 from mlx_drift.convert.dialects.automodel import AUTOMODEL
 from mlx_drift.convert.dialects.eagle import EAGLE
 from mlx_drift.convert.dialects.modelopt import MODELOPT
-from mlx_drift.convert.dialects.refused import REFUSED
+from mlx_drift.convert.dialects.refused import REFUSED, is_mtp
 from mlx_drift.convert.dialects.safeailab import SAFEAILAB
 from mlx_drift.convert.dialects.specdrift import SPECDRIFT
 from mlx_drift.convert.dialects.specforge import SPECFORGE
@@ -24,15 +23,11 @@ from mlx_drift.convert.dialects.torchspec import TORCHSPEC
 from mlx_drift.convert.eagle import understand_eagle
 from mlx_drift.convert.eagle3 import understand_eagle3
 from mlx_drift.convert.layers import Overrides
+from mlx_drift.convert.mtp import understand_mtp
+from mlx_drift.convert.resolved import Resolved
 from mlx_drift.convert.source import Checkpoint
 from mlx_drift.convert.stored import StoredTensor
-from mlx_drift.drafters.config import (
-    CONFIGS,
-    DrafterConfig,
-    Eagle3Config,
-    EagleConfig,
-    config_from_dict,
-)
+from mlx_drift.drafters.config import CONFIGS, DrafterConfig, config_from_dict
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.target import TargetShape
 
@@ -52,48 +47,6 @@ CONVERTED = "mlx-drift"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """A checkpoint understood.
-
-    Attributes:
-        dialect: The name of its dialect.
-        config_file: The name of its config, for messages.
-        fields: The fields of its config; `taps` is missing while it is undecided.
-        provenance: Where each of them came from.
-        tensors: The tensors under canonical names, `d2t` and `t2d` as they are in the file.
-        unknown_keys: Config keys nobody read.
-        notes: What the user should know, a line each.
-        undecided: What keeps `taps` open, if anything does.
-        origin: What the checkpoint itself says of where it is from: the name of its `target`, or
-            all of a converted drafter's `source`.
-    """
-
-    dialect: str
-    config_file: str
-    fields: dict[str, Any]
-    provenance: dict[str, str]
-    tensors: dict[str, StoredTensor]
-    unknown_keys: list[str]
-    notes: list[str]
-    undecided: Undecided | None = None
-    origin: dict[str, str] = field(default_factory=dict)
-
-    def config(self, source: dict[str, str]) -> Eagle3Config | EagleConfig:
-        """Makes the config.
-
-        Raises:
-            Undecided: If the taps are.
-            DriftError: If the fields contradict each other, or one makes no sense.
-        """
-        if self.undecided is not None:
-            raise self.undecided
-        try:
-            return config_from_dict(self.fields | {"source": source, "provenance": self.provenance})
-        except DriftError as error:
-            raise DriftError(f"{self.config_file}: {error}") from None
-
-
 def understand(
     checkpoint: Checkpoint, target: TargetShape | None, overrides: Overrides
 ) -> Resolved:
@@ -110,6 +63,8 @@ def understand(
     """
     if "drafter_type" in checkpoint.config:
         return _understand_converted(checkpoint, overrides)
+    if checkpoint.wanted is not None:
+        return understand_mtp(checkpoint, overrides)
     dialect = _recognise(checkpoint)
     tensors = _rename(checkpoint, dialect)
     for name, tensor in tensors.items():
@@ -189,6 +144,11 @@ def _target_name(config: dict[str, Any]) -> dict[str, str]:
 
 def _recognise(checkpoint: Checkpoint) -> Dialect:
     names: Names = checkpoint.tensors.keys()
+    if is_mtp(checkpoint.config, names):
+        raise DriftError(
+            f"{checkpoint.weights} holds a multi-token-prediction (MTP) head: take it out with "
+            "mlx-drift convert --mtp"
+        )
     for refused in REFUSED:
         if refused.recognises(checkpoint.config, names):
             raise DriftError(

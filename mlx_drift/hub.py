@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -123,6 +123,17 @@ class HubFolder:
             path = hf_hub_download(self.repo, self._in_repo(name), revision=self.commit)
             _remember(self.repo, self.revision, self.commit)
             return Path(path)
+
+    def inner(self, name: str) -> "HubFolder":
+        """Returns a folder in this one, at the same commit; it may have no files.
+
+        Raises:
+            DriftError: If the Hub does not tell.
+        """
+        subfolder = f"{self.subfolder}/{name}".lstrip("/")
+        with _one_line(f"{self.repo}/{subfolder}", self.repo, self.commit):
+            _, files = _listing(self.repo, subfolder, self.commit)
+        return replace(self, subfolder=subfolder, files=files)
 
     def size(self, name: str) -> int:
         """Returns how many bytes a file of the folder has, without downloading it.

@@ -313,8 +313,6 @@ REFUSED = {
     ),
     "NVFP4": ({}, renamed_tensor("layers.0.mlp.up_proj.weight_scale_2"), "NVFP4, FP8"),
     "FP8": ({}, renamed_tensor("layers.0.mlp.up_proj.weight_scale"), "NVFP4, FP8"),
-    "MTP": ({"model_type": "qwen3_5_mtp"}, PLAIN.tensors, "MTP"),
-    "MTP by tensor": ({}, renamed_tensor("model.layers.61.eh_proj.weight"), "MTP"),
     "Gemma-4 assistant": ({"model_type": "gemma4_assistant"}, PLAIN.tensors, "Gemma-4"),
     "a target": (
         {"architectures": ["LlamaForCausalLM"]},

@@ -45,7 +45,8 @@ def _mla(config: Config, names: Names) -> bool:
     return architecture(config) in kinds or _any(names, "q_a_proj", "kv_a_proj_with_mqa")
 
 
-def _mtp(config: Config, names: Names) -> bool:
+def is_mtp(config: Config, names: Names) -> bool:
+    """Tells whether a checkpoint holds a multi-token-prediction head, alone or beside a model."""
     return (
         _model_type(config) == "mtp"
         or str(config.get("model_type", "")).endswith("_mtp")
@@ -118,10 +119,5 @@ REFUSED = (
         "a quantized head (NVFP4, FP8, GPTQ or another tool's)",
         _quantized,
         "Convert the bfloat16 head it was made from, with -q if you want it small",
-    ),
-    Refused(
-        "a multi-token-prediction (MTP) head",
-        _mtp,
-        f"This version does not run MTP heads. {EAGLE3}",
     ),
 )

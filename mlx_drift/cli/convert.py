@@ -23,6 +23,14 @@ def convert(
     source: Source,
     mlx_path: Annotated[Path, typer.Option(help="The folder to write.")],
     target: Target = None,
+    mtp: Annotated[
+        bool,
+        typer.Option(
+            "--mtp",
+            help="Take the multi-token-prediction head out of a model's repository or a sidecar: "
+            "only what holds some of it is fetched.",
+        ),
+    ] = False,
     quantize: Annotated[
         bool, typer.Option("--quantize", "-q", help="Quantize the linear layers.")
     ] = False,
@@ -57,7 +65,7 @@ def convert(
         bool, typer.Option("--json", help="One JSON object on stdout: the resolved config.")
     ] = False,
 ) -> None:
-    """Convert a PyTorch EAGLE-3 checkpoint to MLX."""
+    """Convert a PyTorch EAGLE-3 checkpoint, or a model's MTP head, to MLX."""
     console = Console(stderr=True)
     if (q_bits, q_group_size, q_mode) != (None, None, "affine") and not quantize:
         raise typer.BadParameter("--q-bits, --q-group-size and --q-mode need --quantize")
@@ -67,6 +75,7 @@ def convert(
             source,
             mlx_path,
             target=target,
+            mtp=mtp,
             quantize=quantize,
             q_bits=q_bits,
             q_group_size=q_group_size,

@@ -17,7 +17,10 @@ Target = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Taps = Annotated[
     Literal["input", "output"] | None,
-    typer.Option(help="What the checkpoint's tap layers mean: inputs or outputs of layers."),
+    typer.Option(
+        help="What the checkpoint's tap layers mean: inputs or outputs of layers. Of an MTP head: "
+        "the input of the target's head, after the final norm, or the last layer's output."
+    ),
 ]
 Feedback = Annotated[
     Literal["pre", "post"] | None,

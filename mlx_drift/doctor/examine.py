@@ -16,8 +16,9 @@ import mlx.nn as nn
 
 from mlx_drift.caches import KVQuantization, TargetCache
 from mlx_drift.convert.layers import Overrides
+from mlx_drift.convert.resolved import Resolved
 from mlx_drift.convert.source import read_checkpoint
-from mlx_drift.convert.understand import Resolved, understand
+from mlx_drift.convert.understand import understand
 from mlx_drift.convert.vocabulary import read_d2t
 from mlx_drift.doctor.build import (
     build_model,

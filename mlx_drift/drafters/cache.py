@@ -86,6 +86,7 @@ class TrainTimeTestCache:
 
     def __init__(self, window: int | None = None):
         self.window = window
+        self.rows = TrainTimeTestRows(window)
         self._keys: list[mx.array] = []
         self._values: list[mx.array] = []
 
@@ -128,6 +129,33 @@ class TrainTimeTestCache:
         causal = mx.where(visible, causal, -mx.inf)
         own = [(grouped * k[:, :, None]).sum(-1, keepdims=True) for k in self._keys[1:]]
         return mx.softmax(mx.concatenate([causal, *own], axis=-1), axis=-1, precise=True)
+
+
+class TrainTimeTestRows:
+    """The same chain for a block of mlx-lm's, which attends by itself: a cache and a mask for it.
+
+    All steps' rows stand one after another, so a step of L rows sees j·L others by way of a mask:
+    more work than the diagonals are, but it suits any attention.
+    """
+
+    def __init__(self, window: int | None = None):
+        self.window = window
+        self.offset = 0
+        self._keys: list[mx.array] = []
+        self._values: list[mx.array] = []
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Appends one step's keys and values `[1, heads, L, width]` and returns those of all."""
+        self.offset += 1
+        self._keys.append(keys)
+        self._values.append(values)
+        return mx.concatenate(self._keys, axis=2), mx.concatenate(self._values, axis=2)
+
+    def make_mask(self, rows: int, **options: object) -> mx.array:
+        """Returns what the rows of the step to come see, `[L, (j + 1)·L]`."""
+        i, j = mx.arange(rows)[:, None], mx.arange(rows)[None]
+        causal = (j <= i) if self.window is None else (j <= i) & (i - j < self.window)
+        return mx.concatenate([causal, *[i == j] * self.offset], axis=-1)
 
 
 def _grouped(queries: mx.array, keys: mx.array) -> mx.array:

@@ -39,18 +39,15 @@ class Quantization:
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterConfig:
-    """What the configs of all drafters that chain Llama layers have in common.
+    """What the configs of all drafters that chain their own states have in common.
 
     H is the drafter's hidden size, T the target's, A the number of taps.
 
     Attributes:
         taps: Ascending indices into ``[embedding, out_0 … out_{n−1}, final norm]``.
-        rope_scaling: A RoPE kind of mlx-lm's `initialize_rope`, with its own keys.
         max_position_embeddings: The training length, not a limit.
         sliding_window: Key j is visible to query i while i − j < window; None for all keys.
         full_attention_layers: Layers that see all keys though there is a window.
-        attention_bias: Queries, keys and values are projected with a bias.
-        attention_output_bias: So is the attention's output.
         own_embedding: The checkpoint brings `embed_tokens`; else the target's rows are used.
         source: Where the drafter came from: `path`, or `repo`, `subfolder` and `revision`; `file`,
             `sha256`, and the `target` it names.
@@ -62,21 +59,11 @@ class DrafterConfig:
     format_version: int = FORMAT_VERSION
     taps: tuple[int, ...]
     hidden_size: int
-    intermediate_size: int
     num_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, str | float | list[float]] | None = None
     max_position_embeddings: int
     sliding_window: int | None = None
     full_attention_layers: tuple[int, ...] = ()
-    fc_bias: bool = False
-    attention_bias: bool = False
-    attention_output_bias: bool = False
-    mlp_bias: bool = False
     own_embedding: bool = False
     target: TargetShape
     quantization: Quantization | None = None
@@ -102,21 +89,7 @@ class DrafterConfig:
             for f in fields(where):
                 if f.type in (int, int | None) and f.name != "format_version":
                     _check_size(f.name, getattr(where, f.name))
-        for name in ("rms_norm_eps", "rope_theta"):
-            if getattr(self, name) <= 0:
-                raise DriftError(f"{name} is {getattr(self, name)}; expected more than 0")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise DriftError(
-                f"num_attention_heads is {self.num_attention_heads}, which "
-                f"num_key_value_heads ({self.num_key_value_heads}) does not divide"
-            )
-
-        for key, value in (self.rope_scaling or {}).items():
-            if isinstance(value, list) and len(value) > self.head_dim:
-                raise DriftError(
-                    f"rope_scaling has {len(value)} numbers as {key}; expected at most head_dim "
-                    f"({self.head_dim})"
-                )
+        _check_positive(self, "rms_norm_eps")
         if unknown := sorted(self.provenance.keys() - {f.name for f in fields(self)}):
             raise DriftError(f"provenance has the unknown key {unknown[0]!r}")
         for text in (*self.source.values(), *self.provenance.values()):
@@ -133,7 +106,45 @@ class DrafterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eagle3Config(DrafterConfig):
+class LlamaLayersConfig(DrafterConfig):
+    """What the configs of drafters made of Llama layers have in common.
+
+    Attributes:
+        rope_scaling: A RoPE kind of mlx-lm's `initialize_rope`, with its own keys.
+        attention_bias: Queries, keys and values are projected with a bias.
+        attention_output_bias: So is the attention's output.
+    """
+
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    rope_scaling: dict[str, str | float | list[float]] | None = None
+    fc_bias: bool = False
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what no checkpoint can mean."""
+        super().__post_init__()
+        _check_positive(self, "rope_theta")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise DriftError(
+                f"num_attention_heads is {self.num_attention_heads}, which "
+                f"num_key_value_heads ({self.num_key_value_heads}) does not divide"
+            )
+        for key, value in (self.rope_scaling or {}).items():
+            if isinstance(value, list) and len(value) > self.head_dim:
+                raise DriftError(
+                    f"rope_scaling has {len(value)} numbers as {key}; expected at most head_dim "
+                    f"({self.head_dim})"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eagle3Config(LlamaLayersConfig):
     """An EAGLE-3 drafter, normalized (EAGLE-3.1) or not.
 
     Attributes:
@@ -196,7 +207,7 @@ class Eagle3Config(DrafterConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EagleConfig(DrafterConfig):
+class EagleConfig(LlamaLayersConfig):
     """An EAGLE-1 or EAGLE-2 drafter (the same weights; EAGLE-2 only drafts a tree).
 
     It reads the target's final norm alone, and its output goes to the target's head as it is.
@@ -215,13 +226,52 @@ class EagleConfig(DrafterConfig):
             )
 
 
-CONFIGS: dict[str, type[Eagle3Config] | type[EagleConfig]] = {
+@dataclass(frozen=True, kw_only=True)
+class MTPConfig(DrafterConfig):
+    """A multi-token-prediction head: a projection, one block of the target's own kind, a norm.
+
+    Its one tap is the target's final norm or, one less, the last layer's output before it: engines
+    disagree on which of the two the first step gets, and on which of its own the later steps get.
+
+    Attributes:
+        feedback: Which state the next chain step gets: before (`pre`) or after (`post`) the head's
+            final norm.
+        hidden_first: The projection reads the hidden state before the embedding (MiMo).
+        block: The keys that mlx-lm's model file of the family builds its decoder layer from, layer
+            0 being of the head's kind; `model_type` names the family.
+        own_head: The checkpoint brings `lm_head`; else the target's head is used.
+    """
+
+    drafter_type: Literal["mtp"] = "mtp"
+    feedback: Literal["pre", "post"]
+    hidden_first: bool = False
+    num_layers: int = 1
+    block: dict[str, Any]
+    own_head: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what no checkpoint can mean."""
+        super().__post_init__()
+        if len(self.taps) != 1 or self.hidden_size != self.target.hidden_size:
+            raise DriftError(
+                f"an MTP head reads one tap of its own width, but this has taps {list(self.taps)}, "
+                f"hidden_size {self.hidden_size} and the target's {self.target.hidden_size}"
+            )
+        if self.num_layers != 1:
+            raise DriftError(f"num_layers is {self.num_layers}; an MTP head has one block")
+        _check_block(self.block, "block")
+
+
+AnyConfig = Eagle3Config | EagleConfig | MTPConfig
+
+CONFIGS: dict[str, type[Eagle3Config] | type[EagleConfig] | type[MTPConfig]] = {
     "eagle3": Eagle3Config,
     "eagle": EagleConfig,
+    "mtp": MTPConfig,
 }
 
 
-def config_from_dict(values: dict[str, Any]) -> Eagle3Config | EagleConfig:
+def config_from_dict(values: dict[str, Any]) -> AnyConfig:
     """Reads a config, strictly.
 
     Raises:
@@ -272,7 +322,7 @@ def check_target(config: DrafterConfig, target: TargetShape, where: str) -> None
         )
 
 
-def read_config(folder: Path) -> Eagle3Config | EagleConfig:
+def read_config(folder: Path) -> AnyConfig:
     """Reads the config of a converted drafter.
 
     Raises:
@@ -340,6 +390,24 @@ def _check_size(name: str, value: int | None) -> None:
         raise DriftError(f"{name} is {value}; expected at least 1 and at most {most}{none}")
 
 
+def _check_positive(config: DrafterConfig, name: str) -> None:
+    if getattr(config, name) <= 0:
+        raise DriftError(f"{name} is {getattr(config, name)}; expected more than 0")
+
+
+def _check_block(value: Any, where: str) -> None:
+    """Checks that numbers in a block's keys are no larger than any model's."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key != "rope_theta":
+                _check_block(inner, f"{where}.{key}")
+    elif isinstance(value, list):
+        for inner in value:
+            _check_block(inner, where)
+    elif isinstance(value, int | float) and not abs(value) <= MAX_SIZE:  # false for NaN
+        raise DriftError(f"{where} is {value}; expected at most {MAX_SIZE}")
+
+
 def _from_dict(cls: type[Schema], values: Any, where: str) -> Schema:
     if not isinstance(values, dict):
         raise DriftError(f"{where} is {brief(values)}; expected an object")
@@ -372,6 +440,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is dict:
         item = get_args(hint)[1]
         return isinstance(value, dict) and all(_fits(v, item) for v in value.values())
+    if hint is Any:
+        return True
     if hint is int:
         return type(value) is int and value >= 0
     if hint is float:

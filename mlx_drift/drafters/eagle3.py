@@ -18,7 +18,7 @@ from mlx_lm.models.activations import swiglu
 from mlx_lm.models.rope_utils import initialize_rope
 
 from mlx_drift.drafters.cache import ChainCache, TrainTimeTestCache
-from mlx_drift.drafters.config import DrafterConfig, Eagle3Config
+from mlx_drift.drafters.config import Eagle3Config, LlamaLayersConfig
 
 LayerCache = ChainCache | TrainTimeTestCache
 
@@ -26,7 +26,7 @@ LayerCache = ChainCache | TrainTimeTestCache
 class Attention(nn.Module):
     """Grouped-query attention whose input may be wider than its output (2H in layer 0)."""
 
-    def __init__(self, config: DrafterConfig, input_size: int):
+    def __init__(self, config: LlamaLayersConfig, input_size: int):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
@@ -79,7 +79,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Gated feed-forward, as in Llama."""
 
-    def __init__(self, config: DrafterConfig):
+    def __init__(self, config: LlamaLayersConfig):
         super().__init__()
         size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = nn.Linear(size, inner, bias=bias)
@@ -98,7 +98,7 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """A plain Llama layer: the layers after the first of a deep drafter."""
 
-    def __init__(self, config: DrafterConfig, input_size: int | None = None):
+    def __init__(self, config: LlamaLayersConfig, input_size: int | None = None):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(config, input_size or size)

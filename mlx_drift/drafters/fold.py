@@ -21,13 +21,19 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_drift.drafters.eagle3 import Eagle3Network, FirstLayer
+from mlx_drift.drafters.mtp import MTPNetwork
 
 PER_ROW = ("weight", "scales", "biases", "bias")
 """What a linear layer, quantized or not, has one row of for each output."""
 
 
 def fold(network: nn.Module) -> None:
-    """Folds and packs a network in place, as far as its layers are not quantized."""
+    """Folds and packs a network in place, as far as its layers are not quantized.
+
+    An MTP head stays as it is: its block is mlx-lm's.
+    """
+    if isinstance(network, MTPNetwork):
+        return
     if isinstance(network, Eagle3Network):
         _fold_taps(network)
     for layer in network.layers:

@@ -8,11 +8,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_drift.drafters.cache import ChainCache
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.config import DrafterConfig, Eagle3Config, check_target, read_config
 from mlx_drift.drafters.eagle import EagleNetwork
 from mlx_drift.drafters.eagle3 import Eagle3Network
 from mlx_drift.drafters.fold import fold
+from mlx_drift.drafters.mtp import MTPNetwork
 from mlx_drift.errors import DriftError
 from mlx_drift.paths import inside
 from mlx_drift.target import Target
@@ -20,7 +22,7 @@ from mlx_drift.tensors import read_safetensors
 
 WEIGHTS = "model.safetensors"
 
-NETWORKS: dict[str, Any] = {"eagle3": Eagle3Network, "eagle": EagleNetwork}
+NETWORKS: dict[str, Any] = {"eagle3": Eagle3Network, "eagle": EagleNetwork, "mtp": MTPNetwork}
 
 
 class ArrayLike(Protocol):
@@ -98,7 +100,8 @@ def build_network(config: DrafterConfig, path: Path) -> Any:
         network = NETWORKS[config.drafter_type](config)
         if (q := config.quantization) is not None:
             quantize_linears(network, q.group_size, q.bits, q.mode)
-        network.layers[0].self_attn.rope(mx.zeros((1, 1, 1, config.head_dim)))  # not only built
+        row, caches = mx.zeros((1, config.hidden_size)), [ChainCache() for _ in network.layers]
+        network(row, row, caches)  # lazily: not only built
     except KeyError as error:
         raise DriftError(f"{where}: rope_scaling lacks the key {error}") from None
     except (ValueError, TypeError, ArithmeticError, AssertionError) as error:
@@ -140,9 +143,10 @@ def check_tensors(network: nn.Module, tensors: Mapping[str, ArrayLike], path: Pa
 def quantize_linears(
     network: nn.Module, group_size: int | None, bits: int | None, mode: str
 ) -> None:
-    """Quantizes the linear layers in place; norms and embedding stay as they are.
+    """Quantizes the linear layers in place, of experts too; norms and embedding stay as they are.
 
-    Group size and bits are mlx's defaults for the mode where they are None.
+    So does what a network names as `unquantized`. Group size and bits are mlx's defaults for the
+    mode where they are None.
 
     Raises:
         ValueError: If they are none that mlx has.
@@ -151,10 +155,18 @@ def quantize_linears(
         if number is not None and not 1 <= number <= 1024:  # mlx divides by them before it checks
             raise ValueError(f"group size {group_size} and {bits} bits are none that mlx has")
 
+    kept = getattr(network, "unquantized", ())
+
     def is_linear(path: str, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear)
+        linear = hasattr(module, "to_quantized") and not isinstance(module, nn.Embedding)
+        return linear and path.rpartition(".")[2] not in kept
 
     nn.quantize(network, group_size, bits, mode=mode, class_predicate=is_linear)
+
+
+def quantized_layers(network: nn.Module) -> set[str]:
+    """Returns the names of a network's quantized layers."""
+    return {name for name, module in network.named_modules() if "scales" in module}
 
 
 def target_ids(config: DrafterConfig, d2t: mx.array | None, path: Path) -> mx.array | None:
