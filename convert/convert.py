@@ -306,11 +306,9 @@ def _outputs(
 ) -> dict[str, Output]:
     """Says how each tensor is written."""
     network = build_network(config, Path())
-    packed = quantized_layers(network) if quantize else set()
+    packed = {f"{name}.weight" for name in quantized_layers(network)} if quantize else set()
     outputs = {
-        name: Output(
-            tensor, dtype, config.quantization if name.rpartition(".")[0] in packed else None
-        )
+        name: Output(tensor, dtype, config.quantization if name in packed else None)
         for name, tensor in tensors.items()
     }
     if d2t is not None:

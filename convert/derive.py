@@ -105,8 +105,9 @@ def dequantized(parts: Sequence[StoredTensor], group_size: int, mode: str) -> St
     bits = packing(packed, scales, group_size)
 
     def read(start: int, stop: int) -> npt.NDArray[np.generic]:
-        weight, of_groups, *biases = (to_mlx(t.read(start, stop), t.dtype) for t in parts)
-        floats = mx.dequantize(weight, of_groups, *biases[:1], group_size, bits, mode)
+        weight, of_groups, *rest = (to_mlx(t.read(start, stop), t.dtype) for t in parts)
+        biases = rest[0] if rest else None
+        floats = mx.dequantize(weight, of_groups, biases, group_size, bits, mode)
         return from_mlx(floats.astype(mx.bfloat16))
 
     shape = (*packed.shape[:-1], scales.shape[-1] * group_size)

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
+import mlx.core as mx
 
 from mlx_drift.convert.derive import (
     dequantized,
@@ -200,13 +200,12 @@ def _stack_experts(tensors: Tensors, where: str) -> Tensors:
             raise DriftError(
                 f"{where}: the experts of {printable(name)} are not numbered 0 … {len(experts) - 1}"
             )
-        if odd := [
-            n for n, t in experts.items() if (t.shape, t.stored) != (first.shape, first.stored)
-        ]:
-            raise DriftError(
-                f"{where}: expert {odd[0]} of {printable(name)} has shape {experts[odd[0]].shape}, "
-                f"another has {first.shape}"
-            )
+        for number, expert in experts.items():
+            if (expert.shape, expert.stored) != (first.shape, first.stored):
+                raise DriftError(
+                    f"{where}: expert {number} of {printable(name)} is {expert.stored} "
+                    f"{expert.shape}, another {first.stored} {first.shape}"
+                )
         stacked[name] = stack([experts[n] for n in range(len(experts))])
     return stacked
 
@@ -285,7 +284,7 @@ def _centre_norms(tensors: Tensors, where: str) -> tuple[Tensors, list[str]]:
 
 def _mean(tensor: StoredTensor) -> float:
     values = tensor.read(0, tensor.shape[0])
-    return float(np.array(to_mlx(values, tensor.dtype)).astype(np.float64).mean())
+    return to_mlx(values, tensor.dtype).astype(mx.float32).mean().item()
 
 
 @dataclass(frozen=True)
