@@ -2,9 +2,9 @@
 
 The key sets of the configs, the tensor names and the dtypes are those of the repositories named
 beside each case. A drawn tensor depends only on (seed, name, shape). Every drawn float has at most
-8 significant bits, so it is exact in bfloat16; a zero-centred norm weight is a multiple of 1/128,
-so 1 + w is exact as well. The one exception, ``e_score_correction_bias``, is float32 in the real
-files too. fp8 weights and their scales have 4 significant bits each, so their products have 8.
+8 significant bits, so it is exact in bfloat16; but 1 + w of a zero-centred norm is so only in
+float32. The one exception, ``e_score_correction_bias``, is float32 in the real files too. fp8
+weights and their scales have 4 significant bits each, so their products have 8.
 """
 
 from __future__ import annotations
@@ -413,10 +413,8 @@ def draw(name: str, shape: tuple[int, ...], zero_centred: bool = False) -> Tenso
         return torch.from_numpy((0.2 * noise).astype(np.float32))
     if name.endswith(".bias"):
         return torch.from_numpy(short_floats(0.5 * noise))
-    if len(shape) == 1 and zero_centred:
-        return torch.from_numpy(np.clip(np.round(0.3 * noise * 128), -96, 127) / 128).float()
     if len(shape) == 1:
-        return torch.from_numpy(short_floats(1.0 + 0.3 * noise))
+        return torch.from_numpy(short_floats(0.3 * noise + (0.0 if zero_centred else 1.0)))
     # Sharper scores than at initialisation, so that RoPE and the choice of experts matter.
     gain = 1.5 if name.endswith(("q_proj.weight", "k_proj.weight", "mlp.gate.weight")) else 1.0
     return torch.from_numpy(short_floats(gain * noise / np.sqrt(shape[-1])))

@@ -42,8 +42,8 @@ from torch import Tensor
 
 FP8_BLOCK = 128
 MLA_EPS = 1e-6
-"""Of q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps says: so it is in transformers. vLLM and
-mlx-lm take rms_norm_eps for GLM-4.7-Flash, 1e-5, which moves the case here by 2e-5."""
+"""Of q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps says: so it is in transformers. vLLM
+and mlx-lm take rms_norm_eps for GLM-4.7-Flash, 1e-5, which moves the case here by 2e-5."""
 DEFAULT_PARTIAL = {"qwen3_next": 0.25, "qwen3_5": 0.25, "glm4_moe": 0.5}
 """``partial_rotary_factor`` where a config does not say."""
 
