@@ -157,6 +157,12 @@ class TrainTimeTestRows:
         causal = (j <= i) if self.window is None else (j <= i) & (i - j < self.window)
         return mx.concatenate([causal, *[i == j] * self.offset], axis=-1)
 
+    def seen(self, weights: mx.array) -> mx.array:
+        """Leaves out of weights `[heads, L, (j + 1)·L]` what no row sees: `[heads, L, L + j]`."""
+        by_step = mx.unflatten(weights, -1, (-1, weights.shape[1]))  # [heads, L, j + 1, L]
+        own = mx.diagonal(by_step[:, :, 1:], axis1=1, axis2=3)
+        return mx.concatenate([by_step[:, :, 0], own.swapaxes(1, 2)], axis=-1)
+
 
 def _grouped(queries: mx.array, keys: mx.array) -> mx.array:
     """Puts the heads that share keys side by side: `[1, kv_heads, groups, M, head_dim]`."""
