@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_drift.convert.conventions import TapConvention
 from mlx_drift.convert.layers import Overrides
+from mlx_drift.convert.mtp_source import read_mtp_checkpoint
 from mlx_drift.convert.resolved import Resolved
 from mlx_drift.convert.source import Checkpoint, read_checkpoint
 from mlx_drift.convert.target import read_target_shape, target_folder
@@ -87,6 +88,7 @@ def inspect_drafter(
     source: str,
     target: str | None = None,
     *,
+    mtp: bool = False,
     revision: str | None = None,
     taps: TapConvention | None = None,
     feedback: Literal["pre", "post"] | None = None,
@@ -99,6 +101,7 @@ def inspect_drafter(
         source: As in `convert_drafter`; of a Hub repository only json, the headers and the maps
             of the draft vocabulary are fetched (a `.bin` file has no header and is fetched whole).
         target: The target's folder or Hub repository; only its json files are read.
+        mtp: Look for the multi-token-prediction head of a model, as in `convert_drafter`.
         revision: Branch, tag or commit on the Hub.
         taps: These four override conventions as in `convert_drafter`.
         feedback: See `taps`.
@@ -109,7 +112,7 @@ def inspect_drafter(
         DriftError: If it is no drafter that mlx-drift knows, or it cannot be read.
     """
     shape = read_target_shape(target) if target is not None else None
-    checkpoint = read_checkpoint(source, revision)
+    checkpoint = (read_mtp_checkpoint if mtp else read_checkpoint)(source, revision)
     overrides = Overrides(taps, feedback, rope_theta, window)
     resolved = understand(checkpoint, shape, overrides)
     alone = understand(checkpoint, None, overrides).fields["target"]

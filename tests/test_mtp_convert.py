@@ -319,3 +319,15 @@ def test_the_command_converts_and_a_converted_head_converts_again(cli, tmp_path)
     )
     assert code == 0, err
     assert json.loads(out)["quantization"]["bits"] == 4
+
+
+def test_inspect_tells_what_it_is_from_headers_alone(cli, hub, tmp_path):
+    name = "qwen3_5_moe"
+    write_repository(tmp_path / "repo", config_of(name), written(name, head(name)), 2, others=3)
+    code, out, err = cli("inspect", REPO, "--mtp", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert (told["dialect"], told["values"]["feedback"]) == ("a Qwen MTP head", "post")
+    assert told["parameters"] == sum(value.size for value in head(name).values())
+    whole = [r for r in hub.requests if r.path.endswith(".safetensors") and r.range is None]
+    assert not [request for request in whole if request.method == "GET"]

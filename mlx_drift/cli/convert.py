@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from mlx_drift.cli.load import load_model
-from mlx_drift.cli.options import Feedback, Revision, RopeTheta, Source, Taps, Target, Window
+from mlx_drift.cli.options import Feedback, Mtp, Revision, RopeTheta, Source, Taps, Target, Window
 from mlx_drift.cli.show import conventions, conversion_bar, warning
 from mlx_drift.convert import Conversion, convert_drafter
 from mlx_drift.convert.target import read_target_shape
@@ -23,14 +23,7 @@ def convert(
     source: Source,
     mlx_path: Annotated[Path, typer.Option(help="The folder to write.")],
     target: Target = None,
-    mtp: Annotated[
-        bool,
-        typer.Option(
-            "--mtp",
-            help="Take the multi-token-prediction head out of a model's repository or a sidecar: "
-            "only what holds some of it is fetched.",
-        ),
-    ] = False,
+    mtp: Mtp = False,
     quantize: Annotated[
         bool, typer.Option("--quantize", "-q", help="Quantize the linear layers.")
     ] = False,

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mlx_drift.cli.options import Feedback, Revision, RopeTheta, Source, Taps, Target, Window
+from mlx_drift.cli.options import Feedback, Mtp, Revision, RopeTheta, Source, Taps, Target, Window
 from mlx_drift.cli.show import as_is, conventions, warning
 from mlx_drift.convert import Inspection, inspect_drafter
 from mlx_drift.errors import DriftError
@@ -18,6 +18,7 @@ MARKS = {True: "[green]pass[/]", False: "[red]FAIL[/]", None: "[dim]unknown[/]"}
 def inspect(
     source: Source,
     target: Target = None,
+    mtp: Mtp = False,
     revision: Revision = None,
     taps: Taps = None,
     feedback: Feedback = None,
@@ -31,6 +32,7 @@ def inspect(
     found = inspect_drafter(
         source,
         target,
+        mtp=mtp,
         revision=revision,
         taps=taps,
         feedback=feedback,

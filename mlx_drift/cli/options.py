@@ -22,6 +22,14 @@ Taps = Annotated[
         "the input of the target's head, after the final norm, or the last layer's output."
     ),
 ]
+Mtp = Annotated[
+    bool,
+    typer.Option(
+        "--mtp",
+        help="Take the multi-token-prediction head out of a model's repository or a sidecar: only "
+        "what holds some of it is fetched.",
+    ),
+]
 Feedback = Annotated[
     Literal["pre", "post"] | None,
     typer.Option(help="The state that is fed back: before or after the norm."),
