@@ -64,11 +64,13 @@ FAMILIES = {
     "qwen3_5_moe": Family(
         "qwen3_5_moe", "qwen3_5", "mtp.", QWEN, "layers.0.", experts=True, zero_centred=True
     ),
-    "deepseek_v3": Family("deepseek_v3", "deepseek_v3", "model.layers.4.", NEXTN, experts=True),
-    "deepseek_v3 dense": Family("deepseek_v3", "deepseek_v3", "model.layers.4.", NEXTN),
-    "glm4_moe": Family("glm4_moe", "glm4_moe", "model.layers.4.", NEXTN, experts=True),
+    "deepseek_v3": Family(
+        "deepseek_v3", "deepseek_v3", "model.layers.{layers}.", NEXTN, experts=True
+    ),
+    "deepseek_v3 dense": Family("deepseek_v3", "deepseek_v3", "model.layers.{layers}.", NEXTN),
+    "glm4_moe": Family("glm4_moe", "glm4_moe", "model.layers.{layers}.", NEXTN, experts=True),
     "glm4_moe_lite": Family(
-        "glm4_moe_lite", "glm4_moe_lite", "model.layers.4.", NEXTN, experts=True
+        "glm4_moe_lite", "glm4_moe_lite", "model.layers.{layers}.", NEXTN, experts=True
     ),
     "mimo": Family("mimo", "mimo", "model.mtp_layers.0.", MIMO),
     "speculators llama": Family("llama", "llama", "mtp_layers.0.", MIMO),
@@ -76,28 +78,30 @@ FAMILIES = {
 }
 
 
-def target_config(family: Family) -> dict[str, Any]:
-    """The config of the target, as its repository has it."""
-    return copy.deepcopy({**BASE, "model_type": family.target, **CONFIGS[family.target]})
+def target_config(family: Family, **sizes: int) -> dict[str, Any]:
+    """The config of the target, as its repository has it, with some sizes of its own."""
+    config = copy.deepcopy({**BASE, "model_type": family.target, **CONFIGS[family.target]})
+    config.get("text_config", config).update(sizes)
+    return config
 
 
-def config_of(name: str) -> dict[str, Any]:
+def config_of(name: str, **sizes: int) -> dict[str, Any]:
     """The config of a checkpoint that holds a family's head."""
-    config = target_config(FAMILIES[name])
+    config = target_config(FAMILIES[name], **sizes)
     if name.startswith("speculators"):
         return {"speculators_model_type": "mtp", "transformer_layer_config": config}
     return config
 
 
-def head(name: str, seed: int = 0) -> Tensors:
+def head(name: str, **sizes: int) -> Tensors:
     """Draws a family's head, under canonical names; every number is a short one, exact in bfloat16.
 
     Norms average 1 as mlx-lm has them.
     """
     family = FAMILIES[name]
-    config = target_config(family)
+    config = target_config(family, **sizes)
     config = config.get("text_config", config)
-    mx.random.seed(seed)
+    mx.random.seed(0)
     block = build_block(block_keys(family.block, config, family.experts))
     shapes = {f"layers.0.{key}": value.shape for key, value in tree_flatten(block.parameters())}
     size = config["hidden_size"]
@@ -115,24 +119,25 @@ def _draw(name: str, shape: tuple[int, ...]) -> mx.array:
     return drawn
 
 
-def written(name: str, tensors: Tensors, fused: bool | None = None) -> Tensors:
+def written(name: str, tensors: Tensors, **sizes: int) -> Tensors:
     """Writes a head as its family does.
 
     Args:
         name: The family.
         tensors: The head under canonical names.
-        fused: Experts are one tensor, as transformers 5 writes them; None as the family does.
+        sizes: Those of the target.
     """
     family = FAMILIES[name]
-    config = target_config(family)
+    config = target_config(family, **sizes)
     config = config.get("text_config", config)
-    fused = family.target == "qwen3_5_moe" if fused is None else fused
+    fused = family.target == "qwen3_5_moe"  # experts are one tensor, as transformers 5 writes them
+    prefix = family.prefix.format(layers=config["num_hidden_layers"])
     out: Tensors = {}
     block = dict(tensors)
     for ours, theirs in {"norm": "norm", "fc": "fc", **family.names}.items():
-        out[f"{family.prefix}{theirs}.weight"] = block.pop(f"{ours}.weight")
+        out[f"{prefix}{theirs}.weight"] = block.pop(f"{ours}.weight")
     for key, value in _in_torch(block, config, fused).items():
-        out[family.prefix + family.block_prefix + key.removeprefix("layers.0.")] = value
+        out[prefix + family.block_prefix + key.removeprefix("layers.0.")] = value
     if family.zero_centred:
         out = {key: value - 1 if value.ndim == 1 else value for key, value in out.items()}
     return out

@@ -48,10 +48,12 @@ from mlx_drift.convert.stored import DTYPES, itemsize
 from mlx_drift.drafters.load import load_converted
 from mlx_drift.errors import DriftError
 from mlx_drift.target import TargetShape
+from mtp_heads import FAMILIES, config_of, head, write_repository, written
 from tiny import HIDDEN, VOCAB, tiny_llama
 from torch_files import Global, Persistent, dumps, storage, stream, tensor, zip_archive
 
 SEED = "mlx-drift"
+MTP = "mtp "  # what the names of heads begin with that `mtp=True` takes out of their files
 MAX_SECONDS, MAX_BYTES = 5.0, 2 * 10**9
 SHAPE = TargetShape(hidden_size=HIDDEN, vocab_size=VOCAB, num_layers=LAYERS)
 
@@ -120,6 +122,13 @@ def bases() -> dict[str, tuple[Config, Tensors]]:
             options = {"target": SHAPE, "quantize": quantize, "q_group_size": 32}
             convert_drafter(f"{root}/{name}", out, **options)
             found[out.name] = read_back(out)
+        sizes = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
+        for name in FAMILIES:
+            source, out = Path(root, MTP + name), Path(root, f"converted {MTP}{name}")
+            tensors = written(name, head(name, **sizes), **sizes)
+            write_repository(source, config_of(name, **sizes), tensors)
+            convert_drafter(str(source), out, mtp=True, quantize="moe" in name, q_group_size=32)
+            found |= {folder.name: read_back(folder) for folder in (source, out)}
     return found
 
 
@@ -146,7 +155,9 @@ KEYS = """
     rope_parameters rope_scaling rope_theta sliding_attention sliding_window source
     speculators_config speculators_model_type taps target target_hidden_size
     target_num_hidden_layers text_config transformer_layer_config use_aux_hidden_state
-    use_sliding_window vocab_size weight_map __metadata__ dtype shape data_offsets model
+    use_sliding_window block hidden_first kv_lora_rank mlx_lm_extra_tensors mtp_file mtp_feedback
+    n_routed_experts num_experts num_experts_per_tok moe_intermediate_size num_hidden_layers
+    qk_nope_head_dim v_head_dim vocab_size weight_map __metadata__ dtype shape data_offsets model
     added_tokens rope_type type factor repo path sha256 \ud800 \x1b[31m
 """.split()
 NAMES = """
@@ -154,6 +165,9 @@ NAMES = """
     lm_head.bias layers.1.mlp.up_proj.weight midlayer.mlp.up_proj.weight model.norm.weight
     layers.0.hidden_norm.weight layers.0.self_attn.q_norm.weight layers.0.self_attn.q_proj.bias
     fc_norm.1.weight fc_norm.9.weight midlayer.1.norm.weight mtp.x layers layers. layers.x.y
+    mtp.layers.0.mlp.experts.0.up_proj.weight mtp.layers.0.mlp.experts.gate_up_proj
+    model.layers.12.self_attn.kv_b_proj.weight model.layers.12.eh_proj.weight_scale_inv
+    model.mtp_layers.1.fc.weight mtp.layers.0.self_attn.q_norm.weight mtp.fc.scales mtp.norm.weight
     layers.0.mlp.up_proj.scales verifier_norm.weight rotary_emb.inv_freq [/] \x1b[31m \ud800
 """.split()
 RAW = {  # JSON that json.dumps does not write, by a string that stands for it
@@ -350,6 +364,8 @@ def make(number: int) -> Input:
     form, weights = written_weights(tensors, stages, rng)
     files |= weights
     options = keywords(rng)
+    if base.startswith(MTP) or rng.random() < 0.01:
+        options["mtp"] = True
     if options.get("target") == "target":
         files |= {
             "target/config.json": text(
@@ -535,7 +551,8 @@ def survive(root: Path, it: Input, model: nn.Module, tally: Tally) -> None:
     source, options = str(root / it.source), dict(it.keywords)
     target = str(root / "target") if options.get("target") == "target" else None
     options["target"] = target or options.get("target")
-    said = {k: options[k] for k in ("taps", "feedback", "rope_theta", "window") if k in options}
+    overrides = "mtp", "taps", "feedback", "rope_theta", "window"
+    said = {k: options[k] for k in overrides if k in options}
     found = attempt(tally, "inspect", lambda: inspect_drafter(source, target, **said))
     if found is not None:
         json.dumps(found.to_dict())
