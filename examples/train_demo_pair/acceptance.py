@@ -6,6 +6,7 @@ round that starts at row i accepts as many drafts as agree with the answer from 
 """
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from torch import Tensor
 from answers import generate
 from data import read_jsonl
 from drafter import Eagle3
+from mtp import MTP
 from rows import Sequence
-from target import Llama
+from target import Llama, LlamaConfig
 from tokenizer import generation_prompt
 
 ANSWER_TOKENS = 128
+NAMES = ("eagle3", "eagle3.1", "mtp")
+Drafter = Eagle3 | MTP
 
 
 @dataclass(frozen=True)
@@ -81,19 +85,18 @@ def count_rounds(matches: list[list[bool]], first: int) -> tuple[int, list[int],
 
 
 @torch.no_grad()
-def measure(drafter: Eagle3, target: Llama, answers: list[Sequence], steps: int) -> Measured:
+def measure(drafter: Drafter, target: Llama, answers: list[Sequence], steps: int) -> Measured:
     """`answers` are the target's greedy ones, each after its prompt."""
-    embed, draft_ids = target.model.embed_tokens, drafter.draft_ids
+    embed = target.model.embed_tokens
     rounds, reached, accepted = 0, torch.zeros(steps), torch.zeros(steps)
     rows, hits, squares = torch.zeros(steps), torch.zeros(steps), torch.zeros(steps)
 
     def choose(normed: Tensor) -> Tensor:
-        return draft_ids[drafter.lm_head(normed[0]).argmax(-1)]
+        return drafter.choose(target, normed[0])
 
     for token_ids, said in answers:
         ids = torch.tensor(token_ids)
-        states = target.hidden_states(ids[None])
-        taps = [states[tap] for tap in drafter.taps]
+        start = drafter.read(target, target.hidden_states(ids[None]))
         first = said.index(True) - 1  # the row that reads the target's first token
 
         def forced(step: int, normed: Tensor | None, ids: Tensor = ids) -> Tensor:
@@ -102,13 +105,13 @@ def measure(drafter: Eagle3, target: Llama, answers: list[Sequence], steps: int)
         def own(step: int, normed: Tensor | None, ids: Tensor = ids) -> Tensor:
             return embed(ahead(ids, 1) if normed is None else choose(normed))[None]
 
-        for step, (normed, state) in enumerate(drafter.unroll(taps, forced, steps)):
+        for step, (normed, state) in enumerate(drafter.unroll(start, forced, steps)):
             valid = slice(first, len(ids) - 2 - step)  # rows whose predicted token exists
             rows[step] += len(ids[valid])
             hits[step] += (choose(normed) == ahead(ids, step + 2))[valid].sum()
             squares[step] += state[0, valid].square().mean(-1).sum()
 
-        chains = [choose(normed) for normed, _ in drafter.unroll(taps, own, steps)]
+        chains = [choose(normed) for normed, _ in drafter.unroll(start, own, steps)]
         matches = torch.stack(
             [drafts == ahead(ids, step + 2) for step, drafts in enumerate(chains)], dim=-1
         )
@@ -124,9 +127,15 @@ def measure(drafter: Eagle3, target: Llama, answers: list[Sequence], steps: int)
     )
 
 
+def load_drafter(folder: Path, config: LlamaConfig) -> Drafter:
+    stored = json.loads((folder / "config.json").read_text())
+    is_mtp = stored.get("speculators_model_type") == "mtp"
+    return MTP.load(folder, config) if is_mtp else Eagle3.load(folder, config)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("drafters", type=Path, nargs="*", help="default: both of pair/")
+    parser.add_argument("drafters", type=Path, nargs="*", help="default: all of pair/")
     parser.add_argument("--target", type=Path, default=Path("pair/target-dequantized"))
     parser.add_argument("--heldout", type=Path, default=Path(__file__).with_name("heldout.jsonl"))
     parser.add_argument("--draft-tokens", type=int, nargs="+", default=[4, 8])
@@ -135,8 +144,8 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(args.target / "tokenizer.json"))
     by_split = heldout_answers(target, tokenizer, read_jsonl(args.heldout))
     by_split["all"] = [answer for answers in by_split.values() for answer in answers]
-    for folder in args.drafters or [Path("pair/eagle3"), Path("pair/eagle3.1")]:
-        drafter = Eagle3.load(folder, target.config)
+    for folder in args.drafters or [Path("pair") / name for name in NAMES]:
+        drafter = load_drafter(folder, target.config)
         for steps in args.draft_tokens:
             for split, answers in by_split.items():
                 measured = measure(drafter, target, answers, steps)

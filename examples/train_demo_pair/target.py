@@ -194,8 +194,11 @@ class Llama(nn.Module):
             cache.length += length
         return states
 
+    def head(self, normed: Tensor) -> Tensor:
+        return F.linear(normed, self.model.embed_tokens.weight)
+
     def logits(self, state: Tensor) -> Tensor:
-        return F.linear(self.model.norm(state), self.model.embed_tokens.weight)
+        return self.head(self.model.norm(state))
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         return self.logits(self.hidden_states(ids, cache)[-1])
