@@ -1,6 +1,7 @@
 """The chain of an MTP head: teacher-forced as decoded, and what its block is seen to attend to."""
 
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from families import VOCAB, build
 from mlx_drift import convert_drafter
-from mlx_drift.drafters.load import load_converted
+from mlx_drift.drafters.load import load_converted, load_network
 from mlx_drift.measure.drift import Settings, drift
 from mlx_drift.measure.observe import Observed
 from mtp_heads import FAMILIES, config_of, head, write_repository, written
@@ -28,13 +29,17 @@ def load(tmp_path_factory):
     def loader(name):
         if name not in loaded:
             source = home / name / "source"
-            tensors = {n: v * 8 if v.ndim > 1 else v for n, v in head(name).items()}  # lively
-            write_repository(source, config_of(name), written(name, tensors))
+            write_repository(source, config_of(name), written(name, head_of(name)))
             convert_drafter(str(source), home / name / "out", mtp=True)
             loaded[name] = load_converted(home / name / "out", build(FAMILIES[name].target))
         return loaded[name]
 
     return loader
+
+
+def head_of(name):
+    """A lively one: its attention is far from even."""
+    return {n: v * 8 if v.ndim > 1 else v for n, v in head(name).items()}
 
 
 def conversation(drafter):
@@ -147,3 +152,15 @@ def test_drift_is_measured(name, load):
         for figures in (arm.free_running, arm.teacher_forced):
             shares = [sum(share[k].value for share in figures.attention.values()) for k in range(3)]
             assert np.allclose(shares, 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mimo", "qwen3_5"])
+def test_folded_into_the_projection_the_gains_do_the_same(name, load):
+    folded = load(name)
+    assert "hidden_norm" not in folded.network
+    plain = load_network(folded.config, head_of(name), Path("x"))
+    tokens, taps = conversation(folded)
+    expected = folded.through(plain).train_time_test(tokens[: ROWS + 1], taps, 2)
+    found = folded.train_time_test(tokens[: ROWS + 1], taps, 2)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert mx.allclose(ours, theirs, atol=1e-4, rtol=1e-4).item()

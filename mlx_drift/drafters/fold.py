@@ -30,9 +30,10 @@ PER_ROW = ("weight", "scales", "biases", "bias")
 def fold(network: nn.Module) -> None:
     """Folds and packs a network in place, as far as its layers are not quantized.
 
-    An MTP head stays as it is: its block is mlx-lm's.
+    The block of an MTP head is mlx-lm's and stays as it is.
     """
     if isinstance(network, MTPNetwork):
+        _fold_projection(network)
         return
     if isinstance(network, Eagle3Network):
         _fold_taps(network)
@@ -51,6 +52,15 @@ def _fold_taps(network: Eagle3Network) -> None:
     _scale_columns(network.fc, mx.concatenate([norm.weight for norm in norms]))
     network.tap_eps = norms[0].eps
     del network.fc_norm
+
+
+def _fold_projection(network: MTPNetwork) -> None:
+    """Folds the gains of an MTP head's embedding and hidden state into its projection."""
+    norms = [network.embedding_norm, network.hidden_norm]
+    gains = [norm.weight for norm in (reversed(norms) if network.hidden_first else norms)]
+    _scale_columns(network.fc, mx.concatenate(gains))
+    network.input_eps = network.hidden_norm.eps
+    del network.embedding_norm, network.hidden_norm
 
 
 def _fold_inputs(layer: FirstLayer) -> None:

@@ -7,8 +7,8 @@ Notable:
 - A checkpoint's one module is applied again and again. Which of the target's states the first step
   gets is the config's tap, which of its own the later ones get its `feedback`: engines disagree on
   both, so neither is left unsaid (vllm-project/vllm #45895, ml-explore/mlx-lm #990).
-- Nothing is folded: the projection reads two norms' outputs, as an EAGLE-3.1 head's first layer
-  does, but the block is left as mlx-lm made it.
+- At load the gains of the two norms go into the projection (`mlx_drift.drafters.fold`), and the two
+  are one kernel; the block stays as mlx-lm made it.
 """
 
 from collections.abc import Sequence
@@ -66,13 +66,20 @@ class MTPNetwork(nn.Module):
         Returns:
             The normed states that the head reads, and the states to recycle, both `[M, H]`.
         """
-        both = [self.embedding_norm(embedding), self.hidden_norm(hidden)]
-        if self.hidden_first:
-            both.reverse()
-        state = self.fc(mx.concatenate(both, axis=-1))[None]
+        state = self.fc(self._read(embedding, hidden))[None]
         for layer, cache in zip(self.layers, caches, strict=True):
             # Latent attention takes its mask as an array; the others take either.
             mask = cache.rows.make_mask(state.shape[1], return_array=True, window_size=None)
             state = layer(state, mask, cache.rows)
         normed = self.norm(state)
         return normed[0], (normed if self.post_norm_feedback else state)[0]
+
+    def _read(self, embedding: mx.array, hidden: mx.array) -> mx.array:
+        """Returns what the projection reads, `[M, 2H]`."""
+        both = [hidden, embedding] if self.hidden_first else [embedding, hidden]
+        if "hidden_norm" not in self:  # folded: one norm without gains for both
+            return mx.fast.rms_norm(mx.stack(both, axis=1), None, self.input_eps).flatten(1)
+        norms = [self.embedding_norm, self.hidden_norm]
+        if self.hidden_first:
+            norms.reverse()
+        return mx.concatenate([norm(x) for norm, x in zip(norms, both, strict=True)], axis=-1)
