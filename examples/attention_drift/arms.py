@@ -8,16 +8,16 @@ Seeds go round robin over the arms, so that a study that is cut short is still b
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from recipe import Switches
-
 ARMS = {
-    "neither": Switches(),
-    "norm_output": Switches(norm_output=True),
-    "fc_norm": Switches(fc_norm=True),
-    "both": Switches(norm_output=True, fc_norm=True),
-    "norm_before_residual": Switches(norm_before_residual=True),
-    "gated_attention": Switches(attn_output_gate=True),
+    "neither": {},
+    "norm_output": {"norm_output": True},
+    "fc_norm": {"fc_norm": True},
+    "both": {"norm_output": True, "fc_norm": True},
+    "norm_before_residual": {"norm_before_residual": True},
+    "gated_attention": {"attn_output_gate": True},
 }
+"""The switches that each has on, by the names of `recipe.Switches`."""
+
 DEPTH = 4
 SEEDS = 3
 

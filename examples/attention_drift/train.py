@@ -23,7 +23,7 @@ from torch import Tensor
 
 from arms import ARMS, Run, runs
 from features import ROW, Features, Row, store_features
-from recipe import STEP_DECAY, Eagle3, Llama, Muon, lr_factor
+from recipe import STEP_DECAY, Eagle3, Llama, Muon, Switches, lr_factor
 
 CHECKPOINT_EVERY = 120.0
 """Seconds."""
@@ -102,7 +102,7 @@ def train(run: Run, recipe: Recipe) -> str:
     features = Features(recipe.features)
     target = Llama.load(recipe.target).requires_grad_(False)
     torch.manual_seed(run.seed)
-    drafter = Eagle3(target.config, features.draft_ids, ARMS[run.arm])
+    drafter = Eagle3(target.config, features.draft_ids, Switches(**ARMS[run.arm]))
     drafter.init_from_target(target)
     optimizers = optimizers_of(drafter, recipe.lr)
 

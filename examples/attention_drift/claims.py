@@ -1,0 +1,160 @@
+"""The claims of the paper's abstract, as figures that the study has.
+
+Figures are functions of arms, so that `findings.compare` can have each of all seeds together and of
+each alone. Chains are `DEEP` drafts long, four times what most drafters were trained on.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from arms import DEPTH
+from findings import Arm, Compared, Factors, Study, Sums, compare, every, ratio, to_the
+from measure_all import DEEP, DRAFTS, deep
+from mlx_drift.measure.context import condition
+from texts import EVERY_LONG, EVERY_PERTURBED, HELD_OUT, LENGTHS
+
+PRE, BOTH = "neither", "both"
+"""EAGLE-3, and EAGLE-3.1 with its two norms."""
+
+
+def step(arm: Arm, number: int, *names: str) -> Sums:
+    """Returns a figure of drift at one chain step, the first being 1: sums, and the chains."""
+    sums, chains = arm.drift(*names)
+    return sums[:, number - 1], chains[:, 0]
+
+
+def growth(arm: Arm, last: int = DEEP) -> Factors:
+    """How many times its RMS at step 1 the recycled state has at a later one."""
+    return [(step(arm, last, "rms"), 1), (step(arm, 1, "rms"), -1)]
+
+
+def mass(kind: str, arm: Arm, number: int = DEEP) -> Factors:
+    """The attention on a class of keys at some step."""
+    return [(step(arm, number, "attention", kind), 1)]
+
+
+def change(kind: str, first: int, arm: Arm) -> Factors:
+    """How many times its mass at an early step a class of keys has at the last."""
+    return [*mass(kind, arm), *to_the(-1, mass(kind, arm, first))]
+
+
+def length(name: str, arm: Arm, nth: int = 1) -> Factors:
+    """The acceptance_length under some condition, of every nth prompt."""
+    return [(every(nth, arm.acceptance(name)), 1)]
+
+
+def kept(name: str, nth: int, arm: Arm) -> Factors:
+    """The acceptance_length in parts of that of the same questions, as usual."""
+    return [*length(name, arm), *to_the(-1, length(HELD_OUT, arm, nth))]
+
+
+def beyond(arm: Arm, first: int = DEPTH) -> Factors:
+    """The conditional acceptance at the positions of deep chains after some."""
+    accepted, tested = arm.conditional(deep(HELD_OUT))
+    return [((accepted[:, first:].sum(axis=1), tested[:, first:].sum(axis=1)), 1)]
+
+
+def forced(arm: Arm, first: int = DEPTH) -> Factors:
+    """How often the teacher-forced chain is right at the steps after some."""
+    right, chains = arm.drift("agreement", column="teacher_forced")
+    return [((right[:, first:].sum(axis=1), chains[:, 0] * (right.shape[1] - first)), 1)]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim.
+
+    Attributes:
+        says: What the paper says.
+        figure: What is computed here.
+        found: The figure.
+        expected: Where the claim has it: above 1, below (−1), or at 1 (0).
+    """
+
+    says: str
+    figure: str
+    found: Compared
+    expected: int
+
+    @property
+    def verdict(self) -> str:
+        """What may be said of it."""
+        if self.found.is_one:
+            return "replicates" if self.expected == 0 else "no difference"
+        if self.found.direction == 0:
+            return "not settled"
+        return "replicates" if self.found.direction == self.expected else "the opposite"
+
+
+def claims(study: Study, wordings: Sequence[str]) -> Iterator[Claim]:
+    """Yields the claims, those of one kind together; with those of other wordings."""
+    pre, both = study.arm(PRE, DEPTH), study.arm(BOTH, DEPTH)
+    over = f"`{BOTH}` ÷ `{PRE}`"
+    grown = f"its RMS at step {DEEP} ÷ at step 1"
+    yield Claim("the recycled state grows", f"`{PRE}`: {grown}", compare(growth, pre), 1)
+    yield Claim("the two norms bound it", f"`{BOTH}`: {grown}", compare(growth, both), 0)
+    for kind in ("sink", "prompt"):
+        yield Claim(
+            f"attention leaves the {kind}",
+            f"`{PRE}`: mass at step {DEEP} ÷ at step 1",
+            compare(partial(change, kind, 1), pre),
+            -1,
+        )
+    yield Claim(
+        "and goes to the drafter's own drafts",
+        f"`{PRE}`: mass at step {DEEP} ÷ at step 2, the first with such a key",
+        compare(partial(change, "drafts", 2), pre),
+        1,
+    )
+    yield Claim(
+        "less so with the two norms",
+        f"mass on own drafts at step {DEEP} ÷ at step 2, {over}",
+        compare(ratio(partial(change, "drafts", 2)), both, pre),
+        -1,
+    )
+    yield Claim(
+        "more is accepted on usual prompts (1.10×)",
+        f"acceptance_length of {DRAFTS} drafts, {over}",
+        compare(ratio(partial(length, HELD_OUT)), both, pre),
+        1,
+    )
+    for wording in wordings:
+        yield Claim(
+            f"another wording costs less (2×): {wording}",
+            f"share of acceptance_length that is kept, {over}",
+            compare(ratio(partial(kept, wording, EVERY_PERTURBED)), both, pre),
+            1,
+        )
+    for attention in ("full", "window + first token"):
+        name = condition(max(LENGTHS), attention)
+        yield Claim(
+            f"a long context costs less (1.18×): {name}",
+            f"share of acceptance_length that is kept, {over}",
+            compare(ratio(partial(kept, name, EVERY_LONG)), both, pre),
+            1,
+        )
+    yield Claim(
+        "chains go on past the depth of training",
+        f"conditional acceptance of drafts {DEPTH + 1} to {DEEP}, {over}",
+        compare(ratio(beyond), both, pre),
+        1,
+    )
+    yield Claim(
+        "chains go on past the depth of training",
+        f"teacher-forced steps {DEPTH + 1} to {DEEP} that are right, {over}",
+        compare(ratio(forced), both, pre),
+        1,
+    )
+    for says, above, below, expected in (
+        ("half the depth of training will do", (BOTH, DEPTH), (BOTH, 8), 0),
+        ("but not without the norms", (PRE, DEPTH), (PRE, 8), -1),
+        ("half the depth with them beats the whole without", (BOTH, DEPTH), (PRE, 8), 1),
+    ):
+        yield Claim(
+            says,
+            f"acceptance_length of {DEEP} drafts, `{above[0]}` at depth {above[1]} ÷ `{below[0]}` "
+            f"at depth {below[1]}",
+            compare(ratio(partial(length, deep(HELD_OUT))), study.arm(*above), study.arm(*below)),
+            expected,
+        )

@@ -1,0 +1,431 @@
+"""Write the study's report: each claim of the paper's abstract beside what was found.
+
+Reads the JSON files of `measure_all.py` and writes `REPORT.md` and its pictures. Every figure is
+computed, and so is every word that judges one.
+"""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import pictures
+from arms import ARMS, DEPTH, DEPTH_ARMS, OTHER_DEPTHS
+from claims import BOTH, PRE, beyond, claims, forced, growth, kept, length, mass
+from findings import (
+    CLOSE,
+    Arm,
+    Compared,
+    Factors,
+    Figure,
+    Study,
+    compare,
+    product,
+    ratio,
+    share,
+    to_the,
+)
+from measure_all import DEEP, DRAFTS, INTERVENTIONS, RESULTS, SEEN, TEXTS, WINDOW, deep
+from mlx_drift.measure.bootstrap import Interval
+from mlx_drift.measure.context import condition
+from mlx_drift.measure.drift import RECENT
+from mlx_drift.measure.figures import CLASSES
+from texts import EVERY_PERTURBED, HELD_OUT, LENGTHS, ROW, WORDINGS
+
+GROUPS = [(PRE, tuple(ARMS))]
+"""Arms that are compared with one of them."""
+
+SHOWN = 1, 2, 4, 8, 16
+"""Chain steps in tables."""
+
+LEAST_SAID = 10
+"""Tokens of an answer, on average, below which a wording tells nothing of drafts."""
+
+DPI = 100
+
+About = dict[str, dict[str, list[int]]]
+"""Of each condition, the tokens of its prompts and answers."""
+
+COMPARED: dict[str, Figure] = {
+    f"growth: RMS {DEEP} ÷ 1": growth,
+    f"own drafts, step {DEEP}": partial(mass, "drafts"),
+    f"τ, {DRAFTS} drafts": partial(length, HELD_OUT),
+    f"τ, {DEEP} drafts": partial(length, deep(HELD_OUT)),
+    f"conditional, {DEPTH + 1}–{DEEP}": beyond,
+    f"forced, {DEPTH + 1}–{DEEP}": forced,
+}
+
+INTRODUCTION = """# Which norm does what: what was found
+
+Written by `python report.py` from [`results`](results); [README.md](README.md) tells how the
+drafters were trained and measured. The paper is *Attention Drift*, arXiv 2605.09992.
+
+Figures are of all seeds together. In brackets: 95 % of what prompts drawn again give. Small: each
+seed alone. A ratio is **bold**, and a claim judged, only where the interval and every seed alone
+lie on the same side of 1; ratios within {close:.0%} of 1, interval and seeds, count as 1.
+
+- *τ*: acceptance_length, accepted drafts a round, without the target's own token
+- *conditional*: of drafts whose predecessors were accepted, the share that is accepted
+- *forced*: the share of drafts that are right if each step is fed the target's text, as in training
+- *own drafts*: the attention that a step has on what was drafted before it, a mean over heads"""
+
+LIMITS = """## What this scale cannot tell
+
+- The target is tiny and knows a part of Python's documentation by heart; its drafters saw
+  {tokens:,} tokens each. That an effect is missing here does not say that it is at another size.
+- Seeds vary a drafter's first weights and the order of its rows. There is one target, one text.
+- Intervals are of prompts. How much another training would differ is only seen in the small
+  figures; nothing is said that one of them contradicts.
+- Other wordings make the target say other things, and without a chat template it says next to
+  nothing: the paper's strongest perturbation cannot be tried.
+- Contexts are at most {times:.0f} times the rows of training.
+- The paper's figures are known from transcriptions, and how it counts (the target's own token,
+  heads, what is recent) is partly not known."""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lays out a Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def bounded(found: Interval) -> str:
+    """Writes a figure with its bounds."""
+    value, low, high = (f"{bound:.3g}" if bound < 1 else f"{bound:.2f}" for bound in found)
+    return f"{value} ({low}–{high})"
+
+
+def seen(found: Compared) -> str:
+    """Writes a figure with its bounds and what each seed alone gives."""
+    seeds = " ".join(f"{one:.2f}" for one in found.seeds)
+    return f"{bounded(found.all)} <sub>{seeds}</sub>"
+
+
+def judged(found: Compared) -> str:
+    """Writes a ratio of arms, bold where it may be said to differ from 1."""
+    return f"**{seen(found)}**" if found.direction else seen(found)
+
+
+def of_claims(study: Study, wordings: Sequence[str]) -> str:
+    """The claims of the abstract beside what was found."""
+    found = list(claims(study, wordings))
+    rows = [(one.says, one.figure, seen(one.found), f"**{one.verdict}**") for one in found]
+    verdicts = Counter(one.verdict for one in found)
+    counted = ", ".join(f"{count} × {verdict}" for verdict, count in verdicts.items())
+    return f"""## The abstract's claims
+
+What the paper reports is in brackets behind a claim. Of {len(rows)} figures: {counted}.
+
+{table(("claim", "figure here", "found", "verdict"), rows)}"""
+
+
+def in_short(study: Study) -> str:
+    """What each switch does, in words that the figures choose."""
+    pre = study.arm(PRE, DEPTH)
+    arms = {f"`{name}`": study.arm(name, DEPTH) for name in ARMS}
+    grown = {name: compare(growth, arm) for name, arm in arms.items()}
+    lines = [
+        f"The recycled state keeps its size to {CLOSE:.0%} with "
+        f"{listed(name for name, found in grown.items() if found.is_one)}. Its growth otherwise: "
+        f"{listed(times(name, found) for name, found in grown.items() if not found.is_one)}."
+    ]
+    for what, figure in COMPARED.items():
+        if figure is growth:
+            continue
+        others = {name: arm for name, arm in arms.items() if arm is not arms[f"`{PRE}`"]}
+        found = {name: compare(ratio(figure), arm, pre) for name, arm in others.items()}
+        more, less, open_ = (
+            listed(times(name, one) for name, one in found.items() if one.direction == side)
+            for side in (1, -1, 0)
+        )
+        lines.append(f"*{what}*, in parts of `{PRE}`: more with {more}; less with {less}; not ")
+        lines[-1] += f"settled for {open_}."
+    return "## In short\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def times(name: str, found: Compared) -> str:
+    """Writes a factor."""
+    return f"{name} ×{found.all.value:.2f}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Writes a list."""
+    return ", ".join(names) or "none"
+
+
+def of_arms(study: Study, base: str, names: Sequence[str]) -> str:
+    """What each arm of a group is, and in parts of the base."""
+    arms = {name: study.arm(name, DEPTH) for name in names}
+    own = [
+        (f"`{name}`", *(seen(compare(figure, arm)) for figure in COMPARED.values()))
+        for name, arm in arms.items()
+    ]
+    of_base = [
+        (
+            f"`{name}`",
+            *(judged(compare(ratio(figure), arm, arms[base])) for figure in COMPARED.values()),
+        )
+        for name, arm in arms.items()
+        if name != base
+    ]
+    head = ["arm", *COMPARED]
+    return f"""{table(head, own)}
+
+In parts of `{base}`:
+
+{table(head, of_base)}"""
+
+
+def effect(figure: Figure, *signs: int) -> Figure:
+    """Returns the effect of two switches in a two by two design, as a factor.
+
+    Args:
+        figure: Of one arm.
+        signs: Those with which (no switch, the first, the second, both) count.
+    """
+
+    def factors(*arms: Arm) -> Factors:
+        return [
+            factor
+            for arm, sign in zip(arms, signs, strict=True)
+            for factor in to_the(sign / 2, figure(arm))
+        ]
+
+    return factors
+
+
+def of_steps(study: Study, names: Sequence[str]) -> str:
+    """Each arm step by step."""
+    rows = []
+    for name in names:
+        arm = study.arm(name, DEPTH)
+        columns = [share(arm.drift(*of)) for of in (("rms",), ("cosine",), ("entropy",))]
+        columns += [share(arm.drift("attention", kind)) for kind in CLASSES]
+        columns.append(share(arm.drift("rms", column="teacher_forced")))
+        columns.append(share(arm.drift("agreement", column="teacher_forced")))
+        for step in SHOWN:
+            figures = (f"{column[step - 1].value:.2f}" for column in columns)
+            rows.append((f"`{name}`", str(step), *figures))
+    head = ["arm", "step", "RMS", "cosine", "entropy", *CLASSES, "forced: RMS", "right"]
+    return f"""## Step by step
+
+*Cosine* is that of the recycled state to the one before, *entropy* that of attention, in nats; the
+classes of keys are those of `mlx-drift drift`, *recent* the last {RECENT} committed tokens.
+
+{table(head, rows)}
+
+![growth of the recycled state](figures/growth.png)
+
+![attention by step](figures/attention.png)"""
+
+
+def of_two_norms(study: Study) -> str:
+    """What each of the two norms of EAGLE-3.1 does, whatever the other does."""
+    arms = [study.arm(name, DEPTH) for name in (PRE, "norm_output", "fc_norm", BOTH)]
+    effects = {
+        "`norm_output`": (-1, 1, -1, 1),
+        "`fc_norm`": (-1, -1, 1, 1),
+        "both, beyond what each does": (1, -1, -1, 1),
+    }
+    rows = []
+    for name, signs in effects.items():
+        found = [compare(effect(figure, *signs), *arms) for figure in COMPARED.values()]
+        rows.append((name, *map(judged, found)))
+    return f"""## The two norms apart
+
+What turning one on multiplies a figure by, a geometric mean of with and without the other. The last
+row is the square root of how many times more one does where the other is on.
+
+{table(["turned on", *COMPARED], rows)}"""
+
+
+def of_depths(study: Study) -> str:
+    """How deep the train-time test is."""
+    rows = [
+        (f"`{name}`", str(depth), *(seen(compare(figure, arm)) for figure in COMPARED.values()))
+        for name in DEPTH_ARMS
+        for depth in sorted({DEPTH, *OTHER_DEPTHS})
+        if (arm := study.arm(name, depth)).drafters
+    ]
+    return f"""## Depth of the train-time test
+
+{table(["arm", "depth", *COMPARED], rows)}
+
+![conditional acceptance by draft position](figures/depth.png)"""
+
+
+def said(about: About, name: str, nth: int = 1) -> float:
+    """How many tokens the target says to every nth prompt, on average."""
+    tokens = about[name]["answer_tokens"][::nth]
+    return sum(tokens) / len(tokens)
+
+
+def of_wordings(study: Study, about: About, names: Sequence[str]) -> str:
+    """Acceptance under other wordings."""
+    arms = [study.arm(name, DEPTH) for name in names]
+    usual = partial(length, HELD_OUT, nth=EVERY_PERTURBED)
+    rows = [("as usual", said(about, HELD_OUT, EVERY_PERTURBED), usual)]
+    rows += [(name, said(about, name), partial(length, name)) for name in WORDINGS]
+    pre, *others = arms
+    of_pre = [
+        (
+            name,
+            *(
+                judged(compare(ratio(partial(kept, name, EVERY_PERTURBED)), arm, pre))
+                for arm in others
+            ),
+        )
+        for name in WORDINGS
+        if said(about, name) >= LEAST_SAID
+    ]
+    return f"""## Other wordings
+
+τ at {DRAFTS} drafts, {len(about[WORDINGS[0]]["answer_tokens"])} questions. *Tokens* is how many the
+target says, on average; where that is less than {LEAST_SAID}, nothing is made of it.
+
+{
+        table(
+            ["wording", "tokens", *(f"`{name}`" for name in names)],
+            [
+                (name, f"{tokens:.0f}", *(seen(compare(figure, arm)) for arm in arms))
+                for name, tokens, figure in rows
+            ],
+        )
+    }
+
+What share of its usual τ an arm keeps, in parts of what `{pre.name}` keeps:
+
+{table(["wording", *(f"`{arm.name}`" for arm in others)], of_pre)}
+
+![acceptance by wording](figures/wordings.png)"""
+
+
+def of_contexts(study: Study, names: Sequence[str]) -> str:
+    """Acceptance in long contexts."""
+    pre = study.arm(PRE, DEPTH)
+    rows = []
+    for tokens in LENGTHS:
+        for attention in SEEN:
+            name = condition(tokens, attention)
+            arms = [study.arm(one, DEPTH) for one in names]
+            found = [seen(compare(partial(length, name), arm)) for arm in arms]
+            rows.append((str(tokens), attention, *found))
+    both = study.arm(BOTH, DEPTH)
+    ratios = [
+        (
+            str(tokens),
+            *(
+                judged(compare(ratio(partial(length, condition(tokens, one))), both, pre))
+                for one in SEEN
+            ),
+        )
+        for tokens in LENGTHS
+    ]
+    return f"""## Long contexts
+
+τ at {DRAFTS} drafts behind long dialogues; drafters were trained on rows of {ROW} tokens. A window
+has {WINDOW} tokens.
+
+{table(["tokens", "the drafter sees", *(f"`{name}`" for name in names)], rows)}
+
+`{BOTH}` ÷ `{PRE}`:
+
+{table(["tokens", *SEEN], ratios)}
+
+![acceptance by context](figures/contexts.png)"""
+
+
+def of_interventions(study: Study, names: Sequence[str]) -> str:
+    """What is left when the recycled state is meddled with."""
+    rows = [
+        (
+            f"`{name}`",
+            *(
+                judged(compare(partial(kept, one, EVERY_PERTURBED), study.arm(name, DEPTH)))
+                for one in INTERVENTIONS
+            ),
+        )
+        for name in names
+    ]
+    return f"""## Meddling with the recycled state
+
+What share of its τ a drafter keeps, without being trained anew, if its recycled state is scaled to
+the size of the fused input (`pin`), to RMS 1 (`normalize`), or gets noise of half its size.
+
+{table(["arm", *INTERVENTIONS], rows)}"""
+
+
+def of_all(study: Study) -> str:
+    """Every drafter."""
+    rows = []
+    for one in sorted(study.drafters, key=lambda d: (d["depth"], d["arm"], d["seed"])):
+        arm = Arm(one["arm"], one["depth"], {one["seed"]: one})
+        figures = [product(figure(arm)) for figure in COMPARED.values()]
+        losses = " ".join(f"{loss:.2f}" for loss in one["loss"])
+        name = f"`{one['arm']}`"
+        rows.append((name, str(one["depth"]), str(one["seed"]), losses, *map(bounded, figures)))
+    return f"""## All {len(rows)} drafters
+
+*Loss* is the mean of the last steps of training, by step of the chain.
+
+{table(["arm", "depth", "seed", "loss", *COMPARED], rows)}"""
+
+
+def draw(study: Study, names: Sequence[str], wordings: Sequence[str], folder: Path) -> None:
+    """Draws all pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arms = [study.arm(name, DEPTH) for name in names]
+    depths = sorted({DEPTH, *OTHER_DEPTHS})
+    by_depth = {name: [study.arm(name, depth) for depth in depths] for name in DEPTH_ARMS}
+    drawn = {
+        "growth": pictures.growth(arms),
+        "attention": pictures.attention(arms),
+        "acceptance": pictures.acceptance(arms),
+        "depth": pictures.depth(by_depth),
+        "wordings": pictures.wordings(arms, wordings),
+        "contexts": pictures.contexts(arms),
+    }
+    for name, figure in drawn.items():
+        figure.savefig(folder / f"{name}.png", dpi=DPI)
+
+
+def write(results: Path, folder: Path) -> Path:
+    """Writes the report and its pictures into a folder; returns its file."""
+    study = Study(results)
+    about = json.loads((results / TEXTS).read_text())
+    names = tuple(ARMS)
+    spoken = [name for name in WORDINGS if said(about, name) >= LEAST_SAID]
+    draw(study, names, spoken, folder / "figures")
+    parts = [
+        INTRODUCTION.format(close=CLOSE),
+        in_short(study),
+        of_claims(study, spoken),
+        "## Which norm",
+        *(of_arms(study, base, group) for base, group in GROUPS),
+        "![acceptance](figures/acceptance.png)",
+        of_two_norms(study),
+        of_steps(study, names),
+        of_depths(study),
+        of_wordings(study, about, names),
+        of_contexts(study, names),
+        of_interventions(study, names),
+        LIMITS.format(tokens=study.drafters[0]["tokens"], times=max(LENGTHS) / ROW),
+        of_all(study),
+    ]
+    path = folder / "REPORT.md"
+    path.write_text("\n\n".join(parts) + "\n")
+    return path
+
+
+def main() -> None:
+    """Writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the figures are")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="where it goes")
+    args = parser.parse_args()
+    print(write(args.results, args.to))
+
+
+if __name__ == "__main__":
+    main()
