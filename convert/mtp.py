@@ -250,41 +250,45 @@ def _split_latent(tensors: Tensors, config: dict[str, Any], where: str) -> Tenso
 
 
 def _centre_norms(tensors: Tensors, where: str) -> tuple[Tensors, list[str]]:
-    """Adds 1 to gains that PyTorch stores as w of 1 + w; says so where a file contradicts itself.
+    """Adds 1 to gains that PyTorch stores as w of 1 + w, but never to those that have it.
 
-    Whether it is to be added shows in the file's own `format` (`pt` or `mlx`). Sidecars are known
-    in which it was added twice to some of the norms (youssofal/MTPLX #301).
+    Which they are a file's own `format` says, `pt` or `mlx`. Some sidecars say it wrongly, and in
+    some 1 was added twice to a few norms (youssofal/MTPLX #301), so their means, which training
+    leaves near 0 or 1, are looked at too.
     """
-    norms = {f"{name}.weight" for name in NORMS} & tensors.keys()
+    norms = [f"{name}.weight" for name in NORMS]
+    norms = [name for name in norms if name in tensors and tensors[name].ndim == 1]
+    if not norms:
+        return tensors, []
     means = {name: _mean(tensors[name]) for name in norms}
-    near_zero = median(means.values()) < 0.5 if means else False
-    centred, notes = dict(tensors), []
-    for name in norms:
-        said = tensors[name].file_format
-        if said != "mlx" if said in ("pt", "mlx") else near_zero:
-            centred[name] = plus_one(tensors[name])
-            means[name] += 1
-    if near_zero and (unshifted := sorted(n for n in norms if means[n] < 0.5)):
-        centred |= {name: plus_one(tensors[name]) for name in unshifted}
-        means |= {name: means[name] + 1 for name in unshifted}
+    formats = {tensors[name].file_format for name in norms}
+    usual = median(means.values())
+    lacking, notes = [name for name in norms if means[name] < 0.5], []
+    if formats == {"pt"} and lacking:
+        lacking = norms
+    elif formats == {"pt"}:
         notes.append(
-            f"{where} calls itself an mlx file, but its norms are PyTorch's, zero-centred: 1 was "
-            f"added to {len(unshifted)} of them"
+            f"{where} calls itself a PyTorch file, but all its norms average near 1, so they are "
+            "mlx's: nothing was added"
         )
-    usual = median(means.values()) if means else 1.0
-    twice = sorted(name for name, mean in means.items() if mean > min(usual, 1.0) + 0.75)
-    if twice and len(twice) < len(means):
+    elif formats == {"mlx"} and lacking:
+        notes.append(
+            f"{where} calls itself an mlx file, but norms in it are PyTorch's, zero-centred: 1 was "
+            f"added to {len(lacking)} of {len(norms)}"
+        )
+    twice = sorted(name for name in norms if means[name] > min(usual, 1.0) + 0.75)
+    if len(twice) < len(norms) and twice and formats != {"pt"}:
         notes.append(
             f"{where}: {', '.join(name.removesuffix('.weight') for name in twice)} average "
-            f"{median(means[name] for name in twice):.2f}, the other norms {usual:.2f}: 1 looks "
-            "added twice. If little is accepted, take the head from the original repository"
+            f"{median(means[name] for name in twice):.2f}, the norms all in all {usual:.2f}: 1 "
+            "looks added twice. If little is accepted, take the head from the original repository"
         )
-    return centred, notes
+    return tensors | {name: plus_one(tensors[name]) for name in lacking}, notes
 
 
 def _mean(tensor: StoredTensor) -> float:
-    values = tensor.read(0, tensor.shape[0])
-    return to_mlx(values, tensor.dtype).astype(mx.float32).mean().item()
+    blocks = (to_mlx(block, tensor.dtype).astype(mx.float32).sum() for block in tensor.blocks())
+    return sum(block.item() for block in blocks) / max(1, tensor.size)
 
 
 @dataclass(frozen=True)

@@ -107,13 +107,25 @@ def test_a_norm_s_1_is_added_if_it_is_missing_and_never_twice(name, file_format,
     assert done.warnings == []
 
 
+def shifted(by):
+    """A head whose norms hold more than they should."""
+    return {name: v + by if v.ndim == 1 else v for name, v in head("qwen3_5").items()}
+
+
 def test_an_mlx_file_with_pytorch_s_norms_is_reported(tmp_path):
     write_repository(tmp_path / "repo", own_folder("qwen3_5"), {})
     tensors = without_prefix(written("qwen3_5", head("qwen3_5")))
     save(tmp_path / "repo" / "model.safetensors", tensors, "mlx")
     done, found = convert(tmp_path / "repo", tmp_path / "out")
     assert_equal(found, head("qwen3_5"))
-    assert "its norms are PyTorch's, zero-centred: 1 was added to 7 of them" in done.warnings[0]
+    assert "PyTorch's, zero-centred: 1 was added to 7 of 7" in done.warnings[0]
+
+
+def test_a_pytorch_file_with_mlx_s_norms_is_reported(tmp_path):
+    write_repository(tmp_path / "repo", config_of("qwen3_5"), written("qwen3_5", shifted(1)))
+    done, found = convert(tmp_path / "repo", tmp_path / "out")
+    assert_equal(found, head("qwen3_5"))
+    assert "all its norms average near 1" in done.warnings[0]
 
 
 def test_norms_shifted_twice_are_reported(tmp_path):
