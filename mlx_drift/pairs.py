@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_drift.convert.mtp_layouts import LAYOUTS
 from mlx_drift.errors import DriftError
 
 QWEN3 = "enable_thinking=false: the head was trained on answers without thinking"
@@ -133,9 +134,14 @@ def find_pair(name: str, config: dict[str, Any]) -> tuple[Pair, str]:
     if len(alike) == 1:
         return alike[0], why
     targets = " or ".join(pair.target for pair in alike)
+    own = (
+        "; models of its family have an MTP head of their own, which `mlx-drift convert ORIGINAL "
+        "--mtp --mlx-path OUT` takes from the original repository"
+    )
     raise DriftError(
         f"{name}: "
         + (f"by its sizes this could be {targets}" if alike else "no drafter is known for it")
+        + own * (str(config.get("model_type")) in LAYOUTS)
         + ". `mlx-drift pairs` lists the known pairs; name a drafter with --drafter owner/name, or "
         "generate without: --no-draft"
     )

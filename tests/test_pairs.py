@@ -167,6 +167,7 @@ def target_folder(folder, config):
     ("config", "message"),
     [
         ({"model_type": "own"}, "no drafter is known for it"),
+        ({"model_type": "glm4_moe"}, "have an MTP head of their own, which `mlx-drift convert"),
         (LLAMA_8B, "by its sizes this could be meta-llama/Llama-3.1-8B-Instruct or deepseek-ai/"),
     ],
 )

@@ -22,9 +22,10 @@ from mlx_drift.errors import DriftError
 from mlx_drift.measure.bench import PROMPTS
 from mlx_drift.measure.bootstrap import Interval
 from mlx_drift.measure.drift import RECENT, STEPS, Arm, Drift, Settings, drift
-from mlx_drift.measure.drift_plot import check_matplotlib, plot_drift
+from mlx_drift.measure.drift_plot import plot_drift
 from mlx_drift.measure.figures import CLASSES, Figures
 from mlx_drift.measure.intervene import intervention
+from mlx_drift.measure.plot import check_matplotlib
 from mlx_drift.measure.questions import read_question_files
 
 COLUMNS = 100

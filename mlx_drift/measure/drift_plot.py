@@ -14,6 +14,7 @@ import numpy as np
 from mlx_drift.errors import DriftError
 from mlx_drift.measure.drift import Arm, Drift
 from mlx_drift.measure.figures import CLASSES
+from mlx_drift.measure.plot import check_matplotlib
 
 INTERVAL = "95 % interval over prompts"
 LINES = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
@@ -38,21 +39,6 @@ MOST_KEYS, FIRST_KEYS = 96, 8
 
 FAINTEST = 1e-3
 """Attention below it looks like none."""
-
-
-def check_matplotlib() -> None:
-    """Checks that pictures can be drawn, before anything is measured.
-
-    Raises:
-        DriftError: If matplotlib is not installed.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise DriftError(
-            "pictures need matplotlib, which is not installed: pip install 'mlx-drift[plot]', or "
-            "leave --plot out"
-        ) from None
 
 
 def plot_drift(found: Drift, folder: Path) -> list[Path]:

@@ -17,13 +17,28 @@ SIDE_BY_SIDE = 0.08
 INTERVALS = "bars: 95 % of what resampled questions give"
 
 
+def check_matplotlib() -> None:
+    """Checks that pictures can be drawn, before anything is measured.
+
+    Raises:
+        DriftError: If matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise DriftError(
+            "pictures need matplotlib, which is not installed: pip install 'mlx-drift[plot]', or "
+            "leave --plot out"
+        ) from None
+
+
 def check_plot(path: Path) -> None:
     """Checks, before anything is measured, that a picture can be drawn and written.
 
     Raises:
         DriftError: If the `plot` extra is missing, or the file's folder, or its kind is unknown.
     """
-    _figure()
+    check_matplotlib()
     if path.suffix.lower() not in KINDS:
         raise DriftError(f"{path}: a picture is written as {', '.join(KINDS)}")
     if not path.absolute().parent.is_dir():
@@ -125,18 +140,10 @@ def plot_contexts(conditions: Sequence[Condition], path: Path) -> None:
 
 
 def _figure() -> Any:
-    """Makes an empty figure.
+    """Makes an empty figure."""
+    check_matplotlib()
+    from matplotlib.figure import Figure
 
-    Raises:
-        DriftError: If matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DriftError(
-            "pictures need matplotlib, which is not installed: pip install 'mlx-drift[plot]', or "
-            "leave --plot out"
-        ) from None
     return Figure(figsize=(9.5, 4.8), layout="constrained")
 
 
