@@ -22,7 +22,7 @@ from mlx_drift.errors import DriftError, DriftWarning
 
 app = typer.Typer(
     name="mlx-drift",
-    help="Lossless EAGLE-3 and EAGLE-3.1 speculative decoding on MLX.",
+    help="Lossless speculative decoding on MLX: EAGLE-3, EAGLE-3.1 and MTP heads.",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -183,7 +183,7 @@ def bench_command(
         if drafter_bits is not None:
             quantized = drafter_bits, load_drafter(folder, target, drafter_bits=drafter_bits)
     elif drafter_bits is not None:
-        raise DriftError("--drafter-bits is for EAGLE drafters; leave it out")
+        raise DriftError("--drafter-bits is for EAGLE and MTP heads; leave it out")
     tokens = [
         encode(
             tokenizer,

@@ -61,7 +61,7 @@ def load_pair(
         if draft_model is not None and drafter is not None:
             raise DriftError("--drafter and --draft-model are both given; give one of them")
         if drafter_bits is not None:
-            raise DriftError("--drafter-bits is for EAGLE drafters; leave it out")
+            raise DriftError("--drafter-bits is for EAGLE and MTP heads; leave it out")
         target, tokenizer = load_model(model, adapter_path)
         if draft_model is None:
             return target, tokenizer, PromptLookupDrafter(target)
@@ -147,7 +147,7 @@ def windowed(
     if window is None and sinks is None:
         return drafter
     if not isinstance(drafter, ChainDrafter):
-        raise DriftError("--drafter-window and --drafter-sinks are for EAGLE drafters")
+        raise DriftError("--drafter-window and --drafter-sinks are for EAGLE and MTP heads")
     wanted = drafter.window if window is None else window or None
     if sinks is None:
         return drafter.windowed(wanted, drafter.sinks)

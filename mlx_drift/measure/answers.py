@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -65,6 +66,7 @@ def describe(
                 "taps": list(drafter.taps),
                 "window": getattr(drafter, "window", None),
                 "sinks": getattr(drafter, "sinks", None),
+                "longest": getattr(drafter, "longest", None),  # of prompt lookup
             }
             for name, drafter in drafters.items()
         },
@@ -85,8 +87,8 @@ class AnswerFile:
         settings: What the answers depend on: `describe`.
 
     Raises:
-        DriftError: If the file is of other settings, damaged, no file of answers, or cannot be
-            read and written.
+        DriftError: If the file is of other settings, damaged, no file of answers, in use by another
+            run, or cannot be read and written.
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any]):
@@ -95,21 +97,37 @@ class AnswerFile:
         self._stream = None
         if path is None:
             return
-        header = {FORMAT: FORMAT_VERSION, "settings": settings}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            data = path.read_bytes() if path.exists() else b""
-            whole = data[: data.rfind(b"\n") + 1]
-            if not whole and data and not json.dumps(header).encode().startswith(data):
-                raise DriftError(f"{path} is not a file of answers; give another one to --save")
-            for number, line in enumerate(whole.splitlines(), 1):
-                self._take(line, number, settings)
-            self._stream = path.open("ab")
-            self._stream.truncate(len(whole))
-            if not whole:
-                self._write(header)
+            self._stream = path.open("a+b")
+            self._go_on(settings)
+        except DriftError:
+            self._close()
+            raise
+        except BlockingIOError:
+            self._close()
+            raise DriftError(
+                f"{path}: another run is writing to it; give another file to --save"
+            ) from None
         except OSError as error:
+            self._close()
             raise DriftError(f"{path}: cannot be written ({error.strerror})") from None
+
+    def _go_on(self, settings: dict[str, Any]) -> None:
+        """Takes what the file has, for this run alone; the lock goes with the process."""
+        assert self._stream is not None
+        flock(self._stream, LOCK_EX | LOCK_NB)
+        self._stream.seek(0)
+        data = self._stream.read()
+        header = {FORMAT: FORMAT_VERSION, "settings": settings}
+        whole = data[: data.rfind(b"\n") + 1]
+        if not whole and data and not json.dumps(header).encode().startswith(data):
+            raise DriftError(f"{self.path} is not a file of answers; give another one to --save")
+        for number, line in enumerate(whole.splitlines(), 1):
+            self._take(line, number, settings)
+        self._stream.truncate(len(whole))
+        if not whole:
+            self._write(header)
 
     def __enter__(self) -> "AnswerFile":
         """Returns itself."""
@@ -122,8 +140,7 @@ class AnswerFile:
         at: TracebackType | None,
     ) -> None:
         """Closes the file."""
-        if self._stream is not None:
-            self._stream.close()
+        self._close()
 
     def find(self, task: Task) -> Answers | None:
         """Returns the answers of a task, if they are there.
@@ -158,6 +175,11 @@ class AnswerFile:
             )
         except OSError as error:
             raise DriftError(f"{self.path}: cannot be written ({error.strerror})") from None
+
+    def _close(self) -> None:
+        """Gives the file, and its lock, back."""
+        if self._stream is not None:
+            self._stream.close()
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self._stream is not None

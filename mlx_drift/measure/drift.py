@@ -179,7 +179,7 @@ def drift(
     Args:
         model: The target, as `mlx_lm.load` returns it.
         tokenizer: Its tokenizer.
-        drafters: Drafters that chain a network (EAGLE-1 to 3.1), loaded for it, by name.
+        drafters: Drafters that chain a network (EAGLE-1 to 3.1, MTP), loaded for it, by name.
         prompts: Token ids of each prompt.
         settings: What to measure; None for the defaults.
         interventions: What to do to each drafter (`mlx_drift.measure.intervene.intervention`);
@@ -195,7 +195,9 @@ def drift(
         raise DriftError("there is nothing to measure: give a drafter and a prompt")
     chained = {name: one for name, one in drafters.items() if isinstance(one, ChainDrafter)}
     if others := drafters.keys() - chained.keys():
-        raise DriftError(f"{min(others)} recycles no state that could drift; give an EAGLE drafter")
+        raise DriftError(
+            f"{min(others)} recycles no state that could drift; give an EAGLE or MTP head"
+        )
     treatments: dict[str | None, Intervention] = {None: lambda drafter, seed: drafter}
     treatments |= {text: intervention(text) for text in interventions}
     total = len(drafters) * len(treatments) * len(prompts)

@@ -4,8 +4,8 @@ Definitions, where the paper (arXiv 2605.09992; reference §3) leaves them open:
 
 - *Step* k = 1 … K of a chain is the pass that drafts its k-th token. Step 1 is the pass that
   ingests the last committed token with the target's taps; what it recycles is h₁ (the paper's h*₁).
-- *RMS* is ‖h_k‖₂/√d of the state that is **recycled**: after the norm for EAGLE-3.1
-  (`feedback = "post"`), before it for EAGLE-3.
+- *RMS* is ‖h_k‖₂/√d of the state that is **recycled**: after the final norm where
+  `feedback = "post"` (EAGLE-3.1, most MTP heads), before it where it is `pre` (EAGLE-3).
 - *Cosine* is cos(h_k, h_{k−1}) and *update* is ‖h_k − h_{k−1}‖/‖h_{k−1}‖, where h₀ is the fused
   input of step 1.
 - *Entropy* is that of the query's attention over all keys it sees, in nats.
