@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.errors import DriftError
 from mlx_drift.measure.answers import AnswerFile, Task, collect, describe
 from mlx_drift.measure.asking import Answer, Settings
@@ -56,6 +57,13 @@ class TestGoingOn:
         assert self.run(path, asked) == found
         assert asked == (["0", "1", "2", "3", "4"] if cut == "the first line" else ["4"])
         assert path.read_bytes() == data
+
+    def test_one_run_at_a_time(self, tmp_path):
+        path = tmp_path / "answers.jsonl"
+        with AnswerFile(path, DESCRIBED), pytest.raises(DriftError, match="another run is writing"):
+            AnswerFile(path, DESCRIBED)
+        self.run(path, asked := [])
+        assert len(asked) == 5
 
     def test_what_is_not_its_own(self, tmp_path):
         path = tmp_path / "answers.jsonl"
@@ -119,6 +127,14 @@ class TestGoingOn:
         assert all(a != b for i, a in enumerate(told) for b in told[:i])
         elsewhere = tiny_drafter(tiny, source={"repo": "another/name"})
         assert describe(tiny, {"A": elsewhere}, Settings()) == told[0]
+
+    def test_what_prompt_lookup_depends_on(self):
+        tiny = tiny_llama()
+        shorter, longer = (
+            describe(tiny, {"A": PromptLookupDrafter(tiny, longest)}, Settings())
+            for longest in (2, 3)
+        )
+        assert shorter != longer
 
     def test_the_order_of_drafters(self, tmp_path):
         tiny = tiny_llama()

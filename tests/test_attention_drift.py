@@ -365,7 +365,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(measure_all, "load_converted", lambda folder, model: None)
     monkeypatch.setattr(measure_all.texts, "recorded", lambda folder: {"held out": []})
     conditions = [("one", [1, 2], rounds_of, 3)]
-    monkeypatch.setattr(measure_all, "conditions", lambda said: conditions)
+    monkeypatch.setattr(measure_all, "conditions", lambda said, depth: conditions)
     results = tmp_path / "results"
     results.mkdir()
     measure_all.measure(run, tmp_path, results)

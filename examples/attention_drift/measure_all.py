@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 import texts
-from arms import Run
+from arms import DEPTH, Run
 from convert_all import convert_finished, finished
 from mlx_drift.demo import load_demo
 from mlx_drift.drafters.chain import ChainDrafter
@@ -42,8 +42,8 @@ DRAFTS, DEEP = 8, 16
 WINDOW = 256
 """Tokens that a drafter with a window sees of a long context."""
 
-SEEN = "full", "window", "window + first token"
-"""Of the paper's four ways; there is no system prompt that a window could keep."""
+SEEN = "full", "window + first token"
+"""Of the paper's four ways, those that it compares drafters by."""
 
 EVERY_DRIFT = 2
 """Drift is measured on every second question."""
@@ -68,8 +68,13 @@ def at_once(drafter: ChainDrafter, text: Text, k: int = DRAFTS) -> Rounds:
     return rounds(unroll(drafter, text, k)[0], text, k)[0]
 
 
-def conditions(said: dict[str, list[Text]]) -> Iterator[tuple[str, list[Text], Asked, int]]:
-    """Yields all that acceptance is measured under: name, texts, rounds and drafts a round."""
+def conditions(
+    said: dict[str, list[Text]], depth: int
+) -> Iterator[tuple[str, list[Text], Asked, int]]:
+    """Yields all that acceptance is measured under: name, texts, rounds and drafts a round.
+
+    Long contexts, which cost most, are for the drafters of one depth only, the arms.
+    """
     held_out = said[HELD_OUT]
     yield HELD_OUT, held_out, at_once, DRAFTS
     yield deep(HELD_OUT), held_out, partial(at_once, k=DEEP), DEEP
@@ -85,7 +90,7 @@ def conditions(said: dict[str, list[Text]]) -> Iterator[tuple[str, list[Text], A
     def seeing(attention: str, drafter: ChainDrafter, text: Text) -> Rounds:
         return list(replay(windows(drafter, WINDOW, text.head)[attention], text, DRAFTS))
 
-    for length in texts.LENGTHS:
+    for length in texts.LENGTHS if depth == DEPTH else ():
         for attention in SEEN:
             name = condition(length, attention)
             yield name, said[texts.context(length)], partial(seeing, attention), DRAFTS
@@ -184,7 +189,7 @@ def measure(run: Run, study: Path, results: Path) -> str:
         told["acceptance"] = {}
     said = texts.recorded(study / "texts")
     drafter = load_converted(study / "mlx" / run.name, target())
-    for name, asked, of, k in conditions(said):
+    for name, asked, of, k in conditions(said, run.depth):
         if name not in told["acceptance"]:
             told["acceptance"][name] = counts((of(drafter, text) for text in asked), k)
     if "drift" not in told:
