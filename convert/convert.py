@@ -139,7 +139,9 @@ def convert_drafter(
         q_mode: mlx's quantization mode: affine, mxfp4, nvfp4 or mxfp8.
         dtype: Cast the floats: float16, bfloat16 or float32; None keeps the source's.
         revision: Branch, tag or commit on the Hub.
-        taps: What the checkpoint's tap layers mean, where the rules do not tell or are wrong.
+        taps: What the checkpoint's tap layers mean, where the rules do not tell or are wrong. Of an
+            MTP head, what its first step gets: the `input` of the target's head, after the final
+            norm, or the last layer's `output`, before it.
         feedback: Which state the next chain step gets, where the checkpoint's flag is wrong.
         rope_theta: The base of RoPE, where the checkpoint's is wrong.
         window: The sliding window; 0 for none.

@@ -21,7 +21,8 @@ class Overrides:
     """What the user, or the probe, says of what a checkpoint leaves open or has wrong.
 
     Attributes:
-        taps: What the checkpoint's tap layers mean.
+        taps: What the checkpoint's tap layers mean; of an MTP head, whether it reads the input of
+            the target's head or the last layer's output.
         feedback: Which state the next chain step gets.
         rope_theta: The base of RoPE.
         window: The sliding window; 0 for none.

@@ -49,7 +49,7 @@ def load_drafter(
         drafter_bits: Quantize the drafter's linear layers to so many bits; None leaves them as they
             are on disk.
         on_convert: Called before a repository is converted, with the folder it is kept in.
-        options: Keywords of `convert_drafter` that say how to convert a repository: `quantize,
+        options: Keywords of `convert_drafter` that say how to convert a repository: `mtp, quantize,
             q_bits, q_group_size, q_mode, dtype, taps, feedback, rope_theta, window`.
 
     Raises:

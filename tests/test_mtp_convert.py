@@ -7,8 +7,9 @@ import mlx.nn as nn
 import pytest
 from huggingface_hub import utils
 
+from families import build
 from hub_stub import StubHub, set_endpoint, settle
-from mlx_drift import convert_drafter
+from mlx_drift import convert_drafter, load_drafter
 from mlx_drift.drafters.load import build_network, quantize_linears, quantized_layers
 from mlx_drift.errors import DriftError
 from mtp_heads import FAMILIES, QWEN, config_of, head, save, write_repository, written
@@ -343,3 +344,13 @@ def test_inspect_tells_what_it_is_from_headers_alone(cli, hub, tmp_path):
     assert told["parameters"] == sum(value.size for value in head(name).values())
     whole = [r for r in hub.requests if r.path.endswith(".safetensors") and r.range is None]
     assert not [request for request in whole if request.method == "GET"]
+
+
+def test_load_drafter_takes_the_head_of_a_repository(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_DRIFT_CACHE", str(tmp_path / "cache"))
+    name = "glm4_moe"
+    write_repository(tmp_path / "repo", config_of(name), written(name, head(name)), 1, others=2)
+    model = build(name)
+    assert load_drafter(REPO, model, mtp=True).config.drafter_type == "mtp"
+    with pytest.raises(DriftError, match="convert --mtp"):
+        load_drafter(REPO, model)
