@@ -287,8 +287,8 @@ def _centre_norms(tensors: Tensors, where: str) -> tuple[Tensors, list[str]]:
 
 
 def _mean(tensor: StoredTensor) -> float:
-    blocks = (to_mlx(block, tensor.dtype).astype(mx.float32).sum() for block in tensor.blocks())
-    return sum(block.item() for block in blocks) / max(1, tensor.size)
+    blocks = (to_mlx(block, tensor.dtype).astype(mx.float32) for block in tensor.blocks())
+    return sum(float(block.sum()) for block in blocks) / max(1, tensor.size)
 
 
 @dataclass(frozen=True)

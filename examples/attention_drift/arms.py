@@ -2,6 +2,7 @@
 
 Which norm does what: six kinds of drafter, each with three seeds, trained on chains of four steps.
 What depth does: the two ends of them, each with two seeds, on chains of one, two and eight steps.
+What an MTP head does: with either of its states recycled, three seeds each, chains of four steps.
 Seeds go round robin over the arms, so that a study that is cut short is still balanced.
 """
 
@@ -17,6 +18,9 @@ ARMS = {
     "gated_attention": {"attn_output_gate": True},
 }
 """The switches that each has on, by the names of `recipe.Switches`."""
+
+MTP_ARMS = {"mtp_post": "post", "mtp_pre": "pre"}
+"""MTP heads, by which of their states the next step gets: after or before their final norm."""
 
 DEPTH = 4
 SEEDS = 3
@@ -49,3 +53,6 @@ def runs() -> Iterator[Run]:
             for depth in OTHER_DEPTHS:
                 for arm in DEPTH_ARMS:
                     yield Run(arm, depth, seed)
+    for seed in range(SEEDS):
+        for arm in MTP_ARMS:
+            yield Run(arm, DEPTH, seed)

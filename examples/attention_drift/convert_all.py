@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from arms import Run, runs
+from arms import MTP_ARMS, Run, runs
 from mlx_drift import convert_drafter
 from mlx_drift.demo import TARGET
 
@@ -22,7 +22,8 @@ def convert_finished(study: Path) -> Iterator[Path]:
     for run in finished(study):
         folder = study / "mlx" / run.name
         if not folder.exists():
-            convert_drafter(str(study / run.name), folder, target=str(TARGET), strict=True)
+            mtp = run.arm in MTP_ARMS
+            convert_drafter(str(study / run.name), folder, target=str(TARGET), strict=True, mtp=mtp)
         yield folder
 
 

@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "train_demo_pair"))
 
 from answers import load_sequences
 from drafter import Eagle3, Switches, tap_layers
+from mtp import MTP
 from muon import Muon
 from rows import pack
 from schedule import lr_factor
@@ -15,6 +16,7 @@ from tokenizer import PAD, token_id
 from train_drafters import STEP_DECAY, draft_vocabulary
 
 __all__ = [
+    "MTP",
     "PAD",
     "STEP_DECAY",
     "Eagle3",

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arms import ARMS, Run, runs
+from arms import ARMS, MTP_ARMS, Run, runs
 from features import ROW, Features, Row, store_features
-from recipe import STEP_DECAY, Eagle3, Llama, Muon, Switches, lr_factor
+from recipe import MTP, STEP_DECAY, Eagle3, Llama, Muon, Switches, lr_factor
 
 CHECKPOINT_EVERY = 120.0
 """Seconds."""
@@ -45,8 +45,11 @@ class Recipe:
         return self.study / "features.safetensors"
 
 
-def chain_losses(drafter: Eagle3, target: Llama, row: Row, depth: int) -> Tensor:
-    """The soft cross-entropy of each step against the target over the draft vocabulary, `[depth]`.
+Drafter = Eagle3 | MTP
+
+
+def chain_losses(drafter: Drafter, target: Llama, row: Row, depth: int) -> Tensor:
+    """The soft cross-entropy of each step against the target over what is drafted from, `[depth]`.
 
     Row i of step s reads token i+1+s and is compared with what the target says next. A chain is
     followed only where some step of it counts.
@@ -57,8 +60,12 @@ def chain_losses(drafter: Eagle3, target: Llama, row: Row, depth: int) -> Tensor
     counts = (read < length - 1) & row.counted[(read + 1).clamp(max=length - 1)]
     rows = counts.any(1).nonzero()[:, 0]
     read, counts = read[rows], counts[rows]
+    head = target.model.embed_tokens.weight
+    if isinstance(drafter, MTP):
+        start, predict = row.final[None], target.head
+    else:
+        start, predict, head = row.taps, drafter.lm_head, head[drafter.draft_ids]
     with torch.no_grad():
-        head = target.model.embed_tokens.weight[drafter.draft_ids]
         wanted = F.linear(row.final, head).softmax(-1)
 
     def true_tokens(step: int, normed: Tensor | None) -> Tensor:
@@ -66,14 +73,14 @@ def chain_losses(drafter: Eagle3, target: Llama, row: Row, depth: int) -> Tensor
         return target.model.embed_tokens(ids if step == 0 else ids[rows])[None]
 
     losses = []
-    for step, (normed, _) in enumerate(drafter.unroll(row.taps, true_tokens, depth, rows)):
+    for step, (normed, _) in enumerate(drafter.unroll(start, true_tokens, depth, rows)):
         here = counts[:, step]
-        predicted = drafter.lm_head(normed[0, here])
+        predicted = predict(normed[0, here])
         losses.append(F.cross_entropy(predicted, wanted[read[here, step]]))
     return torch.stack(losses)
 
 
-def optimizers_of(drafter: Eagle3, lr: float) -> list[torch.optim.Optimizer]:
+def optimizers_of(drafter: Drafter, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices, AdamW for gains and head, as for the embedded pair."""
     named = list(drafter.named_parameters())
     matrices = [p for name, p in named if p.dim() == 2 and "lm_head" not in name]
@@ -92,6 +99,17 @@ def batches(features: Features, recipe: Recipe, seed: int, start: int) -> Iterat
         yield list(islice(rows, recipe.rows))
 
 
+def make(run: Run, target: Llama, features: Features) -> Drafter:
+    """A drafter of an arm, before its training."""
+    if run.arm in MTP_ARMS:
+        head = MTP(target.config, MTP_ARMS[run.arm])
+        head.init_as_lens()
+        return head
+    drafter = Eagle3(target.config, features.draft_ids, Switches(**ARMS[run.arm]))
+    drafter.init_from_target(target)
+    return drafter
+
+
 def train(run: Run, recipe: Recipe) -> str:
     """Trains one drafter, unless it is there; returns a line about it."""
     folder = recipe.study / run.name
@@ -102,8 +120,7 @@ def train(run: Run, recipe: Recipe) -> str:
     features = Features(recipe.features)
     target = Llama.load(recipe.target).requires_grad_(False)
     torch.manual_seed(run.seed)
-    drafter = Eagle3(target.config, features.draft_ids, Switches(**ARMS[run.arm]))
-    drafter.init_from_target(target)
+    drafter = make(run, target, features)
     optimizers = optimizers_of(drafter, recipe.lr)
 
     losses: list[list[float]] = []
@@ -142,10 +159,13 @@ def train(run: Run, recipe: Recipe) -> str:
             whole.rename(checkpoint)
 
     seconds = time.monotonic() - started
-    drafter.save(folder, torch.float16, also_bin=False)
+    if isinstance(drafter, MTP):
+        drafter.save(folder, torch.float16)
+    else:
+        drafter.save(folder, torch.float16, also_bin=False)
     told = {
         **asdict(run),
-        "switches": asdict(drafter.switches),
+        "switches": {} if isinstance(drafter, MTP) else asdict(drafter.switches),
         "steps": recipe.steps,
         "tokens": recipe.steps * recipe.rows * ROW,
         "tokens_per_step": recipe.rows * ROW,
