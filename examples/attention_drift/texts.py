@@ -30,7 +30,7 @@ EVERY_PERTURBED, EVERY_LONG = 3, 5
 of the 60 is about symbols the target was not told of, the second words trained ones in a new way.
 """
 
-LENGTHS = 512, 1024, 2048
+LENGTHS = 512, 2048
 """Tokens of the contexts."""
 
 ROW = 512
