@@ -20,12 +20,13 @@ from mlx_drift.convert.target import read_target_shape, shared_with_target
 from mlx_drift.convert.understand import understand
 from mlx_drift.convert.vocabulary import read_d2t
 from mlx_drift.convert.write import Output, Progress, check_free, write_weights, written_whole
-from mlx_drift.drafters.config import AnyConfig, Eagle3Config, Quantization, check_target
+from mlx_drift.drafters.config import AnyConfig, MTPConfig, Quantization, check_target
 from mlx_drift.drafters.load import (
     WEIGHTS,
     build_network,
     check_tensors,
     load_network,
+    needs_float32,
     quantize_linears,
     quantized_layers,
     target_ids,
@@ -265,7 +266,8 @@ def _leave_out_shared(
 ) -> tuple[AnyConfig, dict[str, StoredTensor]]:
     """Leaves out the embedding and the head where the target has the same ones."""
     candidates = {"embed_tokens.weight": "own_embedding"}
-    if isinstance(config, Eagle3Config) and config.draft_vocab_size == config.target.vocab_size:
+    same_vocabulary = getattr(config, "draft_vocab_size", None) == config.target.vocab_size
+    if isinstance(config, MTPConfig) or same_vocabulary:
         candidates["lm_head.weight"] = "own_head"
     if not candidates.keys() & tensors.keys() or config.hidden_size != config.target.hidden_size:
         return config, tensors
@@ -310,7 +312,11 @@ def _outputs(
     network = build_network(config, Path())
     packed = {f"{name}.weight" for name in quantized_layers(network)} if quantize else set()
     outputs = {
-        name: Output(tensor, dtype, config.quantization if name in packed else None)
+        name: Output(
+            tensor,
+            None if needs_float32(name) else dtype,
+            config.quantization if name in packed else None,
+        )
         for name, tensor in tensors.items()
     }
     if d2t is not None:

@@ -17,7 +17,7 @@ FP8_BLOCK = 128
 
 
 def plus_one(tensor: StoredTensor) -> StoredTensor:
-    """Adds 1 to a zero-centred gain, in float32: bfloat16 would round what was learned away."""
+    """Adds 1 to a zero-centred gain, in float32, as PyTorch does when it uses it."""
 
     def read(start: int, stop: int) -> npt.NDArray[np.float32]:
         return _floats(tensor, start, stop) + np.float32(1)
@@ -86,23 +86,19 @@ def scaled_by_blocks(tensor: StoredTensor, scales: StoredTensor) -> StoredTensor
     return StoredTensor(tensor.shape, "BF16", read, tensor.file_format)
 
 
-def packing(packed: StoredTensor, scales: StoredTensor, group_size: int) -> int:
-    """Returns the bits a weight of a matrix that mlx quantized with groups of some size."""
-    columns = scales.shape[-1] * group_size
-    return packed.shape[-1] * 32 // columns if columns else 0
-
-
-def dequantized(parts: Sequence[StoredTensor], group_size: int, mode: str) -> StoredTensor:
+def dequantized(
+    parts: Sequence[StoredTensor], group_size: int, bits: int, mode: str
+) -> StoredTensor:
     """Unpacks a matrix, or a stack of them, that mlx quantized, to bfloat16.
 
     Args:
         parts: The packed weights `[…, packed]`, the scales `[…, groups]`, and the biases if the
             mode has them.
         group_size: Weights that share a scale.
+        bits: Of a weight.
         mode: mlx's quantization mode.
     """
     packed, scales, *_ = parts
-    bits = packing(packed, scales, group_size)
 
     def read(start: int, stop: int) -> npt.NDArray[np.generic]:
         weight, of_groups, *rest = (to_mlx(t.read(start, stop), t.dtype) for t in parts)

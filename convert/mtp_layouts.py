@@ -30,7 +30,10 @@ MIMO_NAMES = (
     ("input_proj.", "fc."),
     ("final_layernorm.", "norm."),
 )
+SIDECAR_NAMES = (*NEXTN_NAMES, ("shared_head_norm.", "norm."), ("mtp_block.", "layers.0."))
 OUTER = ("embedding_norm.", "hidden_norm.", "fc.", "norm.", "embed_tokens.", "lm_head.", "layers.")
+BUFFERS = "rotary_emb.inv_freq"
+"""A table that some checkpoints hold, and every engine computes anew."""
 SHARED = ("shared_head.head.", "embed_tokens.")
 """Copies of the target's own, in DeepSeek's layout (arXiv 2412.19437 §2.2)."""
 
@@ -60,7 +63,7 @@ class Layout:
 
     def canonical(self, name: str) -> str | None:
         """Returns a name's canonical one, its prefix being gone; None for what is dropped."""
-        if name.startswith(self.dropped):
+        if name.startswith(self.dropped) or name.endswith(BUFFERS):
             return None
         for theirs, ours in self.names:
             if name.startswith(theirs):
@@ -78,10 +81,17 @@ def _numbers(config: Config) -> str:
 QWEN = Layout("a Qwen MTP head", r"(?:(?:model|language_model)\.)*mtp\.", QWEN_NAMES)
 QWEN_SIDECAR = Layout(
     "a Qwen MTP head",
-    r"(?:(?:model|language_model)\.)*(?:mtp\.|(?=fc\.|norm\.|pre_fc_norm_|layers\.0\.))",
+    r"(?:(?:model|language_model)\.)*"
+    r"(?:mtp\.|(?=fc\.|norm\.|pre_fc_norm_|layers\.|embed_tokens\.|lm_head\.))",
     QWEN_NAMES,
 )
 NEXTN = Layout("a NextN head", r"model\.layers\.({layers})\.", NEXTN_NAMES, SHARED)
+NEXTN_SIDECAR = Layout(
+    "a NextN head",
+    r"(?:model\.)?(?=[eh]norm\.|eh_proj\.|shared_head_norm\.|mtp_block\.|embed_tokens\.|lm_head\.)",
+    SIDECAR_NAMES,
+)
+"""mlx-vlm's, which keeps the head's copies of embedding and head."""
 MIMO = Layout("a MiMo MTP head", r"model\.mtp_layers\.(\d+)\.", MIMO_NAMES, hidden_first=True)
 SPECULATORS = Layout("speculators mtp", r"mtp_layers\.(\d+)\.", MIMO_NAMES)
 
@@ -95,6 +105,7 @@ LAYOUTS: dict[str, tuple[Layout, str]] = {
     "deepseek_v3": (NEXTN, "deepseek_v3"),
     "glm4_moe": (NEXTN, "glm4_moe"),
     "glm4_moe_lite": (NEXTN, "glm4_moe_lite"),
+    "glm4_moe_lite_mtp": (NEXTN_SIDECAR, "glm4_moe_lite"),
     "mimo": (MIMO, "mimo"),
 }
 """The layout, and mlx-lm's model file of the block, by the target's model type."""
@@ -154,10 +165,12 @@ def find_layout(config: Config, where: str) -> tuple[Layout, str]:
             f"{where}: transformer_layer_config.model_type is {brief(kind)}; an MTP head of "
             f"speculators is run for {', '.join(BLOCKS)}"
         )
-    kind = str(config.get("model_type"))
+    inner = str(text_config(config).get("model_type"))
+    kind = str(config.get("model_type") or inner)
     kind = kind if kind in LAYOUTS | REFUSED else kind.removesuffix("_text")
     if kind in LAYOUTS:
-        return LAYOUTS[kind]
+        layout, family = LAYOUTS[kind]
+        return layout, BLOCKS.get(inner, family)  # mlx-vlm calls Qwen3-Next's qwen3_5_mtp too
     if kind in REFUSED:
         why, instead = REFUSED[kind]
         raise DriftError(f"{where}: the MTP head of {kind} is not run ({why}). {instead}")
@@ -181,8 +194,12 @@ def modules_of(layout: Layout, config: Config, names: Iterable[str]) -> dict[str
         match = pattern.match(name)
         if match is None:
             continue
-        number = match.group(1) if pattern.groups else "0"
         canonical = layout.canonical(name[match.end() :])
-        if canonical is not None:
-            modules.setdefault(number, {})[canonical] = name
+        if canonical is None:
+            continue
+        if pattern.groups:
+            number = match.group(1)
+        else:  # Qwen's layers are numbered behind what they share
+            number = canonical.split(".")[1] if canonical.startswith("layers.") else "0"
+        modules.setdefault(number, {})[canonical] = name
     return modules

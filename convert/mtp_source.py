@@ -14,13 +14,13 @@ from mlx_drift.convert.source import (
     choose_weights,
     find_folder,
     read_config_of,
+    read_folder,
     read_weights,
 )
 from mlx_drift.errors import DriftError
 from mlx_drift.hub import HubFolder
 
-SIDECARS = "mtp.safetensors", "model-mtp.safetensors"
-INNER_SIDECAR = "mtp/weights.safetensors"
+SIDECARS = "mtp.safetensors", "model-mtp.safetensors", "mtp/weights.safetensors"
 """MTPLX's and vllm-mlx's names, beside the weights of the model (youssofal/mtplx)."""
 ADVERTISED = "mtp_num_hidden_layers", "num_nextn_predict_layers"
 
@@ -37,6 +37,8 @@ def read_mtp_checkpoint(source: str | HubFolder, revision: str | None = None) ->
     """
     folder, file = find_folder(source, revision)
     config = read_config_of(folder)
+    if "drafter_type" in config:
+        return read_folder(folder, file)  # converted already: the head is all there is
     layout, _ = find_layout(config, f"{folder.name}/{CONFIG}")
     wanted = wanted_by(layout, config)
     looked_at = []
@@ -65,11 +67,9 @@ def _places(folder: Folder, config: Config) -> Iterator[tuple[Folder, str]]:
     """Yields where a head may be: sidecars first, then the weights of the model."""
     extra = config.get("mlx_lm_extra_tensors")
     named = extra.get("mtp_file") if isinstance(extra, dict) else None
-    for name in (*([named] if isinstance(named, str) else []), *SIDECARS, None, INNER_SIDECAR):
-        if name is None:
-            yield folder, choose_weights(folder)
-            continue
+    for name in (*([named] if isinstance(named, str) else []), *SIDECARS):
         parent, _, file = name.rpartition("/")
         place = folder.subfolder(parent) if parent else folder
         if place is not None and file in place.files:
             yield place, file
+    yield folder, choose_weights(folder)

@@ -97,8 +97,11 @@ class LocalFolder:
 
     def subfolder(self, name: str) -> "LocalFolder | None":
         """Returns a folder in it, if there is one of that name."""
-        folder = self.folder / name
-        return LocalFolder(inside(self.folder, name)) if folder.is_dir() else None
+        try:
+            is_there = (self.folder / name).is_dir()
+        except (OSError, ValueError):  # a name that no file can have
+            is_there = False
+        return LocalFolder(inside(self.folder, name)) if is_there else None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,12 @@ from huggingface_hub import utils
 from families import build
 from hub_stub import StubHub, set_endpoint, settle
 from mlx_drift import convert_drafter, load_drafter
-from mlx_drift.drafters.load import build_network, quantize_linears, quantized_layers
+from mlx_drift.drafters.load import (
+    build_network,
+    load_converted,
+    quantize_linears,
+    quantized_layers,
+)
 from mlx_drift.errors import DriftError
 from mtp_heads import FAMILIES, QWEN, config_of, head, save, write_repository, written
 
@@ -108,36 +113,65 @@ def test_a_norm_s_1_is_added_if_it_is_missing_and_never_twice(name, file_format,
     assert done.warnings == []
 
 
-def shifted(by):
-    """A head whose norms hold more than they should."""
-    return {name: v + by if v.ndim == 1 else v for name, v in head("qwen3_5").items()}
+RAW = {  # Qwen3.6-27B's means, as the threads named in `mtp_norms` tell them
+    "layers.0.input_layernorm": 0.04,
+    "layers.0.post_attention_layernorm": 0.21,
+    "layers.0.self_attn.q_norm": 0.79,
+    "layers.0.self_attn.k_norm": 0.78,
+    "embedding_norm": -0.46,
+    "hidden_norm": -0.16,
+    "norm": 1.25,
+}
+RAW_35B = RAW | {"embedding_norm": 0.2734 - 1, "hidden_norm": 0.4937 - 1, "norm": 2.58}
 
 
-def test_an_mlx_file_with_pytorch_s_norms_is_reported(tmp_path):
+def with_means(means):
+    """A head whose norms have gains of some means."""
+    tensors = head("qwen3_5")
+    gains = {f"{name}.weight": mx.full(tensors[f"{name}.weight"].shape, m) for name, m in means}
+    return tensors | gains
+
+
+@pytest.mark.parametrize("raw", [RAW, RAW_35B], ids=["27B", "35B"])
+@pytest.mark.parametrize(
+    ("has_it", "file_format", "told"),
+    [
+        (False, "pt", None),
+        (False, None, None),
+        (False, "mlx", "its norms are PyTorch's, zero-centred: 1 was added to them"),
+        (True, "mlx", None),
+        (True, None, None),
+        (True, "pt", "its norms are mlx's, which have their 1: nothing was added"),
+    ],
+)
+def test_real_gains_are_told_by_their_layer_s_norms(raw, has_it, file_format, told, tmp_path):
+    expected = with_means([(name, 1 + mean) for name, mean in raw.items()])
+    stored = {name: v - (0 if has_it or v.ndim > 1 else 1) for name, v in expected.items()}
+    stored = {f"{QWEN.get(name[:-7], name[:-7])}.weight": v for name, v in stored.items()}
     write_repository(tmp_path / "repo", own_folder("qwen3_5"), {})
-    tensors = without_prefix(written("qwen3_5", head("qwen3_5")))
-    save(tmp_path / "repo" / "model.safetensors", tensors, "mlx")
+    save(tmp_path / "repo" / "model.safetensors", stored, file_format)
     done, found = convert(tmp_path / "repo", tmp_path / "out")
-    assert_equal(found, head("qwen3_5"))
-    assert "PyTorch's, zero-centred: 1 was added to 7 of 7" in done.warnings[0]
+    for name, value in expected.items():
+        assert mx.allclose(found[name], value, atol=1e-6).item(), name
+    assert len(done.warnings) == (told is not None)
+    assert told is None or told in done.warnings[0]
 
 
-def test_a_pytorch_file_with_mlx_s_norms_is_reported(tmp_path):
-    write_repository(tmp_path / "repo", config_of("qwen3_5"), written("qwen3_5", shifted(1)))
-    done, found = convert(tmp_path / "repo", tmp_path / "out")
-    assert_equal(found, head("qwen3_5"))
-    assert "all its norms average near 1" in done.warnings[0]
-
-
-def test_norms_shifted_twice_are_reported(tmp_path):
-    twice = "norm.weight", "layers.0.self_attn.q_norm.weight", "layers.0.self_attn.k_norm.weight"
-    tensors = without_prefix(written("qwen3_5", head("qwen3_5")))
-    tensors = {n: v + 1 + (n in twice) if "norm" in n else v for n, v in tensors.items()}
+@pytest.mark.parametrize(
+    ("stored", "told"),
+    [
+        (2.79, "averages 2.79, as if 1 had been added twice"),
+        (0.3, "lacks its 1, though other norms have it"),
+    ],
+)
+def test_queries_and_keys_otherwise_than_the_rest_are_told(stored, told, tmp_path):
+    means = {name: 1 + mean for name, mean in RAW.items()}
+    tensors = with_means((means | {"layers.0.self_attn.q_norm": stored}).items())
+    tensors = {f"{QWEN.get(name[:-7], name[:-7])}.weight": v for name, v in tensors.items()}
     write_repository(tmp_path / "repo", own_folder("qwen3_5"), {})
     save(tmp_path / "repo" / "model.safetensors", tensors, "mlx")
     (warning,) = convert(tmp_path / "repo", tmp_path / "out")[0].warnings
-    assert "layers.0.self_attn.k_norm, layers.0.self_attn.q_norm, norm average 2.0" in warning
-    assert "1 looks added twice" in warning
+    assert f"layers.0.self_attn.q_norm.weight {told}" in warning
 
 
 def quantized(name, **others):
@@ -206,6 +240,126 @@ def test_eagle_3_s_linear_layers_are_quantized_as_ever():
     assert quantized_layers(layers) == {"layers.0"}
 
 
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"group_size": 64, "bits": 4, "mode": "mxfp4"},
+        {"group_size": 64, "bits": 8, "layers.0.mlp.gate_proj": {"group_size": 128, "bits": 2}},
+        "4bit",
+    ],
+)
+def test_a_quantized_head_is_read_off_its_tensors_whatever_the_trunk_s_config_says(
+    quantization, tmp_path
+):
+    config = config_of("qwen3_5") | {"quantization": quantization}
+    packed = {f"mtp.{name}": value for name, value in quantized("qwen3_5").items()}
+    write_repository(tmp_path / "repo", config, {"model.norm.weight": mx.zeros(4)})
+    save(tmp_path / "repo" / "mtp.safetensors", packed, "mlx")
+    done, _ = convert(tmp_path / "repo", tmp_path / "out")
+    assert vars(done.config.quantization) == {"group_size": 32, "bits": 4, "mode": "affine"}
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_modes_without_biases_are_known_by_their_shapes(mode, tmp_path):
+    name = "qwen3_5"
+    write_repository(tmp_path / "repo", config_of(name), written(name, head(name)))
+    _, packed = convert(tmp_path / "repo", tmp_path / "packed", quantize=True, q_mode=mode)
+    write_repository(tmp_path / "again", own_folder(name), {})
+    theirs = {
+        n.replace("embedding_norm", QWEN["embedding_norm"]).replace(
+            "hidden_norm", QWEN["hidden_norm"]
+        ): value
+        for n, value in packed.items()
+    }
+    save(tmp_path / "again" / "model.safetensors", theirs, "mlx")
+    done, found = convert(tmp_path / "again", tmp_path / "out")
+    assert done.config.quantization.mode == mode
+    assert_equal(found, packed)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("scales", mx.zeros((3, 2))),
+        ("scales", mx.zeros((128, 3))),
+        ("biases", mx.zeros((128, 1))),
+        ("weight", mx.zeros((128, 8))),
+    ],
+)
+def test_parts_of_a_quantized_layer_that_do_not_fit_are_refused(part, value, tmp_path):
+    packed = {f"mtp.{name}": value for name, value in quantized("qwen3_5").items()}
+    packed[f"mtp.layers.0.mlp.up_proj.{part}"] = value
+    write_repository(tmp_path / "repo", config_of("qwen3_5"), packed)
+    with pytest.raises(DriftError, match="up_proj is quantized in no way that mlx knows"):
+        convert(tmp_path / "repo", tmp_path / "out")
+
+
+def test_a_router_s_corrections_stay_float32(tmp_path):
+    name = "deepseek_v3"
+    write_repository(tmp_path / "repo", config_of(name), written(name, head(name)))
+    _, found = convert(tmp_path / "repo", tmp_path / "out", dtype="bfloat16")
+    kept = "layers.0.mlp.gate.e_score_correction_bias"
+    assert found[kept].dtype == mx.float32
+    assert found["fc.weight"].dtype == mx.bfloat16
+    drafter = load_converted(tmp_path / "out", build(name, mx.bfloat16))
+    assert drafter.network.layers[0].mlp.gate.e_score_correction_bias.dtype == mx.float32
+    assert drafter.network.fc.weight.dtype == mx.bfloat16
+
+
+def test_mlx_vlm_s_folders(tmp_path):
+    name = "glm4_moe_lite"
+    names = {"embedding_norm": "enorm", "hidden_norm": "hnorm", "fc": "eh_proj"}
+    names |= {"norm": "shared_head_norm"}
+    tensors = {
+        f"model.{names.get(n[:-7], n[:-7])}.weight".replace("layers.0.", "mtp_block.")
+        if n.endswith(".weight")
+        else f"model.{n}".replace("layers.0.", "mtp_block."): value
+        for n, value in head(name).items()
+    }
+    own = mx.ones((64, 64))
+    tensors |= {"model.embed_tokens.weight": own, "lm_head.weight": own}
+    config = {"model_type": "glm4_moe_lite_mtp", "text_config": config_of(name)}
+    write_repository(tmp_path / "repo", config, {})
+    save(tmp_path / "repo" / "model.safetensors", tensors, "mlx")
+    done, found = convert(tmp_path / "repo", tmp_path / "out")
+    assert_equal(found, head(name) | {"embed_tokens.weight": own, "lm_head.weight": own})
+    assert done.config.own_embedding
+    assert done.config.own_head
+
+    config = own_folder("qwen3_5") | {"text_config": config_of("qwen3_next")}  # their name for it
+    write_repository(
+        tmp_path / "next", config, without_prefix(written("qwen3_next", head("qwen3_next")))
+    )
+    assert_equal(convert(tmp_path / "next", tmp_path / "next-out")[1], head("qwen3_next"))
+
+
+def test_experts_stacked_under_a_dense_layer_s_names(tmp_path):
+    name = "qwen3_5_moe"
+    tensors = {f"mtp.{QWEN.get(n[:-7], n[:-7])}.weight": v for n, v in head(name).items()}
+    tensors = {n.replace(".switch_mlp.", "."): value for n, value in tensors.items()}
+    tensors["mtp.layers.0.self_attn.rotary_emb.inv_freq"] = mx.zeros(4)
+    write_repository(tmp_path / "repo", config_of(name), {"model.norm.weight": mx.zeros(4)})
+    save(tmp_path / "repo" / "mtp.safetensors", tensors, "mlx")
+    assert_equal(convert(tmp_path / "repo", tmp_path / "out")[1], head(name))
+
+
+def test_a_text_model_s_own_type_will_do(tmp_path):
+    name = "qwen3_5_moe"
+    config = {"text_config": config_of(name)["text_config"] | {"model_type": "qwen3_5_moe_text"}}
+    write_repository(tmp_path / "repo", config, written(name, head(name)))
+    assert_equal(convert(tmp_path / "repo", tmp_path / "out")[1], head(name))
+
+
+def test_rope_as_transformers_5_writes_it(tmp_path):
+    name = "deepseek_v3"
+    config = config_of(name)
+    yarn = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 2.0, "mscale_all_dim": 1.0}
+    config |= {"rope_theta": None, "rope_scaling": None, "rope_parameters": yarn}
+    write_repository(tmp_path / "repo", config, written(name, head(name)))
+    block = convert(tmp_path / "repo", tmp_path / "out")[0].config.block
+    assert (block["rope_theta"], block["rope_scaling"]) == (5e4, yarn)
+
+
 def test_conventions_may_be_said(tmp_path):
     write_repository(tmp_path / "repo", config_of("mimo"), written("mimo", head("mimo")))
     config = convert(tmp_path / "repo", tmp_path / "a")[0].config
@@ -269,6 +423,12 @@ WRONG = {
         put(f"{NEXTN}eh_proj.weight_scale_inv", mx.zeros((3, 3))),
         "expected one scale for each block of 128 × 128",
     ),
+    "two layers": (
+        "qwen3_5",
+        put("mtp.layers.1.self_attn.q_norm.weight", mx.zeros(32)),
+        "holds 2 MTP modules",
+    ),
+    "RoPE is no object": ("mimo", say(rope_scaling="yarn"), "no network can be built from it"),
     "several modules": (
         "deepseek_v3",
         put("model.layers.5.eh_proj.weight", mx.zeros((2, 2))),

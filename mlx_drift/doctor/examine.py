@@ -42,7 +42,7 @@ from mlx_drift.doctor.diagnosis import (
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.config import check_target, read_config, read_json
 from mlx_drift.drafters.fold import fold
-from mlx_drift.drafters.load import build_network, check_tensors, target_ids
+from mlx_drift.drafters.load import build_network, cast, check_tensors, target_ids
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.hub import find_hub_folder
 from mlx_drift.pairs import find_pair
@@ -259,7 +259,7 @@ class Examination:
         network = build_network(config, weights)
         tensors = {n: t for n, t in resolved.tensors.items() if n not in ("d2t", "t2d")}
         check_tensors(network, tensors, weights)
-        network.set_dtype(target.dtype)
+        cast(network, target.dtype)
         fold(network)
 
         if self.empty is not None:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_drift.drafters.cache import ChainCache
 from mlx_drift.drafters.chain import ChainDrafter
@@ -61,7 +61,7 @@ def load_converted(folder: Path, model: nn.Module, bits: int | None = None) -> C
     weights = read_safetensors(folder / WEIGHTS)
     d2t = weights.pop("d2t", None)
     network = load_network(config, weights, folder / WEIGHTS)
-    network.set_dtype(target.dtype)
+    cast(network, target.dtype)
     fold(network)
     if bits is not None:
         if config.quantization is not None:
@@ -104,7 +104,10 @@ def build_network(config: DrafterConfig, path: Path) -> Any:
         network(row, row, caches)  # lazily: not only built
     except KeyError as error:
         raise DriftError(f"{where}: rope_scaling lacks the key {error}") from None
-    except (ValueError, TypeError, ArithmeticError, AssertionError) as error:
+    except (
+        *(ValueError, TypeError, ArithmeticError, AssertionError),
+        *(AttributeError, IndexError, RuntimeError),  # a model file meets what is no RoPE, say
+    ) as error:
         raise DriftError(f"{where}: no network can be built from it ({error})") from None
     mx.eval(mx.random.state)  # layers draw their first weights: a lazy chain of keys, growing
     return network
@@ -155,13 +158,48 @@ def quantize_linears(
         if number is not None and not 1 <= number <= 1024:  # mlx divides by them before it checks
             raise ValueError(f"group size {group_size} and {bits} bits are none that mlx has")
 
-    kept = getattr(network, "unquantized", ())
+    wanted = linear_layers(network, kept=False)
+    nn.quantize(
+        network,
+        group_size,
+        bits,
+        mode=mode,
+        class_predicate=lambda path, module: path in wanted and hasattr(module, "to_quantized"),
+    )
 
-    def is_linear(path: str, module: nn.Module) -> bool:
-        linear = hasattr(module, "to_quantized") and not isinstance(module, nn.Embedding)
-        return linear and path.rpartition(".")[2] not in kept
 
-    nn.quantize(network, group_size, bits, mode=mode, class_predicate=is_linear)
+def linear_layers(network: nn.Module, kept: bool = True) -> dict[str, int]:
+    """Returns how wide the rows of a network's linear layers are, by name.
+
+    Args:
+        network: The network, not quantized.
+        kept: With those that stay as they are when it is quantized.
+    """
+    left_out = () if kept else getattr(network, "unquantized", ())
+    return {
+        name: module.weight.shape[-1]
+        for name, module in network.named_modules()
+        if hasattr(module, "to_quantized")
+        and not isinstance(module, nn.Embedding)
+        and name.rpartition(".")[2] not in left_out
+    }
+
+
+def cast(network: nn.Module, dtype: mx.Dtype) -> None:
+    """Casts all floats but those that need float32 wherever they are."""
+
+    def casted(path: str, value: mx.array) -> mx.array:
+        return value.astype(dtype) if _is_float(value.dtype) and not needs_float32(path) else value
+
+    network.update(tree_map_with_path(casted, network.parameters()))
+
+
+def needs_float32(name: str) -> bool:
+    """Tells whether a tensor is rounded to nothing in 16 bits: a router's small corrections are.
+
+    DeepSeek's and GLM's are added to scores near each other; mlx-lm leaves them float32, too.
+    """
+    return name.endswith("e_score_correction_bias")
 
 
 def quantized_layers(network: nn.Module) -> set[str]:

@@ -24,6 +24,7 @@ from mlx_drift.convert.conventions import TapConvention
 from mlx_drift.convert.convert import Candidate, Feedback, Verdict
 from mlx_drift.decode.statistics import LOW_ACCEPTANCE
 from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.drafters.load import cast
 from mlx_drift.errors import DriftError
 from mlx_drift.target import Target
 
@@ -159,7 +160,7 @@ class ConventionProbe:
     def _score(self, candidate: Candidate, target: Target, taps: Sequence[mx.array]) -> Score:
         """Scores the drafts of each chain step at the target's own tokens."""
         columns = mx.array([target.taps.index(tap) for tap in candidate.config.taps])
-        candidate.network.set_dtype(target.dtype)
+        cast(candidate.network, target.dtype)
         drafter = ChainDrafter(candidate.config, candidate.network, target, candidate.d2t)
         draft_id = np.arange(target.shape.vocab_size)  # of each target token; -1 for none
         if candidate.d2t is not None:
