@@ -365,7 +365,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(measure_all, "load_converted", lambda folder, model: None)
     monkeypatch.setattr(measure_all.texts, "recorded", lambda folder: {"held out": []})
     conditions = [("one", [1, 2], rounds_of, 3)]
-    monkeypatch.setattr(measure_all, "conditions", lambda said, depth: conditions)
+    monkeypatch.setattr(measure_all, "conditions", lambda said, run: conditions)
     results = tmp_path / "results"
     results.mkdir()
     measure_all.measure(run, tmp_path, results)
@@ -381,3 +381,26 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
         "accepted": [[1, 0, 0]] * 2,
     }
     assert [path.name for path in results.iterdir()] == [f"{run.name}.json"]
+
+
+def test_the_report_is_what_the_figures_say(tmp_path):
+    """As committed, word for word, with every picture it shows."""
+    import re
+
+    from report import RESULTS, write
+
+    path = write(RESULTS, tmp_path)
+    report = path.read_text()
+    assert report == (STUDY / "REPORT.md").read_text()
+    for picture in re.findall(r"\(figures/(.+?)\)", report):
+        assert (tmp_path / "figures" / picture).stat().st_size > 0
+        assert (STUDY / "figures" / picture).exists()
+
+
+def test_all_drafters_are_measured():
+    from arms import ARMS, runs
+    from measure_all import RESULTS
+
+    measured = {path.stem for path in RESULTS.glob("*-seed*.json")}
+    assert measured >= {run.name for run in runs() if run.arm in ARMS}
+    assert sum(path.stat().st_size for path in RESULTS.iterdir()) < 2e6

@@ -101,12 +101,16 @@ def bootstrap(figures: Callable[..., Array], *sums: Array) -> list[Interval]:
     with np.errstate(divide="ignore", invalid="ignore"):
         whole = figures(*(one.sum(axis=0, keepdims=True) for one in sums))[0]
         draws = figures(*(times @ one for one in sums))
-    bounds = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    return [
-        # Draws without anything to divide by tell nothing.
-        Interval(float(value), *map(float, np.quantile(drawn[np.isfinite(drawn)], bounds)))
-        for value, drawn in zip(whole, draws.T, strict=True)
-    ]
+    return [_interval(value, drawn) for value, drawn in zip(whole, draws.T, strict=True)]
+
+
+def _interval(value: float, draws: Array) -> Interval:
+    """Bounds a figure by its draws; those without anything to divide by tell nothing."""
+    told = draws[np.isfinite(draws)]
+    if not told.size:
+        return Interval(np.nan, np.nan, np.nan)
+    low, high = np.quantile(told, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(value), float(low), float(high))
 
 
 @cache
@@ -157,7 +161,9 @@ class Compared:
 
     @property
     def direction(self) -> int:
-        """1 if it is more than 1, −1 if less, 0 if that is not settled."""
+        """1 if it is more than 1, −1 if less, 0 if not settled or there is no such ratio."""
+        if np.isnan(self.seeds).any():
+            return 0
         if self.all.low > 1 and min(self.seeds) > 1:
             return 1
         if self.all.high < 1 and max(self.seeds) < 1:

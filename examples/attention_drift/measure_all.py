@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 import texts
-from arms import DEPTH, Run
+from arms import DEPTH, DEPTH_ARMS, Run
 from convert_all import convert_finished, finished
 from mlx_drift.demo import load_demo
 from mlx_drift.drafters.chain import ChainDrafter
@@ -69,11 +69,11 @@ def at_once(drafter: ChainDrafter, text: Text, k: int = DRAFTS) -> Rounds:
 
 
 def conditions(
-    said: dict[str, list[Text]], depth: int
+    said: dict[str, list[Text]], run: Run
 ) -> Iterator[tuple[str, list[Text], Asked, int]]:
     """Yields all that acceptance is measured under: name, texts, rounds and drafts a round.
 
-    Long contexts, which cost most, are for the drafters of one depth only, the arms.
+    Long contexts, which cost most, are for the two ends of the arms only.
     """
     held_out = said[HELD_OUT]
     yield HELD_OUT, held_out, at_once, DRAFTS
@@ -90,7 +90,8 @@ def conditions(
     def seeing(attention: str, drafter: ChainDrafter, text: Text) -> Rounds:
         return list(replay(windows(drafter, WINDOW, text.head)[attention], text, DRAFTS))
 
-    for length in texts.LENGTHS if depth == DEPTH else ():
+    two_ends = run.depth == DEPTH and run.arm in DEPTH_ARMS
+    for length in texts.LENGTHS if two_ends else ():
         for attention in SEEN:
             name = condition(length, attention)
             yield name, said[texts.context(length)], partial(seeing, attention), DRAFTS
@@ -189,7 +190,7 @@ def measure(run: Run, study: Path, results: Path) -> str:
         told["acceptance"] = {}
     said = texts.recorded(study / "texts")
     drafter = load_converted(study / "mlx" / run.name, target())
-    for name, asked, of, k in conditions(said, run.depth):
+    for name, asked, of, k in conditions(said, run):
         if name not in told["acceptance"]:
             told["acceptance"][name] = counts((of(drafter, text) for text in asked), k)
     if "drift" not in told:

@@ -9,10 +9,11 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
+from math import isnan
 from pathlib import Path
 
 import pictures
-from arms import ARMS, DEPTH, DEPTH_ARMS, OTHER_DEPTHS
+from arms import ARMS, DEPTH, DEPTH_ARMS, MTP_ARMS, OTHER_DEPTHS
 from claims import BOTH, PRE, beyond, claims, forced, growth, kept, length, mass
 from findings import (
     CLOSE,
@@ -34,8 +35,8 @@ from mlx_drift.measure.drift import RECENT
 from mlx_drift.measure.figures import CLASSES
 from texts import EVERY_PERTURBED, HELD_OUT, LENGTHS, ROW, WORDINGS
 
-GROUPS = [(PRE, tuple(ARMS))]
-"""Arms that are compared with one of them."""
+GROUPS = {"Which norm": (PRE, tuple(ARMS)), "MTP heads": ("mtp_post", tuple(MTP_ARMS))}
+"""Arms that are compared, and with which of them; a group without drafters is left out."""
 
 SHOWN = 1, 2, 4, 8, 16
 """Chain steps in tables."""
@@ -92,13 +93,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def bounded(found: Interval) -> str:
     """Writes a figure with its bounds."""
+    if isnan(found.value):
+        return "–"
     value, low, high = (f"{bound:.3g}" if bound < 1 else f"{bound:.2f}" for bound in found)
     return f"{value} ({low}–{high})"
 
 
 def seen(found: Compared) -> str:
     """Writes a figure with its bounds and what each seed alone gives."""
-    seeds = " ".join(f"{one:.2f}" for one in found.seeds)
+    seeds = " ".join("–" if isnan(one) else f"{one:.2f}" for one in found.seeds)
     return f"{bounded(found.all)} <sub>{seeds}</sub>"
 
 
@@ -154,9 +157,10 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def of_arms(study: Study, base: str, names: Sequence[str]) -> str:
-    """What each arm of a group is, and in parts of the base."""
-    arms = {name: study.arm(name, DEPTH) for name in names}
+def of_group(study: Study, title: str) -> str:
+    """What each arm of a group is, and in parts of its base."""
+    base, names = GROUPS[title]
+    arms = {name: arm for name in names if (arm := study.arm(name, DEPTH)).drafters}
     own = [
         (f"`{name}`", *(seen(compare(figure, arm)) for figure in COMPARED.values()))
         for name, arm in arms.items()
@@ -170,7 +174,9 @@ def of_arms(study: Study, base: str, names: Sequence[str]) -> str:
         if name != base
     ]
     head = ["arm", *COMPARED]
-    return f"""{table(head, own)}
+    return f"""## {title}
+
+{table(head, own)}
 
 In parts of `{base}`:
 
@@ -384,7 +390,7 @@ def draw(study: Study, names: Sequence[str], wordings: Sequence[str], folder: Pa
         "acceptance": pictures.acceptance(arms),
         "depth": pictures.depth(by_depth),
         "wordings": pictures.wordings(arms, wordings),
-        "contexts": pictures.contexts(arms),
+        "contexts": pictures.contexts([study.arm(name, DEPTH) for name in DEPTH_ARMS]),
     }
     for name, figure in drawn.items():
         figure.savefig(folder / f"{name}.png", dpi=DPI)
@@ -395,20 +401,20 @@ def write(results: Path, folder: Path) -> Path:
     study = Study(results)
     about = json.loads((results / TEXTS).read_text())
     names = tuple(ARMS)
+    measured = {one["arm"] for one in study.drafters}
     spoken = [name for name in WORDINGS if said(about, name) >= LEAST_SAID]
     draw(study, names, spoken, folder / "figures")
     parts = [
         INTRODUCTION.format(close=CLOSE),
         in_short(study),
         of_claims(study, spoken),
-        "## Which norm",
-        *(of_arms(study, base, group) for base, group in GROUPS),
+        *(of_group(study, title) for title, (base, _) in GROUPS.items() if base in measured),
         "![acceptance](figures/acceptance.png)",
         of_two_norms(study),
         of_steps(study, names),
         of_depths(study),
         of_wordings(study, about, names),
-        of_contexts(study, names),
+        of_contexts(study, DEPTH_ARMS),
         of_interventions(study, names),
         LIMITS.format(tokens=study.drafters[0]["tokens"], times=max(LENGTHS) / ROW),
         of_all(study),
