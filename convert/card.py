@@ -59,8 +59,13 @@ def model_card(name: str, config: DrafterConfig) -> str:
         sha256=config.source.get("sha256"),
         target=target if _REPOSITORY.fullmatch(target) else "TARGET",
         conventions="\n".join(
-            f"| `{key}` | `{values[key]}` | {origin} |"
+            f"| `{key}` | `{in_short(values[key])}` | {origin} |"
             for key, origin in sorted(config.provenance.items())
         ),
     )
     return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def in_short(value: object) -> object:
+    """Shows of a block's keys only the family; every other value as it is."""
+    return value.get("model_type", value) if isinstance(value, dict) else value

@@ -1,6 +1,7 @@
 """`inspect_drafter`: what a checkpoint is and whether it fits a target, from headers alone.
 
-Of tensor data only `d2t`, `t2d` and an MTP head's gains are read; a repository's safetensors stay on the Hub.
+Of tensor data only `d2t`, `t2d` and an MTP head's gains are read; a repository's safetensors stay
+on the Hub.
 """
 
 import filecmp

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mlx_drift.demo import DRAFTERS
+
 ROOT = Path(__file__).parent.parent
 MEBIBYTE = 2**20
 
@@ -44,7 +46,7 @@ def test_every_module_is_inside(wheel):
 
 def test_the_embedded_pair_is_inside(wheel):
     demo = "mlx_drift/demo"
-    for name in ("target", "eagle3", "eagle3.1"):
+    for name in ("target", *DRAFTERS):
         assert f"{demo}/{name}/config.json" in wheel
         assert 0 < wheel[f"{demo}/{name}/model.safetensors"] < 6 * MEBIBYTE
     for name in ("README.md", "NOTICE", "target/tokenizer.json", "target/chat_template.jinja"):

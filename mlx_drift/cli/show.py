@@ -9,6 +9,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from mlx_drift.convert.card import in_short
 from mlx_drift.errors import printable
 
 FIRST = (
@@ -59,7 +60,7 @@ def conventions(values: dict[str, Any], provenance: dict[str, str]) -> Table:
     """Lays out every resolved value with where it came from."""
     table = Table("convention", "value", "from")
     for key in [*filter(provenance.get, FIRST), *sorted(provenance.keys() - set(FIRST))]:
-        table.add_row(key, as_is(values.get(key)), as_is(provenance[key]))
+        table.add_row(key, as_is(in_short(values.get(key))), as_is(provenance[key]))
     return table
 
 
