@@ -147,7 +147,7 @@ def claims(study: Study, wordings: Sequence[str]) -> Iterator[Claim]:
         1,
     )
     for says, above, below, expected in (
-        ("half the depth of training will do", (BOTH, DEPTH), (BOTH, 8), 0),
+        ("half the depth of training is enough", (BOTH, DEPTH), (BOTH, 8), 1),
         ("but not without the norms", (PRE, DEPTH), (PRE, 8), -1),
         ("half the depth with them beats the whole without", (BOTH, DEPTH), (PRE, 8), 1),
     ):

@@ -258,7 +258,7 @@ def of_depths(study: Study) -> str:
 
 {table(["arm", "depth", *COMPARED], rows)}
 
-![conditional acceptance by draft position](figures/depth.png)"""
+![teacher-forced drafts that are right, by step](figures/depth.png)"""
 
 
 def said(about: About, name: str, nth: int = 1) -> float:
