@@ -11,11 +11,13 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 import pytest
+import typer
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from checkpoints import specforge_config, specforge_tensors, write_checkpoint
 from mlx_drift import load_demo, stream_generate
+from mlx_drift.cli import app
 from mlx_drift.demo import DEMO, QUESTION, TARGET
 
 
@@ -345,3 +347,13 @@ def test_convert_warns_of_config_keys_nobody_reads(cli, tmp_path):
     code, _, err = cli("convert", source, "--mlx-path", tmp_path / "out")
     assert code == 0
     assert "gated_attention" in err
+
+
+@pytest.mark.parametrize("command", typer.main.get_command(app).commands)
+def test_help_is_there_and_a_usage_error_is_told(cli, command):
+    code, out, _ = cli(command, "--help")
+    assert code == 0
+    assert f" {command} " in out
+    code, _, err = cli(command, "--no-such-option")
+    assert code == 2
+    assert "no-such-option" in err

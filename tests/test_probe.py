@@ -120,6 +120,29 @@ def test_tokens_outside_the_draft_vocabulary_do_not_count():
     assert better.lead(worse) > 3
 
 
+def test_an_mtp_head_s_states_are_told_or_left_open_but_never_wrong(tmp_path, probe):
+    """The gains of this target's final norm are nearly even: there is little to tell them by."""
+    tensors = load_file(DEMO / "mtp" / "model.safetensors")
+    layout = {"embedding_norm": "token_layernorm", "hidden_norm": "hidden_layernorm"}
+    layout |= {"fc": "input_proj", "norm": "final_layernorm"}
+    names = [name.removesuffix(".weight").removeprefix("layers.0.") for name in tensors]
+    named = zip(names, tensors.values(), strict=True)
+    tensors = {f"mtp_layers.0.{layout.get(name, name)}.weight": value for name, value in named}
+    config = json.loads((DEMO / "mtp" / "config.json").read_text())
+    stated = {"speculators_model_type": "mtp", "transformer_layer_config": config["block"]}
+    (tmp_path / "head").mkdir()
+    save_file(tensors, tmp_path / "head" / "model.safetensors")
+    (tmp_path / "head" / "config.json").write_text(json.dumps(stated))
+    done = convert_drafter(
+        str(tmp_path / "head"), tmp_path / "out", target=str(TARGET), mtp=True, probe=probe
+    )
+    assert (done.config.taps, done.config.feedback) == (tuple(config["taps"]), "post")
+    for what, note in zip(("taps", "feedback"), done.notes, strict=True):
+        settled = done.config.provenance[what] == "probe"
+        assert f"the probe {'settles' if settled else 'does not settle'} {what}" in note
+    assert len(probe.agreement) == 4
+
+
 def test_a_target_that_says_nothing(pair, tmp_path):
     head, _ = scrambled(tmp_path / "head", "output", "post")
     mute = ConventionProbe(*pair, prompts=())

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from arms import DEPTH
+from arms import DEPTH, MTP_ARMS
 from findings import Arm, Compared, Factors, Study, Sums, compare, every, ratio, to_the
 from measure_all import DEEP, DRAFTS, deep
 from mlx_drift.measure.context import condition
@@ -37,6 +37,16 @@ def mass(kind: str, arm: Arm, number: int = DEEP) -> Factors:
 def change(kind: str, first: int, arm: Arm) -> Factors:
     """How many times its mass at an early step a class of keys has at the last."""
     return [*mass(kind, arm), *to_the(-1, mass(kind, arm, first))]
+
+
+def shifted(kinds: Sequence[str], first: int, last: int, arm: Arm) -> Factors:
+    """How many times its mass at one step some classes of keys have at another."""
+
+    def together(number: int) -> Sums:
+        masses = [step(arm, number, "attention", kind) for kind in kinds]
+        return sum(mass for mass, _ in masses), masses[0][1]
+
+    return [(together(last), 1), (together(first), -1)]
 
 
 def length(name: str, arm: Arm, nth: int = 1) -> Factors:
@@ -158,3 +168,24 @@ def claims(study: Study, wordings: Sequence[str]) -> Iterator[Claim]:
             compare(ratio(partial(length, deep(HELD_OUT))), study.arm(*above), study.arm(*below)),
             expected,
         )
+
+
+def mtp_claims(study: Study) -> Iterator[Claim]:
+    """Yields what the paper's figure 7 says of an MTP head, beside what was found of ours.
+
+    There, in a head that is post-norm, attention leaves the sink at once when drafting begins, for
+    what is recent and its own, and stays so.
+    """
+    near = "recent", "drafts"
+    for name in MTP_ARMS:
+        arm = study.arm(name, DEPTH)
+        if not arm.drafters:
+            continue
+        for says, kinds, first, last, expected in (
+            ("the sink's share falls when drafting begins (to 0.4)", ("sink",), 1, 2, -1),
+            ("and stays there", ("sink",), 2, DEEP, 0),
+            ("that of recent tokens and own drafts rises (1.3×)", near, 1, 2, 1),
+            ("and stays there", near, 2, DEEP, 0),
+        ):
+            figure = f"`{name}`: mass on {' and '.join(kinds)}, step {last} ÷ step {first}"
+            yield Claim(says, figure, compare(partial(shifted, kinds, first, last), arm), expected)

@@ -14,7 +14,19 @@ from pathlib import Path
 
 import pictures
 from arms import ARMS, DEPTH, DEPTH_ARMS, MTP_ARMS, OTHER_DEPTHS
-from claims import BOTH, PRE, beyond, claims, forced, growth, kept, length, mass
+from claims import (
+    BOTH,
+    PRE,
+    Claim,
+    beyond,
+    claims,
+    forced,
+    growth,
+    kept,
+    length,
+    mass,
+    mtp_claims,
+)
 from findings import (
     CLOSE,
     Arm,
@@ -113,14 +125,29 @@ def judged(found: Compared) -> str:
 def of_claims(study: Study, wordings: Sequence[str]) -> str:
     """The claims of the abstract beside what was found."""
     found = list(claims(study, wordings))
-    rows = [(one.says, one.figure, seen(one.found), f"**{one.verdict}**") for one in found]
     verdicts = Counter(one.verdict for one in found)
     counted = ", ".join(f"{count} × {verdict}" for verdict, count in verdicts.items())
     return f"""## The abstract's claims
 
-What the paper reports is in brackets behind a claim. Of {len(rows)} figures: {counted}.
+What the paper reports is in brackets behind a claim. Of {len(found)} figures: {counted}.
 
-{table(("claim", "figure here", "found", "verdict"), rows)}"""
+{beside(found)}"""
+
+
+def beside(found: Iterable[Claim]) -> str:
+    """Lays out claims beside what was found."""
+    rows = [(one.says, one.figure, seen(one.found), f"**{one.verdict}**") for one in found]
+    return table(("claim", "figure here", "found", "verdict"), rows)
+
+
+def of_figure_7(study: Study) -> str:
+    """The paper's MTP head beside ours."""
+    return f"""### The paper's figure 7
+
+It shows one MTP head, Qwen3.5 9B's own, whose recycled state is normed. Step 1 is the last one
+before drafting begins.
+
+{beside(mtp_claims(study))}"""
 
 
 def in_short(study: Study) -> str:
@@ -409,6 +436,7 @@ def write(results: Path, folder: Path) -> Path:
         in_short(study),
         of_claims(study, spoken),
         *(of_group(study, title) for title, (base, _) in GROUPS.items() if base in measured),
+        *([of_figure_7(study)] if measured & MTP_ARMS.keys() else []),
         "![acceptance](figures/acceptance.png)",
         of_two_norms(study),
         of_steps(study, names),

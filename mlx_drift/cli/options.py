@@ -8,7 +8,8 @@ import typer
 Source = Annotated[
     str,
     typer.Argument(
-        help="A folder, a .safetensors or .bin file, or a Hub repository: owner/name[/subfolder]."
+        help="A folder, a .safetensors or .bin file, or a Hub repository: owner/name or "
+        "owner/name/subfolder."
     ),
 ]
 Target = Annotated[
