@@ -94,6 +94,8 @@ class Claim:
             return "replicates" if self.expected == 0 else "no difference"
         if self.found.direction == 0:
             return "not settled"
+        if self.expected == 0:
+            return "a difference"
         return "replicates" if self.found.direction == self.expected else "the opposite"
 
 
