@@ -337,7 +337,7 @@ def test_effects_of_two_switches(tmp_path):
         (0.5, -1, "replicates"),
         (1.0, 0, "replicates"),
         (1.0, 1, "no difference"),
-        (1.5, 0, "the opposite"),
+        (1.5, 0, "a difference"),
     ],
 )
 def test_verdicts(value, expected, verdict):

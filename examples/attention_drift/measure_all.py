@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 import texts
-from arms import DEPTH, DEPTH_ARMS, Run
+from arms import DEPTH, DEPTH_ARMS, MTP_ARMS, Run
 from convert_all import convert_finished, finished
 from mlx_drift.demo import load_demo
 from mlx_drift.drafters.chain import ChainDrafter
@@ -191,7 +191,7 @@ def measure(run: Run, study: Path, results: Path) -> str:
         told["acceptance"] = {}
     said = texts.recorded(study / "texts")
     drafter = load_converted(study / "mlx" / run.name, target())
-    if "lm_head" not in drafter.network:
+    if run.arm in MTP_ARMS:
         drafter = with_float_head(drafter)
     for name, asked, of, k in conditions(said, run):
         if name not in told["acceptance"]:
