@@ -15,8 +15,8 @@ from mlx_drift.measure.observe import Observed
 from mtp_heads import FAMILIES, config_of, head, write_repository, written
 from tiny import NoText
 
-KINDS = ["speculators llama", "qwen3_5_moe", "glm4_moe", "deepseek_v3", "deepseek_v3 dense", "mimo"]
-"""Plain, gated and latent attention."""
+KINDS = ["speculators llama", "qwen3_5_moe", "deepseek_v3", "mimo"]
+"""Plain, gated and latent attention, and biases."""
 
 ROWS, STEPS = 9, 4
 

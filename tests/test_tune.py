@@ -115,7 +115,7 @@ def test_auto_starts_from_it_and_keeps_what_it_learns(pair):
     keep(model, drafter)
     first = run([1, 2, 3])
     assert first.draft_length.tuned
-    assert not first.plain_tokens  # it knows that a round of two drafts costs 1.4 plain steps
+    assert first.plain_tokens < 3  # it knows what a plain step costs, and need not time three
     assert first.draft_length.fixed is None
     second = run([*cache.tokens, 4])
     assert second.draft_length is first.draft_length
