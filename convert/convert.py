@@ -12,10 +12,10 @@ import mlx.core as mx
 from mlx_drift.convert.card import model_card
 from mlx_drift.convert.conventions import TapConvention
 from mlx_drift.convert.layers import Overrides
-from mlx_drift.convert.mtp_source import read_mtp_checkpoint
+from mlx_drift.convert.mtp.source import read_mtp_checkpoint
+from mlx_drift.convert.read.source import Checkpoint, read_checkpoint
+from mlx_drift.convert.read.stored import StoredTensor, from_mlx
 from mlx_drift.convert.resolved import Resolved
-from mlx_drift.convert.source import Checkpoint, read_checkpoint
-from mlx_drift.convert.stored import StoredTensor, from_mlx
 from mlx_drift.convert.target import read_target_shape, shared_with_target
 from mlx_drift.convert.understand import understand
 from mlx_drift.convert.vocabulary import read_d2t
@@ -32,8 +32,8 @@ from mlx_drift.drafters.load import (
     target_ids,
 )
 from mlx_drift.errors import DriftError
-from mlx_drift.hub import HubFolder, split_repository, upload_folder
-from mlx_drift.target import TargetShape
+from mlx_drift.files.hub import HubFolder, split_repository, upload_folder
+from mlx_drift.target.model import TargetShape
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_drift.convert.stored import StoredTensor, from_mlx, to_mlx
+from mlx_drift.convert.read.stored import StoredTensor, from_mlx, to_mlx
 
 FP8_BLOCK = 128
 """Rows and columns that share a scale in DeepSeek's fp8 checkpoints."""

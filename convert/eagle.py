@@ -5,7 +5,7 @@ from typing import Any
 from mlx_drift.convert.conventions import Undecided, Values
 from mlx_drift.convert.layers import Overrides, Tensors, read_layers, read_target
 from mlx_drift.errors import DriftError
-from mlx_drift.target import TargetShape
+from mlx_drift.target.model import TargetShape
 
 
 def understand_eagle(

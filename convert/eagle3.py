@@ -5,7 +5,7 @@ from typing import Any
 from mlx_drift.convert.conventions import TapConvention, Undecided, Values, resolve_taps
 from mlx_drift.convert.layers import Overrides, Tensors, read_layers, read_target
 from mlx_drift.errors import DriftError, brief
-from mlx_drift.target import TargetShape
+from mlx_drift.target.model import TargetShape
 
 
 def understand_eagle3(

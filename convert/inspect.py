@@ -14,16 +14,16 @@ import numpy as np
 
 from mlx_drift.convert.conventions import TapConvention
 from mlx_drift.convert.layers import Overrides
-from mlx_drift.convert.mtp_source import read_mtp_checkpoint
+from mlx_drift.convert.mtp.source import read_mtp_checkpoint
+from mlx_drift.convert.read.source import Checkpoint, read_checkpoint
 from mlx_drift.convert.resolved import Resolved
-from mlx_drift.convert.source import Checkpoint, read_checkpoint
 from mlx_drift.convert.target import read_target_shape, target_folder
 from mlx_drift.convert.understand import understand
 from mlx_drift.convert.vocabulary import read_d2t
 from mlx_drift.drafters.config import read_json
 from mlx_drift.drafters.load import build_network, check_tensors
 from mlx_drift.errors import DriftError
-from mlx_drift.target import TargetShape
+from mlx_drift.target.model import TargetShape
 
 TOKENIZER = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 20 << 20  # Llama 3's has 17

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_drift.convert.conventions import TapConvention, Values
+from mlx_drift.convert.read.stored import StoredTensor
 from mlx_drift.convert.rope import LAYER_KINDS, read_rope
-from mlx_drift.convert.stored import StoredTensor
 from mlx_drift.errors import DriftError, brief
-from mlx_drift.target import TargetShape
+from mlx_drift.target.model import TargetShape
 
 Tensors = Mapping[str, StoredTensor]
 

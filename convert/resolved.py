@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_drift.convert.conventions import Undecided
-from mlx_drift.convert.stored import StoredTensor
+from mlx_drift.convert.read.stored import StoredTensor
 from mlx_drift.drafters.config import AnyConfig, config_from_dict
 from mlx_drift.errors import DriftError
 

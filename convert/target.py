@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_drift.convert.source import LocalFolder, read_folder
-from mlx_drift.convert.stored import StoredTensor
+from mlx_drift.convert.read.source import LocalFolder, read_folder
+from mlx_drift.convert.read.stored import StoredTensor
 from mlx_drift.drafters.config import read_json
 from mlx_drift.errors import DriftError
-from mlx_drift.hub import resolve
-from mlx_drift.target import TargetShape
+from mlx_drift.files.hub import resolve
+from mlx_drift.target.model import TargetShape
 
 
 def target_folder(path_or_hf_repo: str) -> Path:

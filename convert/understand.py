@@ -23,13 +23,13 @@ from mlx_drift.convert.dialects.torchspec import TORCHSPEC
 from mlx_drift.convert.eagle import understand_eagle
 from mlx_drift.convert.eagle3 import understand_eagle3
 from mlx_drift.convert.layers import Overrides
-from mlx_drift.convert.mtp import understand_mtp
+from mlx_drift.convert.mtp.understand import understand_mtp
+from mlx_drift.convert.read.source import Checkpoint
+from mlx_drift.convert.read.stored import StoredTensor
 from mlx_drift.convert.resolved import Resolved
-from mlx_drift.convert.source import Checkpoint
-from mlx_drift.convert.stored import StoredTensor
 from mlx_drift.drafters.config import CONFIGS, DrafterConfig, config_from_dict
 from mlx_drift.errors import DriftError, brief
-from mlx_drift.target import TargetShape
+from mlx_drift.target.model import TargetShape
 
 # The first that recognises a checkpoint; SpecForge's layout is what most others started from.
 DIALECTS = (

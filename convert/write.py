@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_drift.convert.stored import DTYPES, StoredTensor, from_mlx, to_mlx
+from mlx_drift.convert.read.stored import DTYPES, StoredTensor, from_mlx, to_mlx
 from mlx_drift.drafters.config import Quantization
 from mlx_drift.errors import DriftError
 

@@ -3,6 +3,12 @@
 from mlx_lm import load
 
 from mlx_drift.convert import convert_drafter, inspect_drafter
+from mlx_drift.decode.prompt_cache import (
+    PromptCache,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+)
 from mlx_drift.decode.statistics import Statistics
 from mlx_drift.demo import load_demo
 from mlx_drift.doctor import doctor
@@ -11,13 +17,7 @@ from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.generate import DriftResponse, generate, stream_generate
 from mlx_drift.loading import load_drafter
-from mlx_drift.prompt_cache import (
-    PromptCache,
-    load_prompt_cache,
-    make_prompt_cache,
-    save_prompt_cache,
-)
-from mlx_drift.target import remove_taps
+from mlx_drift.target.model import remove_taps
 
 __all__ = [
     "DraftModelDrafter",

@@ -15,15 +15,15 @@ import mlx_lm
 from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_drift.caches import KVQuantization
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
+from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
 from mlx_drift.decode.sampling import LogitsProcessor, Sampler, Sampling
 from mlx_drift.decode.speculate import speculate, time_plain_steps
 from mlx_drift.decode.statistics import LOW_ACCEPTANCE, Statistics
+from mlx_drift.decode.tuned import remember, tuned_costs
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError, DriftWarning
-from mlx_drift.prompt_cache import PromptCache, make_prompt_cache
-from mlx_drift.tuned import remember, tuned_costs
+from mlx_drift.target.caches import KVQuantization
 
 ROUNDS_TO_JUDGE = 32
 """Rounds after which a drafter that is hardly ever right is spoken of."""

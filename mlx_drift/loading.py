@@ -18,9 +18,9 @@ from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.config import FORMAT_VERSION, read_json
 from mlx_drift.drafters.load import WEIGHTS, load_converted
 from mlx_drift.errors import DriftError, DriftWarning
-from mlx_drift.hub import HubFolder, find_hub_folder
-from mlx_drift.paths import existing
-from mlx_drift.target import Target, TargetShape
+from mlx_drift.files.hub import HubFolder, find_hub_folder
+from mlx_drift.files.paths import existing
+from mlx_drift.target.model import Target, TargetShape
 
 CONVERTER_VERSION = 1
 """Raised when the converter's result changes for the same checkpoint, so that caches start anew."""

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_drift.convert.mtp_layouts import LAYOUTS
+from mlx_drift.convert.mtp.layouts import LAYOUTS
 from mlx_drift.errors import DriftError
 
 QWEN3 = "enable_thinking=false: the head was trained on answers without thinking"

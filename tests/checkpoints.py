@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from mlx_drift.convert.torch_pickle import read_torch_checkpoint
+from mlx_drift.convert.read.torch_pickle import read_torch_checkpoint
 from tiny import HIDDEN, VOCAB
 
 DRAFT_VOCAB = 40

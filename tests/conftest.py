@@ -1,13 +1,8 @@
 """What most test modules use: the command line in this process."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from mlx_drift.cli import main
-
-sys.path.insert(0, str(Path(__file__).parent / "reference"))
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from pathlib import Path
 from threading import Thread
 
 from mlx_drift.cli import main
-from mlx_drift.hub import find_hub_folder
+from mlx_drift.files.hub import find_hub_folder
 from mlx_drift.loading import convert_once
-from mlx_drift.target import TargetShape
+from mlx_drift.target.model import TargetShape
 from tiny import HIDDEN, LAYERS, VOCAB
 
 SHAPE = TargetShape(hidden_size=HIDDEN, vocab_size=VOCAB, num_layers=LAYERS)

@@ -20,7 +20,7 @@ from mlx_drift import DriftError, convert_drafter, load_drafter
 from mlx_drift.demo import DEMO, QUESTION, TARGET
 from mlx_drift.errors import DriftWarning
 from mlx_drift.loading import drafter_cache
-from mlx_drift.target import Target
+from mlx_drift.target.model import Target
 from tiny import HIDDEN, tiny_llama
 
 REPO = "someone/tiny-eagle3"

@@ -8,7 +8,7 @@ import pytest
 from hub_stub import settle
 from mlx_drift import DriftError
 from mlx_drift.demo import QUESTION
-from mlx_drift.hub import split_repository
+from mlx_drift.files.hub import split_repository
 from mlx_drift.pairs import PAIRS, find_pair
 
 QWEN3_8B = {

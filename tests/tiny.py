@@ -15,7 +15,7 @@ from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.config import Eagle3Config
 from mlx_drift.drafters.eagle3 import Eagle3Network
 from mlx_drift.drafters.protocol import Draft
-from mlx_drift.target import Target
+from mlx_drift.target.model import Target
 
 VOCAB = 64
 LAYERS = 4

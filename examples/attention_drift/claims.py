@@ -11,7 +11,7 @@ from functools import partial
 from arms import DEPTH, MTP_ARMS
 from findings import Arm, Compared, Factors, Study, Sums, compare, every, ratio, to_the
 from measure_all import DEEP, DRAFTS, deep
-from mlx_drift.measure.context import condition
+from mlx_drift.measure.acceptance.context import condition
 from texts import EVERY_LONG, EVERY_PERTURBED, HELD_OUT, LENGTHS
 
 PRE, BOTH = "neither", "both"

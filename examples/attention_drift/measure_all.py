@@ -27,10 +27,10 @@ from convert_all import convert_finished, finished
 from mlx_drift.demo import load_demo
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.load import load_converted
-from mlx_drift.measure.around import root_mean_square
-from mlx_drift.measure.context import condition, windows
-from mlx_drift.measure.figures import CLASSES, Sums
-from mlx_drift.measure.intervene import intervention
+from mlx_drift.measure.acceptance.context import condition, windows
+from mlx_drift.measure.inside.around import root_mean_square
+from mlx_drift.measure.inside.figures import CLASSES, Sums
+from mlx_drift.measure.inside.intervene import intervention
 from replay import Rounds, add_up_rows, replay, rounds, unroll
 from texts import HELD_OUT, Text
 

@@ -11,11 +11,11 @@ from matplotlib.patches import Patch
 
 from findings import Arm, share
 from measure_all import DEEP, DRAFTS, SEEN, deep
+from mlx_drift.measure.acceptance.context import condition
 from mlx_drift.measure.bootstrap import Interval
-from mlx_drift.measure.context import condition
-from mlx_drift.measure.drift import RECENT
-from mlx_drift.measure.drift_plot import FILLS, LABELS, LINES
-from mlx_drift.measure.figures import CLASSES
+from mlx_drift.measure.inside.drift import RECENT
+from mlx_drift.measure.inside.drift_plot import FILLS, LABELS, LINES
+from mlx_drift.measure.inside.figures import CLASSES
 from texts import HELD_OUT, LENGTHS
 
 STEPS = range(1, DEEP + 1)

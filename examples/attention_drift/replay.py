@@ -1,6 +1,6 @@
 """The rounds in which a drafter would have helped to say a text that is known already.
 
-Two ways to the same rounds, those of `mlx_drift.measure.asking.answer`:
+Two ways to the same rounds, those of `mlx_drift.measure.acceptance.asking.answer`:
 
 - `unroll` drafts a chain behind every token of the text at once, as training does, but each chain
   with its own tokens; `rounds` then reads off which of the chains greedy decoding would have begun.
@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from mlx_drift.drafters.cache import TrainTimeTestCache
 from mlx_drift.drafters.chain import ChainDrafter
-from mlx_drift.measure.drift import RECENT
-from mlx_drift.measure.figures import Split, Sums, add_up
-from mlx_drift.measure.observe import Chain, Observed
+from mlx_drift.measure.inside.drift import RECENT
+from mlx_drift.measure.inside.figures import Split, Sums, add_up
+from mlx_drift.measure.inside.observe import Chain, Observed
 from texts import Text
 
 SINKS = 1
@@ -90,7 +90,7 @@ def _outcome(drafts: list[int], wanted: list[int]) -> tuple[int, int]:
 
 
 def add_up_rows(chain: Chain, text: Text, rows: list[int]) -> Sums:
-    """Adds up what `mlx_drift.measure.drift` measures over some rows' chains."""
+    """Adds up what `mlx_drift.measure.inside.drift` measures over some rows' chains."""
     split = Split(text.prompt - 1, SINKS, RECENT)
     of: Any = mx.array(rows)
     return add_up(chain, of, [row + 1 for row in rows], split)

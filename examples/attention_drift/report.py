@@ -41,10 +41,10 @@ from findings import (
     to_the,
 )
 from measure_all import DEEP, DRAFTS, INTERVENTIONS, RESULTS, SEEN, TEXTS, WINDOW, deep
+from mlx_drift.measure.acceptance.context import condition
 from mlx_drift.measure.bootstrap import Interval
-from mlx_drift.measure.context import condition
-from mlx_drift.measure.drift import RECENT
-from mlx_drift.measure.figures import CLASSES
+from mlx_drift.measure.inside.drift import RECENT
+from mlx_drift.measure.inside.figures import CLASSES
 from texts import EVERY_PERTURBED, HELD_OUT, LENGTHS, ROW, WORDINGS
 
 GROUPS = {"Which norm": (PRE, tuple(ARMS)), "MTP heads": ("mtp_post", tuple(MTP_ARMS))}

@@ -15,12 +15,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.demo import load_demo
 from mlx_drift.drafters.chain import ChainDrafter
-from mlx_drift.measure.asking import Settings
-from mlx_drift.measure.context import Contexts
-from mlx_drift.measure.perturb import perturbations
-from mlx_drift.measure.questions import Question, read_questions
-from mlx_drift.measure.wording import Wording
-from mlx_drift.target import Target
+from mlx_drift.measure.acceptance.asking import Settings
+from mlx_drift.measure.acceptance.context import Contexts
+from mlx_drift.measure.acceptance.perturb import perturbations
+from mlx_drift.measure.acceptance.questions import Question, read_questions
+from mlx_drift.measure.acceptance.wording import Wording
+from mlx_drift.target.model import Target
 
 QUESTIONS = Path(__file__).parents[1] / "train_demo_pair" / "heldout.jsonl"
 HELD_OUT = "held out"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from mlx_drift.cli.show import as_is
-from mlx_drift.measure.acceptance import ALL, Condition
+from mlx_drift.measure.acceptance.count import ALL, Condition
 from mlx_drift.measure.bootstrap import Interval
 
 

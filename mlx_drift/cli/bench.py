@@ -20,11 +20,16 @@ from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.errors import DriftError
 from mlx_drift.generate import check_num_draft_tokens
 from mlx_drift.loading import load_drafter
-from mlx_drift.measure.arms import Length
-from mlx_drift.measure.bench import LENGTHS, PROMPTS, Bench, bench
-from mlx_drift.measure.rounds import TURNS
-from mlx_drift.measure.shape_costs import ACCEPTANCES, ShapeCosts, check_assumptions, shape_costs
-from mlx_drift.measure.shapes import SHAPES, UNQUANTIZED, random_pair
+from mlx_drift.measure.speed.arms import Length
+from mlx_drift.measure.speed.bench import LENGTHS, PROMPTS, Bench, bench
+from mlx_drift.measure.speed.rounds import TURNS
+from mlx_drift.measure.speed.shape_costs import (
+    ACCEPTANCES,
+    ShapeCosts,
+    check_assumptions,
+    shape_costs,
+)
+from mlx_drift.measure.speed.shapes import SHAPES, UNQUANTIZED, random_pair
 
 Found = TypeVar("Found", Bench, ShapeCosts)
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from mlx_drift.measure.bench import Arm, Bench
-from mlx_drift.measure.shape_costs import SAMPLED, LengthCost, ShapeCosts
+from mlx_drift.measure.speed.bench import Arm, Bench
+from mlx_drift.measure.speed.shape_costs import SAMPLED, LengthCost, ShapeCosts
 
 NOTHING = "–"
 

@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mlx_drift.caches import KVQuantization
 from mlx_drift.cli import options
 from mlx_drift.cli.load import PROMPT_LOOKUP, choose_drafter
 from mlx_drift.cli.show import as_is
@@ -18,6 +17,7 @@ from mlx_drift.demo import TARGET
 from mlx_drift.doctor import CacheKind, Diagnosis, DrafterFacts, Family, Memory, Taps
 from mlx_drift.doctor import doctor as examine
 from mlx_drift.errors import DriftError
+from mlx_drift.target.caches import KVQuantization
 
 WEIGHTS_FROM = {
     "tensors": "the tensors on this machine",

@@ -11,17 +11,17 @@ import typer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
 
-from mlx_drift.caches import KVQuantization
 from mlx_drift.cli import options
 from mlx_drift.cli.load import load_model, load_pair, windowed
 from mlx_drift.cli.prompts import PLACE, apply_template, encode, parse_object, read_prompt
 from mlx_drift.cli.report import explanation, report, table
 from mlx_drift.cli.show import prompt_bar
+from mlx_drift.decode.prompt_cache import PromptCache, load_prompt_cache
 from mlx_drift.demo import QUESTION
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
 from mlx_drift.generate import DriftResponse, check_num_draft_tokens, stream_generate
-from mlx_drift.prompt_cache import PromptCache, load_prompt_cache
+from mlx_drift.target.caches import KVQuantization
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 

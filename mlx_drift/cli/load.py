@@ -19,10 +19,10 @@ from mlx_drift.drafters.draft_model import DraftModelDrafter
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
-from mlx_drift.hub import find_hub_folder, resolve
+from mlx_drift.files.hub import find_hub_folder, resolve
+from mlx_drift.files.paths import existing
 from mlx_drift.loading import load_drafter
 from mlx_drift.pairs import find_pair
-from mlx_drift.paths import existing
 
 PROMPT_LOOKUP = "prompt-lookup"
 """What `--drafter` says for a drafter that is no model at all."""

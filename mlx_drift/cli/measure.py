@@ -24,20 +24,25 @@ from mlx_drift.demo import TARGET
 from mlx_drift.drafters.config import read_json
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.generate import check_num_draft_tokens
-from mlx_drift.measure.acceptance import ELSEWHERE, Condition, conditions
-from mlx_drift.measure.answers import AnswerFile, Task, collect, describe
-from mlx_drift.measure.asking import Answers, Settings
-from mlx_drift.measure.context import (
+from mlx_drift.measure.acceptance.answers import AnswerFile, Task, collect, describe
+from mlx_drift.measure.acceptance.asking import Answers, Settings
+from mlx_drift.measure.acceptance.context import (
     WINDOW,
     Contexts,
     check_lengths,
     parse_lengths,
     read_document,
 )
-from mlx_drift.measure.perturb import ask_all, perturbations, same_prompts
-from mlx_drift.measure.plot import check_plot, plot_conditions, plot_contexts, plot_positions
-from mlx_drift.measure.questions import Question, read_question_files
-from mlx_drift.measure.wording import Wording, read_chat_template
+from mlx_drift.measure.acceptance.count import ELSEWHERE, Condition, conditions
+from mlx_drift.measure.acceptance.perturb import ask_all, perturbations, same_prompts
+from mlx_drift.measure.acceptance.plot import (
+    check_plot,
+    plot_conditions,
+    plot_contexts,
+    plot_positions,
+)
+from mlx_drift.measure.acceptance.questions import Question, read_question_files
+from mlx_drift.measure.acceptance.wording import Wording, read_chat_template
 
 
 def measure(

@@ -11,10 +11,10 @@ from rich.table import Table as RichTable
 
 from mlx_drift.cli import options
 from mlx_drift.cli.load import load_pair
+from mlx_drift.decode.tuned import Table, device_name, tuned_file, write_table
 from mlx_drift.demo import QUESTION
-from mlx_drift.measure.arithmetic import break_even
-from mlx_drift.measure.tune import CONTEXTS, LENGTHS, tune
-from mlx_drift.tuned import Table, device_name, tuned_file, write_table
+from mlx_drift.measure.speed.arithmetic import break_even
+from mlx_drift.measure.speed.tune import CONTEXTS, LENGTHS, tune
 
 
 def tune_command(

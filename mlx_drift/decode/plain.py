@@ -11,11 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_drift.caches import TargetCache
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.text import Round, Text
 from mlx_drift.drafters.protocol import Draft, Drafter, DrafterCache
-from mlx_drift.target import Target
+from mlx_drift.target.caches import TargetCache
+from mlx_drift.target.model import Target
 
 MOST_PENDING = 2048
 """Rows whose taps are kept: 50 MB for three taps of an 8B model in 16 bits."""

@@ -15,13 +15,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_drift.caches import TargetCache
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.plain import decode_plain
 from mlx_drift.decode.sampling import GREEDY, Sampling
 from mlx_drift.decode.text import Round, Text
 from mlx_drift.drafters.protocol import Drafter, DrafterCache
-from mlx_drift.target import Target
+from mlx_drift.target.caches import TargetCache
+from mlx_drift.target.model import Target
 
 PLAIN_RUNS, PLAIN_STEPS = 3, 4
 ROUNDS_BETWEEN_CLEARS = 64  # mlx-lm clears its buffers every 256 tokens

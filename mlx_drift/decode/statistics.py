@@ -31,7 +31,7 @@ class Statistics:
         plain_step_seconds: Seconds of a one-row target step, where it was timed.
         prompt_tokens: Prompt tokens that were processed.
         reused_tokens: Prompt tokens whose rows were in the prompt cache already.
-        reuse: How the prompt found the prompt cache (`mlx_drift.prompt_cache.Reuse`).
+        reuse: How the prompt found the prompt cache (`mlx_drift.decode.prompt_cache.Reuse`).
         plain_tokens: Tokens of plain decoding, between the rounds.
         plain_seconds: Seconds they took in all.
         draft_length: What chose the number of drafts, or what would have.

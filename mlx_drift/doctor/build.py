@@ -22,9 +22,9 @@ from mlx_lm.utils import _get_classes, load_model
 from mlx_drift.convert.convert import DTYPES
 from mlx_drift.doctor.diagnosis import Source
 from mlx_drift.errors import DriftError, brief
-from mlx_drift.hub import find_hub_folder, resolve, split_repository
-from mlx_drift.paths import existing
-from mlx_drift.tensors import read_safetensors
+from mlx_drift.files.hub import find_hub_folder, resolve, split_repository
+from mlx_drift.files.paths import existing
+from mlx_drift.files.tensors import read_safetensors
 
 WEIGHTS = "model*.safetensors"
 """The files that mlx-lm loads."""

@@ -8,11 +8,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, QuantizedKVCache
 
-from mlx_drift.caches import TargetCache
 from mlx_drift.doctor.diagnosis import CacheKind
-from mlx_drift.rewind import Caches, parts
-from mlx_drift.sliding import ALL, STEP, SlidingKVCache
-from mlx_drift.target import Target
+from mlx_drift.target.caches import TargetCache
+from mlx_drift.target.model import Target
+from mlx_drift.target.rewind import Caches, parts
+from mlx_drift.target.sliding import ALL, STEP, SlidingKVCache
 
 
 def two_tokens() -> mx.array:
@@ -117,7 +117,8 @@ def _added(kind: CacheKind, part: Any, count: int) -> CacheKind:
 def _words(part: Any, step_size: int) -> tuple[str, str, str]:
     """Says what a cache holds, how drafts are taken back in it, and how a conversation goes back.
 
-    The latter two are what `mlx_drift.caches` and `mlx_drift.rewind` do with a cache of its type.
+    The latter two are what `mlx_drift.target.caches` and `mlx_drift.target.rewind` do with a
+    cache of its type.
     """
     rows = "keys and values"
     turns = "to a turn's start or end, by a copy"

@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_drift.caches import KVQuantization, TargetCache
 from mlx_drift.convert.layers import Overrides
+from mlx_drift.convert.read.source import read_checkpoint
 from mlx_drift.convert.resolved import Resolved
-from mlx_drift.convert.source import read_checkpoint
 from mlx_drift.convert.understand import understand
 from mlx_drift.convert.vocabulary import read_d2t
 from mlx_drift.doctor.build import (
@@ -44,10 +43,11 @@ from mlx_drift.drafters.config import check_target, read_config, read_json
 from mlx_drift.drafters.fold import fold
 from mlx_drift.drafters.load import build_network, cast, check_tensors, target_ids
 from mlx_drift.errors import DriftError, brief
-from mlx_drift.hub import find_hub_folder
+from mlx_drift.files.hub import find_hub_folder
+from mlx_drift.files.paths import existing
 from mlx_drift.pairs import find_pair
-from mlx_drift.paths import existing
-from mlx_drift.target import Target
+from mlx_drift.target.caches import KVQuantization, TargetCache
+from mlx_drift.target.model import Target
 
 Answer = TypeVar("Answer")
 

@@ -5,13 +5,14 @@ positions (`offset`) and what may be seen. `ChainCache` is decoding; `TrainTimeT
 teacher-forced chain of every position at once. The layers are the same code in both.
 
 What they attend with is a fused kernel that keeps no weights. `weights` tells them afterwards, by
-plain operations in float32: for measuring (`mlx_drift.measure.observe`), decoding does not ask.
+plain operations in float32: for measuring (`mlx_drift.measure.inside.observe`), decoding does not
+ask.
 """
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from mlx_drift.sliding import ALL, SlidingKVCache
+from mlx_drift.target.sliding import ALL, SlidingKVCache
 
 
 class ChainCache:

@@ -17,8 +17,8 @@ from mlx_drift.drafters.cache import ChainCache, TrainTimeTestCache
 from mlx_drift.drafters.config import DrafterConfig
 from mlx_drift.drafters.protocol import Choose, Draft
 from mlx_drift.errors import DriftError
-from mlx_drift.rewind import Caches, Snapshot
-from mlx_drift.target import Target
+from mlx_drift.target.model import Target
+from mlx_drift.target.rewind import Caches, Snapshot
 
 
 class Network(Protocol):

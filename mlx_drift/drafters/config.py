@@ -15,7 +15,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from mlx_drift.errors import DriftError, brief
-from mlx_drift.target import TargetShape
+from mlx_drift.target.model import TargetShape
 
 Schema = TypeVar("Schema")
 

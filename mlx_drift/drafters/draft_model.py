@@ -1,7 +1,8 @@
 """The classic drafter: a small language model with the target's tokenizer (Leviathan et al. 2023).
 
 It needs no taps: it reads the same tokens as the target. Any mlx-lm model will do whose caches can
-take rows back; the rows of a chain are taken back as a conversation is, by `mlx_drift.rewind`.
+take rows back; the rows of a chain are taken back as a conversation is, by
+`mlx_drift.target.rewind`.
 """
 
 from collections.abc import Sequence
@@ -9,11 +10,11 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_drift.caches import TargetCache
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Choose, Draft
 from mlx_drift.errors import DriftError
-from mlx_drift.rewind import Snapshot
-from mlx_drift.target import Target
+from mlx_drift.target.caches import TargetCache
+from mlx_drift.target.model import Target
+from mlx_drift.target.rewind import Snapshot
 
 
 class DraftModelState(TargetCache):

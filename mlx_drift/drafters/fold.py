@@ -7,9 +7,9 @@ A drafter's step is bound by the launches of small kernels, not by its bytes (ml
 - queries (with their gates), keys and values are one matrix, and so are gate and up.
 
 Of the embedded EAGLE-3.1 drafter, an ingested row with the draft after it takes 40 kernels in place
-of 47, and a chained draft 40 in place of 44 (`pytest -n 0 -s tests/test_fold.py`: copies and
-arithmetic, norms and rotations as the one kernel each that they are on Metal, attention written out
-as on a CPU).
+of 47, and a chained draft 40 in place of 44 (`pytest -n 0 -s tests/drafters/test_fold.py`: copies
+and arithmetic, norms and rotations as the one kernel each that they are on Metal, attention written
+out as on a CPU).
 
 The numbers are the same but for rounding, and the file on disk stays as it is. Gains are folded
 only into matrices that are not quantized: the groups of one share their scales over columns.

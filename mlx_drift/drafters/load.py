@@ -16,9 +16,9 @@ from mlx_drift.drafters.eagle3 import Eagle3Network
 from mlx_drift.drafters.fold import fold
 from mlx_drift.drafters.mtp import MTPNetwork
 from mlx_drift.errors import DriftError
-from mlx_drift.paths import inside
-from mlx_drift.target import Target
-from mlx_drift.tensors import read_safetensors
+from mlx_drift.files.paths import inside
+from mlx_drift.files.tensors import read_safetensors
+from mlx_drift.target.model import Target
 
 WEIGHTS = "model.safetensors"
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_drift.drafters.protocol import Choose, Draft
-from mlx_drift.rewind import Snapshot
+from mlx_drift.target.rewind import Snapshot
 
 LONGEST = 3
 """How many of the last tokens are looked for, at most: longer matches are tried first."""

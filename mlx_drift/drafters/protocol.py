@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlx_drift.rewind import Snapshot
+from mlx_drift.target.rewind import Snapshot
 
 MAX_DRAFT_TOKENS = 64
 """More drafts a round than any drafter was ever trained for; a larger number is a mistake."""
@@ -46,7 +46,7 @@ class Choose(Protocol):
 class DrafterCache(Protocol):
     """All state of one conversation: one row for every token but the first.
 
-    `mlx_drift.rewind.Caches` has it all.
+    `mlx_drift.target.rewind.Caches` has it all.
     """
 
     @property

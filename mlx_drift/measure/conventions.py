@@ -26,7 +26,7 @@ from mlx_drift.decode.statistics import LOW_ACCEPTANCE
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.load import cast
 from mlx_drift.errors import DriftError
-from mlx_drift.target import Target
+from mlx_drift.target.model import Target
 
 STEPS = 3
 TOKENS, MOST = 240, 80

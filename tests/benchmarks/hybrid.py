@@ -24,7 +24,7 @@ from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from families import CONFIGS, VOCAB, build
-from mlx_drift.target import Target
+from mlx_drift.target.model import Target
 
 LARGER = {
     "hidden_size": 512,

@@ -38,7 +38,7 @@ from mlx_drift.drafters.config import Eagle3Config
 from mlx_drift.drafters.eagle3 import Eagle3Network
 from mlx_drift.drafters.fold import fold
 from mlx_drift.drafters.protocol import Choose, Draft
-from mlx_drift.target import Target
+from mlx_drift.target.model import Target
 from tiny import tiny_llama
 
 VOCAB, DRAFT_VOCAB = 4096, 1024

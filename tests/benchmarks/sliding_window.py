@@ -17,8 +17,9 @@ from mlx_lm.generate import speculative_generate_step
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mlx_drift.target import Target
 from test_families import LENGTH, PROMPT, spoken, taps_of
+
+from mlx_drift.target.model import Target
 from tiny import plain_greedy, tiny_llama
 
 WINDOW = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 16}

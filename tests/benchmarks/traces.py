@@ -1,4 +1,4 @@
-"""Records what tests/test_draft_length.py replays: acceptance and costs of the embedded pair.
+"""Records what tests/decode/test_draft_length.py replays: acceptance, costs of the embedded pair.
 
 For every position of an answer, how many of eight drafts a round would accept there: on a question
 the target knows by heart and on one it makes its answer up for, greedily and at temperature 1. And
@@ -22,7 +22,7 @@ from mlx_drift import load_drafter, make_prompt_cache, stream_generate
 from mlx_drift.decode.sampling import Chooser, Sampling
 from mlx_drift.demo import DEMO, TARGET
 from mlx_drift.drafters.protocol import Draft
-from mlx_drift.measure.tune import tune
+from mlx_drift.measure.speed.tune import tune
 
 OUT = Path(__file__).parents[1] / "traces.json"
 QUESTIONS = {

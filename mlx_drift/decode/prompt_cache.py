@@ -1,0 +1,417 @@
+"""What a conversation keeps from turn to turn: tokens, and the caches of target and drafter.
+
+Notable:
+- The prompt of every turn is the whole conversation. What the caches hold of it is kept: they go
+  back to where the prompt leaves the tokens they have seen, as far as they can, else to a snapshot
+  of a turn's start or end, else to the beginning (`PromptCache.reuse` says which).
+- Between turns the invariant of the rounds holds: the target has a row for every token but the
+  last, the drafter one for every token but the first. So no tap is left pending: the last token is
+  fed with what follows it, and brings its own.
+- A file holds tokens and arrays, and whose they are: another model or drafter is refused.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_drift.decode.draft_length import DraftLength
+from mlx_drift.decode.speculate import Progress, prefill
+from mlx_drift.decode.text import Round
+from mlx_drift.drafters.protocol import Drafter, DrafterCache
+from mlx_drift.errors import DriftError
+from mlx_drift.files.tensors import read_metadata, read_safetensors
+from mlx_drift.target.caches import KVQuantization, TargetCache
+from mlx_drift.target.model import Target
+from mlx_drift.target.rewind import Snapshot
+
+FORMAT = "mlx_drift_prompt_cache"
+FORMAT_VERSION = 1
+
+Reuse = Literal["nothing", "extended", "trimmed", "snapshot", "started over"]
+"""How a prompt found the caches: empty; ending where it goes on; holding rows past the point where
+it branches off, which were trimmed, or left for a snapshot, or could not be left but by starting
+over."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The caches' state at the start or end of a turn, `tokens` tokens into the conversation."""
+
+    tokens: int
+    target: Snapshot
+    drafter: Snapshot
+
+
+class PromptCache:
+    """What one conversation has in the caches. Make it with `make_prompt_cache`.
+
+    Attributes:
+        tokens: The tokens that the caches have seen.
+        reuse: How the last prompt found the caches.
+        whole: Nothing was interrupted while they changed.
+        draft_length: What `num_draft_tokens="auto"` learned in this conversation.
+        is_ahead: A stretch of plain decoding is under way: the target has begun the next step, and
+            the drafter has yet to see the last tokens.
+        single_use: It is given up after one answer, so nothing is made ready for another.
+        target_cache: The target's, with a row for every token but the last.
+        drafter_cache: The drafter's, with a row for every token but the first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        drafter: Drafter,
+        *,
+        max_kv_size: int | None,
+        quantization: KVQuantization | None,
+        max_snapshots: int,
+    ):
+        self.model = model
+        self.drafter = drafter
+        self.max_kv_size = max_kv_size
+        self.quantization = quantization
+        self.max_snapshots = max_snapshots
+        self.target = Target(model, drafter.taps)
+        self.reuse: Reuse = "nothing"
+        self.whole = True
+        self.draft_length: DraftLength | None = None
+        self.single_use = False
+        self.is_ahead = False
+        self._under_way: Generator[Round] | None = None
+        self.tokens: list[int] = []
+        self._turns: list[Turn] = []
+        self._prompts = 0
+        self.target_cache, self.drafter_cache = self._make_caches()
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the caches and the snapshots."""
+        arrays = tree_flatten([[turn.target, turn.drafter] for turn in self._turns])
+        snapshots = sum(array.nbytes for _, array in arrays if array is not None)
+        return self.target_cache.nbytes + self.drafter_cache.nbytes + snapshots
+
+    def read(self, prompt: list[int], *, step_size: int, progress: Progress) -> int:
+        """Brings the caches to the last token of a prompt, feeding what they do not hold of it.
+
+        Args:
+            prompt: Token ids of the whole conversation.
+            step_size: Tokens a chunk.
+            progress: Told after each chunk.
+
+        Returns:
+            How many tokens need not be fed again.
+
+        Raises:
+            DriftError: If `step_size` is less than 1.
+        """
+        if step_size < 1:
+            raise DriftError(f"prefill_step_size is {step_size}; expected at least 1")
+        self.finish()
+        self._prompts += 1
+
+        def advance(done: int, total: int) -> None:
+            self.tokens = list(prompt[: done + 1])
+            progress(done, total)
+
+        was_whole = self.whole
+        with self.under_way():
+            self._go_back(prompt, was_whole)
+            reused = max(0, len(self.tokens) - 1)
+            prefill(
+                self.target,
+                self.drafter,
+                mx.array(prompt, dtype=mx.int32),
+                self.target_cache,
+                self.drafter_cache,
+                step_size=step_size,
+                progress=advance,
+                done=reused,
+            )
+        self._remember()
+        return reused
+
+    def follow(self, rounds: Generator[Round]) -> Iterator[Round]:
+        """Passes rounds on, and keeps their tokens.
+
+        Raises:
+            DriftError: If another prompt was read since.
+        """
+        prompts = self._prompts
+        self._under_way = rounds
+        try:
+            while True:
+                if self._prompts != prompts:
+                    raise DriftError(
+                        "the prompt cache was used for another prompt meanwhile, so this answer "
+                        "cannot go on; make a prompt cache for each conversation"
+                    )
+                with self.under_way():
+                    round = next(rounds, None)
+                if round is None:
+                    break
+                self.tokens += round.tokens
+                self.is_ahead = round.is_plain
+                yield round
+        finally:
+            if self._prompts == prompts:
+                self.finish()
+
+    def finish(self) -> None:
+        """Ends the answer under way, if there is one: takes back what is ahead of its tokens.
+
+        Raises:
+            DriftError: If another thread is in the middle of a round of it.
+        """
+        rounds, self._under_way = self._under_way, None
+        if rounds is None:
+            return
+        was_whole = self.whole
+        try:
+            rounds.close()
+        except ValueError:
+            self._under_way = rounds
+            raise DriftError(
+                "the prompt cache is in use by another thread; make one for each conversation"
+            ) from None
+        self.whole, self.is_ahead = was_whole, False
+        self._settle()
+
+    def _settle(self) -> None:
+        """Computes what is still lazy, which belongs to this thread, for whoever comes next."""
+        if not self.single_use:
+            mx.async_eval(self.target_cache.state, self.drafter_cache.state)
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Marks that the caches change; if that is interrupted, they are not whole."""
+        self.whole = False
+        yield
+        self.whole = True
+
+    def _go_back(self, prompt: Sequence[int], whole: bool) -> None:
+        """Keeps what the caches hold of a prompt, token ids, and forgets the rest."""
+        pairs = zip(self.tokens, prompt, strict=False)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        shared = min(len(self.tokens), len(prompt)) if shared is None else shared
+        if whole and shared == len(self.tokens) > 1:
+            self.reuse = "extended"
+            self._remember()
+        elif shared > 1 and self._rewind(shared - 1):
+            self.reuse = "trimmed"
+        elif turn := next((t for t in reversed(self._turns) if self._restore(t, shared)), None):
+            self.reuse, shared = "snapshot", turn.tokens
+        else:
+            self.reuse, shared = "started over" if self.tokens else "nothing", 0
+            self.target_cache, self.drafter_cache = self._make_caches()
+        self.tokens = list(prompt[:shared])
+        self._turns = [turn for turn in self._turns if turn.tokens <= shared]
+
+    def _remember(self) -> None:
+        """Takes a snapshot, if there is what trimming would not bring back."""
+        if not self.max_snapshots or len(self.tokens) < 2:
+            return
+        turn = Turn(len(self.tokens), self.target_cache.snapshot(), self.drafter_cache.snapshot())
+        if any(arrays for arrays in (*turn.target, *turn.drafter)):
+            mx.eval(turn.target, turn.drafter)
+            turns = [t for t in self._turns if t.tokens != turn.tokens]
+            self._turns = [*turns, turn][-self.max_snapshots :]
+
+    def _make_caches(self) -> tuple[TargetCache, DrafterCache]:
+        target_cache = self.target.make_cache(
+            max_kv_size=self.max_kv_size, quantization=self.quantization
+        )
+        return target_cache, self.drafter.make_cache()
+
+    def _rewind(self, rows: int) -> bool:
+        return self.target_cache.rewind(rows) and self.drafter_cache.rewind(rows)
+
+    def _restore(self, turn: Turn, shared: int) -> bool:
+        return (
+            turn.tokens <= shared
+            and self.target_cache.restore(turn.target, turn.tokens - 1)
+            and self.drafter_cache.restore(turn.drafter, turn.tokens - 1)
+        )
+
+
+def make_prompt_cache(
+    model: nn.Module,
+    drafter: Drafter,
+    *,
+    max_kv_size: int | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = KVQuantization.group_size,
+    quantized_kv_start: int = KVQuantization.start,
+    max_snapshots: int = 4,
+) -> PromptCache:
+    """Makes an empty prompt cache for one conversation, to give to `stream_generate` at each turn.
+
+    Args:
+        model: The target, as `mlx_lm.load` returns it.
+        drafter: A drafter loaded for it.
+        max_kv_size: As in mlx-lm: rows to keep at most, the first four and the last ones.
+        kv_bits: As in mlx-lm: bits of quantized keys and values; None for none.
+        kv_group_size: As in mlx-lm.
+        quantized_kv_start: As in mlx-lm: from how many rows on they are quantized.
+        max_snapshots: How many starts and ends of turns can be gone back to where rows cannot be
+            trimmed: sliding windows past the wrap, recurrent states. The oldest are dropped.
+
+    Raises:
+        DriftError: If a number is out of range, the target's caches cannot take rows back, or
+            mlx-lm cannot quantize them.
+    """
+    if max_snapshots < 0:
+        raise DriftError(f"max_snapshots is {max_snapshots}; expected at least 0")
+    quantization = None
+    if kv_bits is not None:
+        quantization = KVQuantization(kv_bits, kv_group_size, quantized_kv_start)
+    return PromptCache(
+        model,
+        drafter,
+        max_kv_size=max_kv_size,
+        quantization=quantization,
+        max_snapshots=max_snapshots,
+    )
+
+
+def save_prompt_cache(path: str | Path, cache: PromptCache) -> None:
+    """Writes a conversation's tokens and caches to a safetensors file; snapshots are left out.
+
+    Raises:
+        DriftError: If the cache was left in the middle of a round, or the file cannot be written.
+    """
+    path = Path(path)
+    if cache.is_ahead:
+        raise DriftError(
+            f"{path}: the prompt cache is ahead of an answer under way, so it is not written. Save "
+            "it when the answer has ended, or call cache.finish() first, which ends it"
+        )
+    if not cache.whole:
+        raise DriftError(
+            f"{path}: the prompt cache was interrupted in the middle of a step, so it is not "
+            "written. Generate with it once more, and save it then"
+        )
+    described = {
+        "version": FORMAT_VERSION,
+        "taps": list(cache.drafter.taps),
+        "target": fingerprint(cache.model),
+        "drafter": fingerprint(cache.drafter.network),
+        "max_kv_size": cache.max_kv_size,
+        "quantization": None if cache.quantization is None else asdict(cache.quantization),
+    }
+    arrays = {"tokens": mx.array(cache.tokens, dtype=mx.int32)}
+    for owner in ("target", "drafter"):
+        held = getattr(cache, f"{owner}_cache").to_arrays()
+        arrays |= {f"{owner}.{name}": array for name, array in held.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            partial = Path(folder) / "cache.safetensors"
+            mx.save_safetensors(str(partial), arrays, {FORMAT: json.dumps(described)})
+            partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise DriftError(f"{path}: cannot be written ({error})") from None
+
+
+def load_prompt_cache(
+    path: str | Path, model: nn.Module, drafter: Drafter, *, max_snapshots: int = 4
+) -> PromptCache:
+    """Reads what `save_prompt_cache` wrote.
+
+    Args:
+        path: The file.
+        model: The target it was made with.
+        drafter: The drafter it was made with.
+        max_snapshots: As in `make_prompt_cache`.
+
+    Raises:
+        DriftError: If the file is missing, damaged, of another program, model or drafter.
+    """
+    path = Path(path)
+    arrays = read_safetensors(path)
+    described = _described(path)
+    same_taps = described.get("taps") == list(drafter.taps)
+    for owner, module in (("target", model), ("drafter", drafter.network)):
+        if described.get(owner) != fingerprint(module) or not (same_taps or owner == "target"):
+            raise DriftError(
+                f"{path} was made with another {owner} than the one given; load that one, or make "
+                "the prompt cache anew"
+            )
+    try:
+        quantization = described["quantization"]
+        cache = PromptCache(
+            model,
+            drafter,
+            max_kv_size=described["max_kv_size"],
+            quantization=quantization and KVQuantization(**quantization),
+            max_snapshots=max_snapshots,
+        )
+        _fill(cache, arrays)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise DriftError(f"{path} is damaged ({error}). Make the prompt cache anew") from None
+    return cache
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """Reads what a file says of itself."""
+    metadata = read_metadata(path)
+    try:
+        described = json.loads(metadata.get(FORMAT, "null"))
+    except (ValueError, RecursionError):
+        described = None
+    if not isinstance(described, dict):
+        raise DriftError(
+            f"{path} is not a prompt cache that mlx-drift wrote: it has no {FORMAT}. A file of "
+            "mlx-lm's knows neither its tokens nor the drafter's rows; make one with mlx-drift "
+            "cache-prompt, or save_prompt_cache"
+        )
+    if described.get("version") != FORMAT_VERSION:
+        raise DriftError(
+            f"{path} has another version than {FORMAT_VERSION}, which this mlx-drift reads. Make "
+            "the prompt cache anew"
+        )
+    return described
+
+
+def _fill(cache: PromptCache, arrays: dict[str, mx.array]) -> None:
+    """Gives a new cache the arrays of a file.
+
+    Raises:
+        ValueError: If they are not what the caches of these models hold.
+    """
+    tokens = arrays.pop("tokens")
+    if tokens.ndim != 1 or tokens.dtype != mx.int32:
+        raise ValueError("tokens is no list of token ids")
+    cache.tokens = tokens.tolist()  # type: ignore[assignment]
+    if any(not 0 <= token < cache.target.shape.vocab_size for token in cache.tokens):
+        raise ValueError("tokens lie outside the vocabulary")
+    if len(cache.tokens) < 2:  # which saves nothing
+        cache.tokens = []
+        return
+    # Fed the tokens, lazily and never computed, the caches tell what the arrays must be.
+    _, taps = cache.target(tokens[:-1], cache.target_cache)
+    cache.drafter.start(tokens[:1], cache.drafter_cache)
+    cache.drafter.ingest(tokens[1:], taps, cache.drafter_cache)
+    for owner, held in (("target", cache.target_cache), ("drafter", cache.drafter_cache)):
+        own = {n.removeprefix(f"{owner}."): a for n, a in arrays.items() if n.startswith(owner)}
+        held.check_arrays(own)
+        held.from_arrays(own, len(cache.tokens) - 1)
+        mx.eval(held.state)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Tells models apart: a hash of names, shapes, dtypes, and the first bytes of every array."""
+    arrays = sorted(tree_flatten(module.parameters()))
+    shapes = [f"{name} {array.dtype} {array.shape}" for name, array in arrays]
+    heads = [a[(0,) * (a.ndim - 1)][:8] if a.ndim else a[None] for _, a in arrays]
+    values = mx.concatenate([mx.zeros(1, mx.uint8), *(mx.view(head, mx.uint8) for head in heads)])
+    return hashlib.sha256("\n".join(shapes).encode() + np.array(values).tobytes()).hexdigest()

@@ -1,0 +1,392 @@
+"""An mlx-lm model seen as tokens in, logits and taps out, with exact rollback.
+
+Notable:
+- Taps are captured by giving each tapped layer *instance* a subclass of its own class
+  (``module.__class__ = Tapped``). mlx-lm's files stay as they are, the arithmetic is untouched, so
+  the logits keep every bit, and `remove_taps` puts the classes back.
+- What is captured goes to a context variable that is set only during one forward pass: threads,
+  conversations and models in one process do not see each other's taps, and a layer that nobody is
+  listening to pays one context look-up.
+- A cache is accepted only if a rejected draft can be taken back exactly
+  (`mlx_drift.target.caches`); the rest is refused by name before anything runs.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from threading import Lock
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_drift.errors import DriftError, DriftWarning, brief
+from mlx_drift.target.caches import (
+    INSTEAD,
+    NOT_EXACT,
+    Consumed,
+    KVQuantization,
+    TargetCache,
+    exact,
+    recurrent,
+)
+from mlx_drift.target.rewind import parts
+from mlx_drift.target.sliding import SlidingKVCache
+
+EMBEDDINGS = (
+    "embed_tokens wte word_embeddings embeddings embedding tok_embeddings token_embeddings "
+    "embed_in embed"
+).split()
+LAYERS = "layers h blocks".split()
+NORMS = (
+    "norm ln_f norm_f final_norm final_layernorm final_layer_norm embedding_norm output_norm"
+).split()
+HEADS = "lm_head embed_out output".split()
+"""What mlx-lm's model files call the parts of a decoder."""
+
+SINKS = 4
+"""The first rows that mlx-lm keeps under `max_kv_size`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetShape:
+    """What a drafter must know of a target to fit it (None where a checkpoint does not say)."""
+
+    hidden_size: int
+    vocab_size: int
+    num_layers: int | None = None
+
+
+@dataclass
+class Captured:
+    """What is noted during one forward pass.
+
+    Attributes:
+        taps: The captured states by tap.
+        twice: Taps that were captured more than once: layers that run in a loop.
+        consumed: What recurrent layers were given.
+    """
+
+    taps: dict[int, Any] = field(default_factory=dict)
+    twice: set[int] = field(default_factory=set)
+    consumed: list[Consumed] = field(default_factory=list)
+
+
+_installing = Lock()
+_captured: ContextVar[Captured | None] = ContextVar("captured", default=None)
+
+
+class Target:
+    """An mlx-lm model that also yields its taps and can take rows back.
+
+    A tap is an index into ``[embedding, out_0 … out_{n−1}, final norm]``: 0 is the embedding's
+    output, n the last layer's output before the final norm, n+1 the final norm's output.
+
+    Args:
+        model: A model as `mlx_lm.load` returns it.
+        taps: Which hidden states to capture, in ascending order.
+        lazy: Do not compute the model's arrays: for questions that their shapes answer.
+
+    Raises:
+        DriftError: If the model's layers are not where every plain mlx-lm text model has them.
+    """
+
+    def __init__(self, model: nn.Module, taps: Sequence[int] = (), *, lazy: bool = False):
+        self.model = model
+        self.taps = tuple(taps)
+        self._backbone, self._parents = _backbone(model)
+        self._embedding = _part(self._backbone, EMBEDDINGS)
+        self._layers = _layers(self._backbone)
+        row = self.embed(mx.array([0]))
+        self.dtype: mx.Dtype = row.dtype  # of the activations, hence of the taps
+        self.shape = TargetShape(
+            hidden_size=row.shape[-1],
+            vocab_size=self._embedding.weight.shape[0],
+            num_layers=len(self._layers),
+        )
+        self._install()
+        # RoPE tables too, which mlx-lm leaves lazy: another thread may be the first to use them.
+        if not lazy:
+            mx.eval(model)
+
+    def make_cache(
+        self, *, max_kv_size: int | None = None, quantization: KVQuantization | None = None
+    ) -> TargetCache:
+        """Makes an empty cache for one conversation.
+
+        Args:
+            max_kv_size: Rows to keep at most, the first four and the last ones, where the model
+                does not make caches of its own (as in mlx-lm).
+            quantization: Whether and how to quantize keys and values.
+
+        Raises:
+            DriftError: If a layer's cache cannot take back rejected drafts exactly, or mlx-lm
+                cannot quantize it.
+
+        Warns:
+            DriftWarning: If the model makes its own caches, so that `max_kv_size` changes nothing.
+        """
+        if (why := NOT_EXACT.get(self.model.model_type)) is not None:
+            raise DriftError(
+                f"the target ({self.model.model_type}) cannot be verified exactly: {why}. {INSTEAD}"
+            )
+        if max_kv_size is not None and max_kv_size <= SINKS:
+            raise DriftError(f"max_kv_size is {max_kv_size}; expected more than {SINKS}")
+        if max_kv_size is not None and hasattr(self.model, "make_cache"):
+            warnings.warn(
+                f"max_kv_size changes nothing: the target ({self.model.model_type}) makes its own "
+                "caches",
+                DriftWarning,
+                stacklevel=2,
+            )
+        caches = make_prompt_cache(self.model, max_kv_size)
+        replaced = [exact(cache) for cache in caches]
+        refused = [cache for cache, by in zip(caches, replaced, strict=True) if by is None]
+        if refused:
+            raise DriftError(
+                f"the target ({self.model.model_type}) keeps its state in {_kinds(refused)}, from "
+                f"which rejected drafts cannot be taken back exactly. {INSTEAD}"
+            )
+        if quantization is not None:
+            self._check_quantization(quantization, replaced)
+        return TargetCache(replaced, quantization)
+
+    def _check_quantization(self, quantization: KVQuantization, caches: list[Any]) -> None:
+        """Checks that the model runs on quantized keys and values, without computing anything."""
+        model_type = self.model.model_type
+        sliding = [c for c in caches if any(isinstance(p, SlidingKVCache) for p in parts(c))]
+        if sliding:
+            raise DriftError(
+                f"kv_bits: the target ({model_type}) keeps a sliding window of keys and values "
+                "(RotatingKVCache), which mlx-lm cannot quantize. Leave kv_bits out"
+            )
+        if not any(hasattr(cache, "to_quantized") for cache in caches):
+            raise DriftError(
+                f"kv_bits: the target ({model_type}) keeps its state in {_kinds(caches)}, which "
+                "mlx-lm does not quantize. Leave kv_bits out"
+            )
+        if quantization.start < 0 or not 1 <= quantization.group_size <= 1024:
+            raise DriftError(
+                f"quantized_kv_start is {quantization.start} and kv_group_size "
+                f"{quantization.group_size}; expected at least 0, and a group size that mlx has"
+            )
+        trial = TargetCache(
+            [exact(c) for c in make_prompt_cache(self.model)], replace(quantization, start=0)
+        )
+        try:
+            for rows in (1, 2):  # lazy: shapes and types are checked, nothing is computed
+                self.model(mx.zeros((1, rows), mx.int32), cache=trial)
+                trial.quantize()
+        except Exception as error:  # whatever a model file raises that was not written for it
+            raise DriftError(
+                f"kv_bits = {quantization.bits} with kv_group_size = {quantization.group_size}: "
+                f"mlx-lm cannot run the target ({model_type}) on such keys and values "
+                f"({brief(str(error))}). Give others, or leave kv_bits out"
+            ) from error
+
+    def __call__(self, tokens: mx.array, cache: TargetCache) -> tuple[mx.array, mx.array]:
+        """Feeds M tokens to one conversation.
+
+        Args:
+            tokens: Token ids `[M]`.
+            cache: The conversation's cache; it grows by M rows.
+
+        Returns:
+            Logits `[M, vocabulary]` and the captured states `[M, len(taps), hidden_size]`,
+            both lazy and in the model's own dtype.
+        """
+        cache.rows, cache.consumed = 0, []
+        cache.let_sinks_fade(True)
+        with _capture() as captured:
+            logits = self.model(tokens[None], cache=cache)
+        cache.quantize()
+        return logits[0], self._taps(captured, tokens.size)
+
+    def verify(self, tokens: mx.array, cache: TargetCache) -> tuple[mx.array, mx.array]:
+        """Feeds M tokens as if one by one; `rollback` then says how many of them stay.
+
+        Args:
+            tokens: Token ids `[M]`, at most `cache.room`.
+            cache: The conversation's cache; it grows by M rows.
+
+        Returns:
+            As `__call__`.
+
+        Raises:
+            DriftError: If the model keeps a state that cannot be put back.
+        """
+        cache.let_sinks_fade(False)
+        with _capture() as captured:
+            logits = self.model(tokens[None], cache=cache)
+        cache.rows, cache.consumed = tokens.size, captured.consumed
+        noted = {id(state) for note in captured.consumed for state, _ in note.states}
+        if any(id(state) not in noted for one in cache for state in recurrent(one)):
+            raise DriftError(
+                f"the target ({self.model.model_type}) keeps a recurrent state outside its layers, "
+                f"from which rejected drafts cannot be taken back exactly. {INSTEAD}"
+            )
+        return logits[0], self._taps(captured, tokens.size)
+
+    def rollback(self, cache: TargetCache, rows: int) -> None:
+        """Takes back the last `rows` of those verified last, as if they had never been fed."""
+        cache.rollback(rows)
+        cache.quantize()
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Looks up the embedding rows of token ids `[M]`: `[M, hidden_size]`, unscaled."""
+        return self._embedding(tokens)
+
+    def head(self, states: mx.array) -> mx.array:
+        """Maps normed states `[M, hidden_size]` to logits `[M, vocabulary]`.
+
+        Without a scale or cap the model may put on them, neither of which changes their order.
+        """
+        for parent in self._parents:
+            for name in HEADS:
+                if isinstance(parent.get(name), nn.Module):
+                    return parent[name](states)
+        return self._embedding.as_linear(states)
+
+    def _taps(self, captured: Captured, rows: int) -> mx.array:
+        """Stacks the captured states `[M, A, hidden_size]`, if they are what is to be captured."""
+        expected = (1, rows, self.shape.hidden_size)
+        if not self.taps:
+            return mx.zeros((rows, 0, self.shape.hidden_size), self.dtype)
+        states = []
+        for tap in self.taps:
+            state = captured.taps.get(tap)
+            if not isinstance(state, mx.array) or state.shape != expected or tap in captured.twice:
+                raise DriftError(
+                    f"the target's model type {self.model.model_type!r} does not hand a plain "
+                    f"hidden state from layer to layer, so tap {tap} cannot be captured. {INSTEAD}"
+                )
+            states.append(state[0])
+        return mx.stack(states, axis=1)
+
+    def _install(self) -> None:
+        """Makes the tapped layers report, and those of a recurrent model what they consume."""
+        layers = self._layers
+        is_recurrent = any(recurrent(cache) for cache in make_prompt_cache(self.model))
+        with _installing:
+            for layer in layers if is_recurrent else ():
+                _swap(layer, CONSUMES, _call_that_notes)
+            for tap in self.taps:
+                if tap == 0:
+                    _swap(layers[0], tap, _call_that_reports(tap, _first_argument))
+                elif tap <= len(layers):
+                    _swap(layers[tap - 1], tap, _call_that_reports(tap, _output))
+                else:
+                    norm = _part(self._backbone, NORMS)
+                    if norm is None:
+                        raise DriftError(
+                            f"the target's model type {self.model.model_type!r} has no final norm "
+                            f"that tap {tap} could read. {INSTEAD}"
+                        )
+                    _swap(norm, tap, _call_that_reports(tap, _output))
+
+
+def remove_taps(model: nn.Module) -> None:
+    """Gives every tapped module of `model` its own class back."""
+    for module in model.modules():
+        while hasattr(type(module), "tapped_as"):
+            module.__class__ = type(module).__base__
+
+
+CONSUMES = -1  # in place of a tap: the class notes what its layer consumes
+
+Call = Callable[..., Any]
+"""A layer's `__call__`, with the layer first."""
+
+
+def _swap(module: nn.Module, tapped_as: int, wrap: Callable[[Call], Call]) -> None:
+    """Gives one module instance a subclass of its class that calls through `wrap`, once."""
+    if any(cls.__dict__.get("tapped_as") == tapped_as for cls in type(module).__mro__):
+        return
+    cls = type(module)
+    members = {"__call__": wrap(cls.__call__), "tapped_as": tapped_as}
+    module.__class__ = type(cls.__name__, (cls,), members)
+
+
+def _call_that_reports(tap: int, choose: Callable[..., Any]) -> Callable[[Call], Call]:
+    def wrap(inner: Call) -> Call:
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            output = inner(self, *args, **kwargs)
+            captured = _captured.get()
+            if captured is not None:
+                if tap in captured.taps:
+                    captured.twice.add(tap)
+                captured.taps[tap] = choose(output, *args, *kwargs.values())
+            return output
+
+        return call
+
+    return wrap
+
+
+def _call_that_notes(inner: Call) -> Call:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        captured = _captured.get()
+        if captured is not None:
+            note = Consumed.of(inner, (self, *args), kwargs)
+            if note is not None:
+                captured.consumed.append(note)
+        return inner(self, *args, **kwargs)
+
+    return call
+
+
+def _kinds(caches: list[Any]) -> str:
+    """Names the kinds of some caches."""
+    return ", ".join(sorted({type(part).__name__ for cache in caches for part in parts(cache)}))
+
+
+def _first_argument(output: Any, first: Any, *rest: Any) -> Any:
+    return first
+
+
+def _output(output: Any, *given: Any) -> Any:
+    """The hidden state that a layer returns, alone or before what else it returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _capture() -> Iterator[Captured]:
+    captured = Captured()
+    token = _captured.set(captured)
+    try:
+        yield captured
+    finally:
+        _captured.reset(token)
+
+
+def _part(module: nn.Module, names: Sequence[str]) -> Any:
+    """Returns the part of a module under the first of some names that it has."""
+    return next((module[name] for name in names if name in module), None)
+
+
+def _layers(backbone: nn.Module) -> list[nn.Module]:
+    """Returns the layers, which some model files keep in a module of their own."""
+    layers = _part(backbone, LAYERS)
+    return _layers(layers) if isinstance(layers, nn.Module) else layers
+
+
+def _backbone(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    """Finds the module that holds embedding, layers and final norm, and what it is in.
+
+    Returns:
+        It, and itself with the modules around it, the outermost first.
+    """
+    around = [[model]]
+    while around:
+        path = around.pop(0)
+        module = path[-1]
+        if all(_part(module, names) is not None for names in (EMBEDDINGS, LAYERS)):
+            return module, path
+        around += [[*path, part] for part in module.values() if isinstance(part, nn.Module)]
+    raise DriftError(
+        f"the target's model type {getattr(model, 'model_type', '?')!r} has no embedding and "
+        f"layers side by side, so its hidden states cannot be tapped. {INSTEAD}"
+    )
