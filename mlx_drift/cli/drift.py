@@ -19,13 +19,13 @@ from mlx_drift.cli.prompts import apply_template, encode, parse_object
 from mlx_drift.cli.show import as_is
 from mlx_drift.demo import DRAFTERS
 from mlx_drift.errors import DriftError
-from mlx_drift.measure.acceptance.plot import check_matplotlib
 from mlx_drift.measure.acceptance.questions import read_question_files
 from mlx_drift.measure.bootstrap import Interval
 from mlx_drift.measure.inside.drift import RECENT, STEPS, Arm, Drift, Settings, drift
 from mlx_drift.measure.inside.drift_plot import plot_drift
 from mlx_drift.measure.inside.figures import CLASSES, Figures
 from mlx_drift.measure.inside.intervene import intervention
+from mlx_drift.measure.pictures import check_matplotlib
 from mlx_drift.measure.speed.bench import PROMPTS
 
 COLUMNS = 100

@@ -8,6 +8,7 @@ from mlx_drift.errors import DriftError
 from mlx_drift.measure.acceptance.context import parse_condition
 from mlx_drift.measure.acceptance.count import ALL, Condition
 from mlx_drift.measure.bootstrap import Interval
+from mlx_drift.measure.pictures import check_matplotlib
 
 KINDS = ".png", ".svg", ".pdf"
 
@@ -15,21 +16,6 @@ SIDE_BY_SIDE = 0.08
 """How far figures of the same place stand apart, so that their bars do not cover each other."""
 
 INTERVALS = "bars: 95 % of what resampled questions give"
-
-
-def check_matplotlib() -> None:
-    """Checks that pictures can be drawn, before anything is measured.
-
-    Raises:
-        DriftError: If matplotlib is not installed.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise DriftError(
-            "pictures need matplotlib, which is not installed: pip install 'mlx-drift[plot]', or "
-            "leave --plot out"
-        ) from None
 
 
 def check_plot(path: Path) -> None:
