@@ -126,7 +126,7 @@ class Values:
         return "probe" if name in self.probed else "override"
 
     def unknown(self) -> list[str]:
-        """The keys nobody read, transformers' bookkeeping aside."""
+        """The keys that were not recognised, transformers' bookkeeping aside."""
         said = {key for key, value in self.config.items() if value is not None}
         unknown = sorted(said - self._taken - BOOKKEEPING) + self.unread
         return [printable(key) for key in unknown]

@@ -81,7 +81,7 @@ class Conversion:
     Attributes:
         dialect: The name of its dialect.
         config: The config that was written.
-        unknown_keys: Config keys nobody read.
+        unknown_keys: Config keys that were not recognised.
         notes: What the user should know, a line each.
         url: Where it was uploaded to, if it was.
     """
@@ -94,7 +94,7 @@ class Conversion:
 
     @property
     def warnings(self) -> list[str]:
-        """The notes, and the keys that nobody read."""
+        """The notes, and the keys that were not recognised."""
         unread = ", ".join(self.unknown_keys)
         return [f"config keys that nothing reads: {unread}"] * bool(unread) + self.notes
 
@@ -146,7 +146,7 @@ def convert_drafter(
         feedback: Which state the next chain step gets, where the checkpoint's flag is wrong.
         rope_theta: The base of RoPE, where the checkpoint's is wrong.
         window: The sliding window; 0 for none.
-        strict: Refuse config keys that nobody reads.
+        strict: Refuse config keys that are not recognised.
         probe: Settles taps and feedback where you do not, by trying them on the target.
         upload_repo: A Hub repository to upload the result to.
         progress: Called with the bytes of weights converted so far, and all of them.

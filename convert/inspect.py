@@ -50,7 +50,7 @@ class Inspection:
         tensors: Canonical name, shape and dtype of each tensor.
         values: The fields of its config; `taps` is missing while it is undecided.
         provenance: Where each value came from.
-        unknown_keys: Config keys nobody read.
+        unknown_keys: Config keys that were not recognised.
         notes: What the user should know, a line each.
         checks: What holds and what does not.
     """
@@ -68,7 +68,7 @@ class Inspection:
 
     @property
     def warnings(self) -> list[str]:
-        """The notes, and the keys that nobody read."""
+        """The notes, and the keys that were not recognised."""
         unread = ", ".join(self.unknown_keys)
         return [f"config keys that nothing reads: {unread}"] * bool(unread) + self.notes
 

@@ -19,7 +19,7 @@ class Resolved:
         fields: The fields of its config; `taps` is missing while it is undecided.
         provenance: Where each of them came from.
         tensors: The tensors under canonical names, `d2t` and `t2d` as they are in the file.
-        unknown_keys: Config keys nobody read.
+        unknown_keys: Config keys that were not recognised.
         notes: What the user should know, a line each.
         undecided: What keeps `taps` open, if anything does.
         origin: What the checkpoint itself says of where it is from: the name of its `target`, or

@@ -6,7 +6,7 @@ _LONGEST = 1000
 
 
 class DriftError(Exception):
-    """What was found, what was expected and what to do, in one line a user can act on.
+    """One line that a user can act on: what was found, what was expected, what to do.
 
     Names and values of untrusted files end up in messages, so characters that would break the line
     or steer a terminal are escaped, and a very long message is cut.
@@ -18,7 +18,7 @@ class DriftError(Exception):
 
 
 class DriftWarning(UserWarning):
-    """What works but should not stay as it is."""
+    """Something that works, but that the user should change."""
 
 
 def printable(text: str) -> str:

@@ -69,7 +69,7 @@ _RESAVE = "load it in PyTorch only if you trust it, and save its tensors as safe
 
 
 class Refusal(Exception):
-    """What was found, what was expected, what to do; the reader adds the file's name."""
+    """A refusal without the file's name, which the reader adds."""
 
     def __init__(self, found: str, expected: str, remedy: str = _RESAVE) -> None:
         super().__init__(f"found {found}, expected {expected}; {remedy}")

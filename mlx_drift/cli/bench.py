@@ -249,7 +249,7 @@ def _to_float32(network: nn.Module) -> None:
 def _tell(
     found: Found, table: Callable[[Found], Table], about: Callable[[Found], str], as_json: bool
 ) -> None:
-    """Prints what was found."""
+    """Prints the results."""
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:

@@ -47,7 +47,7 @@ def _row(arm: Arm, before: Arm | None) -> list[str]:
 
 
 def about(found: Bench) -> str:
-    """Says what was measured and what the columns are."""
+    """Explains the table: the conditions and the columns."""
     bits = {arm.drafter_bits for arm in found.arms} - {None}
     explained = [
         f"{found.device}, mlx {found.mlx_version}, {found.dtype} activations, "
@@ -93,7 +93,7 @@ def _shape_row(length: LengthCost) -> list[str]:
 
 
 def about_shape(found: ShapeCosts) -> str:
-    """Says what was measured and what the columns are."""
+    """Explains the table: the conditions and the columns."""
     unquantized = found.target_bits == 16
     target = "unquantized" if unquantized else f"{found.target_bits} bits"
     drafter = "unquantized" if found.drafter_bits is None else f"{found.drafter_bits} bits"

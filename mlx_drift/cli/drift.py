@@ -130,7 +130,7 @@ def drift_command(
                 lambda done, total: bar.update(task, completed=done, total=total),
             )
     except KeyboardInterrupt:
-        typer.echo("interrupted: nothing is reported", err=True)
+        typer.echo("interrupted before there was anything to report", err=True)
         raise typer.Exit(INTERRUPTED) from None
     if plot is not None:
         for path in plot_drift(found, plot):

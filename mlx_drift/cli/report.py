@@ -85,7 +85,7 @@ def explanation(draft_length: DraftLength) -> Table:
 
 
 def _draft_length(draft_length: DraftLength) -> str:
-    """Says what was drafted a round, and what would pay best."""
+    """Tells how many tokens were drafted a round, and how many would pay best."""
     best = draft_length.best()
     if draft_length.fixed is None:
         if best is None or best.num_draft_tokens == PLAIN:

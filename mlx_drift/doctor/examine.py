@@ -198,7 +198,7 @@ class Examination:
     def diagnosis(
         self, model: str, config: dict[str, Any], weights: int | None, weights_from: Source | None
     ) -> Diagnosis:
-        """Puts together what was found out; `weights` are the bytes of the target's."""
+        """Assembles the diagnosis; `weights` are the bytes of the target's weights."""
         return Diagnosis(
             model=model,
             context=self.context,
@@ -328,7 +328,7 @@ class Examination:
 
 
 def check_converted(name: str) -> None:
-    """Checks that a drafter on this machine is one that `load_drafter` takes as it is.
+    """Checks that `load_drafter` takes a drafter on this machine without conversion.
 
     Raises:
         DriftError: If it is to be converted first.

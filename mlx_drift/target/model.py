@@ -251,7 +251,7 @@ class Target:
         return self._embedding.as_linear(states)
 
     def _taps(self, captured: Captured, rows: int) -> mx.array:
-        """Stacks the captured states `[M, A, hidden_size]`, if they are what is to be captured."""
+        """Stacks the captured states, `[M, A, hidden_size]`, and checks that none is missing."""
         expected = (1, rows, self.shape.hidden_size)
         if not self.taps:
             return mx.zeros((rows, 0, self.shape.hidden_size), self.dtype)

@@ -33,7 +33,7 @@ class Task:
 
     Attributes:
         question: The question.
-        name: Of what is to be done with it; unique among the tasks of a question.
+        name: What the task does with the question; unique among the question's tasks.
         gives: What it answers: by condition the names of the drafters, both in their order.
         ask: Does it.
     """

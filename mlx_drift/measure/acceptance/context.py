@@ -286,7 +286,7 @@ def windows(drafter: Drafter, window: int, head: int) -> dict[str, Drafter]:
 
 
 def _by_condition(by_view: Mapping[tuple[str, str], One]) -> dict[str, dict[str, One]]:
-    """Sorts what is told by condition and drafter: by condition, by drafter."""
+    """Sorts figures by condition, then by drafter."""
     sorted_out: dict[str, dict[str, One]] = {}
     for (seen, name), one in by_view.items():
         sorted_out.setdefault(seen, {})[name] = one

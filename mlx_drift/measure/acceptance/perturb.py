@@ -117,7 +117,7 @@ def ask_all(
 
 
 def _conversations(question: Question) -> Iterator[list[str]]:
-    """Yields what was said up to each turn, a placeholder for every answer."""
+    """Yields the conversation up to each turn, a placeholder for every answer."""
     texts: list[str] = []
     for turn in question.turns:
         texts.append(turn)

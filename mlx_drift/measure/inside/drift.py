@@ -56,7 +56,7 @@ class Map:
 
 @dataclass(frozen=True)
 class Arm:
-    """One drafter as it is, or under one intervention.
+    """One drafter, unchanged or under one intervention.
 
     Attributes:
         drafter: Its name.
@@ -127,7 +127,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Drift:
-    """What was found: each drafter as it is, then under each intervention.
+    """The results: each drafter unchanged, then under each intervention.
 
     Attributes:
         arms: Drafters and interventions.

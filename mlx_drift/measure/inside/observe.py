@@ -39,7 +39,7 @@ class Step:
 
 @dataclass
 class Chain:
-    """What was seen of one chain: a block of committed rows, and what was drafted behind it.
+    """One chain as observed: a block of committed rows, and the drafts behind it.
 
     Attributes:
         taps: Of the last committed rows, `[M, A, T]`.
@@ -101,7 +101,7 @@ class Observed(Around):
 
 
 class WatchedCache:
-    """A cache that tells what was attended to.
+    """A cache that reports attention weights.
 
     Args:
         cache: A `ChainCache` or a `TrainTimeTestCache`.

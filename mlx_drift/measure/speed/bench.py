@@ -185,7 +185,7 @@ def bench(
 
 
 def _arm(way: Way, found: Answer, plain: Answer, prompts: int, costs: Sequence[RoundCost]) -> Arm:
-    """Sums up what was seen of a way of answering.
+    """Sums up one arm's answers.
 
     Args:
         way: The way.

@@ -67,7 +67,7 @@ class RoundCost:
         host_seconds: Of it, what Python takes.
         draft_seconds: The drafter's chain, alone.
         verify_seconds: The target's pass over the drafts, alone.
-        ingest_seconds: The drafter's pass over what was committed, alone.
+        ingest_seconds: The drafter's pass over the committed rows, alone.
     """
 
     plan: Plan
@@ -84,7 +84,7 @@ class RoundCost:
 
 
 class Swayed(Target):
-    """A target that accepts as many drafts as it is told, if there are as many.
+    """A target that accepts a set number of drafts, or all where there are fewer.
 
     Attributes:
         tokens: What it verified last.

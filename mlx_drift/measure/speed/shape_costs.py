@@ -145,7 +145,7 @@ def shape_costs(
 
 
 def check_assumptions(lengths: Sequence[int], context: int, acceptances: Sequence[float]) -> None:
-    """Checks what is to be measured, before anything is built.
+    """Checks the settings before anything is built.
 
     Raises:
         DriftError: If a number is out of range.

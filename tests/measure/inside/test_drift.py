@@ -546,7 +546,7 @@ def test_ctrl_c(cli, monkeypatch):
     monkeypatch.setattr("mlx_drift.cli.drift.drift", interrupted)
     code, out, err = cli("drift", "--json")
     assert (code, out) == (130, "")
-    assert err == "interrupted: nothing is reported\n"
+    assert err == "interrupted before there was anything to report\n"
 
 
 # Pictures
