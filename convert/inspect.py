@@ -20,9 +20,9 @@ from mlx_drift.convert.resolved import Resolved
 from mlx_drift.convert.target import read_target_shape, target_folder
 from mlx_drift.convert.understand import understand
 from mlx_drift.convert.vocabulary import read_d2t
-from mlx_drift.drafters.config import read_json
 from mlx_drift.drafters.load import build_network, check_tensors
 from mlx_drift.errors import DriftError
+from mlx_drift.files.json_file import read_json
 from mlx_drift.target.model import TargetShape
 
 TOKENIZER = "tokenizer.json"

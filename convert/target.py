@@ -6,9 +6,9 @@ import numpy as np
 
 from mlx_drift.convert.read.source import LocalFolder, read_folder
 from mlx_drift.convert.read.stored import StoredTensor
-from mlx_drift.drafters.config import read_json
 from mlx_drift.errors import DriftError
 from mlx_drift.files.hub import resolve
+from mlx_drift.files.json_file import read_json
 from mlx_drift.target.model import TargetShape
 
 

@@ -15,10 +15,11 @@ import mlx.nn as nn
 
 from mlx_drift.convert.convert import convert_drafter
 from mlx_drift.drafters.chain import ChainDrafter
-from mlx_drift.drafters.config import FORMAT_VERSION, read_json
+from mlx_drift.drafters.config import FORMAT_VERSION
 from mlx_drift.drafters.load import WEIGHTS, load_converted
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.files.hub import HubFolder, find_hub_folder
+from mlx_drift.files.json_file import read_json
 from mlx_drift.files.paths import existing
 from mlx_drift.target.model import Target, TargetShape
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy.typing as npt
 
 from mlx_drift.convert.read.stored import DTYPES, ReadAt, StoredTensor, as_carrier, itemsize
-from mlx_drift.drafters.config import parse_json
 from mlx_drift.errors import DriftError, brief
+from mlx_drift.files.json_file import parse_json
 from mlx_drift.files.tensors import MAX_HEADER_BYTES
 
 MAX_DIMS, MAX_DIM = 32, 2**31 - 1  # an MLX shape is int32

@@ -16,9 +16,9 @@ import numpy as np
 from mlx_drift.convert.read.safetensors_file import read_safetensors_file
 from mlx_drift.convert.read.stored import Bytes, ReadAt, StoredTensor, file_reader
 from mlx_drift.convert.read.torch_pickle import read_torch_checkpoint
-from mlx_drift.drafters.config import read_json
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.files.hub import HubFolder, find_hub_folder
+from mlx_drift.files.json_file import read_json
 from mlx_drift.files.paths import existing, inside
 
 CONFIG = "config.json"

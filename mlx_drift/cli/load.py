@@ -14,12 +14,12 @@ from mlx_drift.cli.prompts import LaidOut, encode
 from mlx_drift.convert.target import target_folder
 from mlx_drift.demo import DEMO, DRAFTERS, TARGET
 from mlx_drift.drafters.chain import ChainDrafter
-from mlx_drift.drafters.config import read_json
 from mlx_drift.drafters.draft_model import DraftModelDrafter
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
 from mlx_drift.files.hub import find_hub_folder, resolve
+from mlx_drift.files.json_file import read_json
 from mlx_drift.files.paths import existing
 from mlx_drift.loading import load_drafter
 from mlx_drift.pairs import find_pair

@@ -21,8 +21,8 @@ from mlx_drift.cli.load import load_drafters
 from mlx_drift.cli.prompts import parse_object
 from mlx_drift.convert.target import target_folder
 from mlx_drift.demo import TARGET
-from mlx_drift.drafters.config import read_json
 from mlx_drift.errors import DriftError, DriftWarning
+from mlx_drift.files.json_file import read_json
 from mlx_drift.generate import check_num_draft_tokens
 from mlx_drift.measure.acceptance.answers import AnswerFile, Task, collect, describe
 from mlx_drift.measure.acceptance.asking import Answers, Settings

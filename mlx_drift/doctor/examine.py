@@ -39,11 +39,12 @@ from mlx_drift.doctor.diagnosis import (
     Taps,
 )
 from mlx_drift.drafters.chain import ChainDrafter
-from mlx_drift.drafters.config import check_target, read_config, read_json
+from mlx_drift.drafters.config import check_target, read_config
 from mlx_drift.drafters.fold import fold
 from mlx_drift.drafters.load import build_network, cast, check_tensors, target_ids
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.files.hub import find_hub_folder
+from mlx_drift.files.json_file import read_json
 from mlx_drift.files.paths import existing
 from mlx_drift.pairs import find_pair
 from mlx_drift.target.caches import KVQuantization, TargetCache

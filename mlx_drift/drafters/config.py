@@ -6,15 +6,13 @@ What a source checkpoint left open was decided by `mlx_drift.convert`, which not
 where each value came from.
 """
 
-import gc
-import json
-import stat
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from mlx_drift.errors import DriftError, brief
+from mlx_drift.files.json_file import read_json
 from mlx_drift.target.model import TargetShape
 
 Schema = TypeVar("Schema")
@@ -23,9 +21,6 @@ FORMAT_VERSION = 1
 
 MAX_SIZE, MAX_LAYERS, MAX_TAP, MAX_FLOAT = 2**24, 256, 10_000, 1e18
 """No drafter comes near these; a larger number in a file is an error or an attack."""
-
-MAX_JSON_BYTES, MAX_JSON_DEPTH = 4 << 20, 32
-"""No config comes near these either; parsed, it may take thirty times the memory of its file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,48 +334,6 @@ def read_config(folder: Path) -> AnyConfig:
         return config_from_dict(values)
     except DriftError as error:
         raise DriftError(f"{path}: {error}") from None
-
-
-def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Reads a JSON object from a file.
-
-    Raises:
-        DriftError: If the file is missing, unreadable, too large, or holds something else.
-    """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
-            raise DriftError(f"{path}: not a regular file; expected a JSON object")
-        if status.st_size > max_bytes:
-            raise DriftError(f"{path}: larger than {max_bytes >> 20} MB; expected a config")
-        values = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not valid JSON ({error})"
-        raise DriftError(f"{path}: {reason}; expected a JSON object") from None
-    if not isinstance(values, dict):
-        raise DriftError(f"{path}: holds a JSON {type(values).__name__}, expected an object")
-    level: list[Any] = [values]
-    for _ in range(MAX_JSON_DEPTH):
-        inner = (v.values() if isinstance(v, dict) else v for v in level)
-        level = [child for v in inner for child in v if child and isinstance(child, dict | list)]
-    if level:  # comparing, copying or printing it might overflow the stack
-        raise DriftError(f"{path}: nested more than {MAX_JSON_DEPTH} deep; expected a config")
-    return values
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Parses JSON, without the garbage collector: it would visit a large file's objects for ever.
-
-    Raises:
-        ValueError: If it is not JSON.
-    """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        return json.loads(text)
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _check_size(name: str, value: int | None) -> None:

@@ -34,8 +34,8 @@ from torch import Tensor
 
 from mlx_drift.decode.statistics import Statistics
 from mlx_drift.demo import TARGET
-from mlx_drift.drafters.config import read_json
 from mlx_drift.drafters.draft_model import DraftModelDrafter
+from mlx_drift.files.json_file import read_json
 from mlx_drift.generate import stream_generate
 
 RECIPE = Path(__file__).parents[2] / "examples" / "train_demo_pair"
