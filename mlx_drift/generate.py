@@ -15,10 +15,11 @@ import mlx_lm
 from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_drift.decode.answer import Chunk, answer
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
 from mlx_drift.decode.sampling import LogitsProcessor, Sampler, Sampling
-from mlx_drift.decode.speculate import speculate, time_plain_steps
+from mlx_drift.decode.speculate import every, time_plain_steps
 from mlx_drift.decode.statistics import LOW_ACCEPTANCE, Statistics
 from mlx_drift.decode.tuned import remember, tuned_costs
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
@@ -197,28 +198,26 @@ def stream_generate(
     count = 0
     with wired_limit([model, drafter.network]):
         start = time.perf_counter()
-        reused = prompt_cache.read(tokens, step_size=prefill_step_size, progress=progress)
-        statistics.record_prompt(prompt_cache.reuse, len(tokens), reused)
-        statistics.cache_bytes = prompt_cache.nbytes
-        prompt_seconds = time.perf_counter() - start
-        start = time.perf_counter()
-        rounds = speculate(
-            prompt_cache.target,
-            drafter,
-            mx.array(tokens[-1:], dtype=mx.int32),
-            prompt_cache.target_cache,
-            prompt_cache.drafter_cache,
-            num_draft_tokens=draft_length,
+        steps = answer(
+            prompt_cache,
+            tokens,
+            cut=every(prefill_step_size),
+            draft_length=draft_length,
             max_tokens=max_tokens,
             stop_tokens=set(tokenizer.eos_token_ids),
             sampling=sampling,
             key=_random_key(seed) if sampling.is_random else None,
-            history=tokens,
+            statistics=statistics,
         )
-        for round in prompt_cache.follow(rounds):
+        for step in steps:
+            if isinstance(step, Chunk):
+                progress(step.done, step.total)
+                if step.done == step.total - 1:
+                    prompt_seconds, start = time.perf_counter() - start, time.perf_counter()
+                continue
+            round = step
             if not count:
                 progress(len(tokens), len(tokens))
-            statistics.record_round(round)
             if statistics.rounds == ROUNDS_TO_JUDGE and not round.is_plain:
                 _warn_of_low_acceptance(statistics)
             for row, token in enumerate(round.tokens):
@@ -245,7 +244,6 @@ def stream_generate(
                     finish_reason=finish_reason,
                     statistics=statistics,
                 )
-        statistics.cache_bytes = prompt_cache.nbytes
         if compare_plain and PLAIN not in draft_length.costs.known():
             last = mx.array(round.tokens[-1:])
             with prompt_cache.under_way():

@@ -160,13 +160,20 @@ class DraftLength:
 
     Args:
         fixed: Always so many drafts; it learns all the same, and tells what it would have chosen.
-        costs: Seconds of a round by draft length, as measured before (`mlx-drift tune`).
+        costs: Seconds of a round by draft length, as measured before (`mlx-drift tune`); or what
+            several answers measure together.
+        acceptance: What is believed of the drafter to begin with.
     """
 
-    def __init__(self, fixed: int | None = None, costs: Mapping[int, float] | None = None):
+    def __init__(
+        self,
+        fixed: int | None = None,
+        costs: Mapping[int, float] | Costs | None = None,
+        acceptance: Acceptance | None = None,
+    ):
         self.fixed = fixed
-        self.costs = Costs(costs)
-        self.acceptance = Acceptance()
+        self.costs = costs if isinstance(costs, Costs) else Costs(costs)
+        self.acceptance = acceptance or Acceptance()
         self.tuned = bool(costs)
         self.rounds = 0
         self._timed_at: dict[int, int] = {}

@@ -4,13 +4,13 @@ As in mlx-lm the next step is under way while a token is read. The taps of the s
 the drafter catches up with them only when it is asked again, or when they become too many.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_drift.decode.clock import Clock
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.text import Round, Text
 from mlx_drift.drafters.protocol import Draft, Drafter, DrafterCache
@@ -39,6 +39,7 @@ def decode_plain(
     target_cache: TargetCache,
     drafter_cache: DrafterCache,
     draft_length: DraftLength,
+    clock: Clock,
 ) -> Iterator[Round]:
     """Decodes without drafts until drafting seems worth a try, or nothing more is wanted.
 
@@ -51,6 +52,7 @@ def decode_plain(
         target_cache: The target's cache.
         drafter_cache: The drafter's cache.
         draft_length: Says when to stop.
+        clock: What tokens are timed by.
 
     Yields:
         A `Round` for each token.
@@ -59,15 +61,15 @@ def decode_plain(
     following: Step | None = None
     step = _step(target, text, target_cache)
     is_first = True
+    start = clock()
     try:
         while True:
-            start = time.perf_counter()
             target.rollback(target_cache, 0)  # the step's own row stays
             more = text.remaining != 1 and draft_length.choose(len(missed) + 1) == PLAIN
             following = _step(target, text, target_cache, step.token) if more else None
-            built = time.perf_counter()
+            built = clock()
             tokens: Any = step.token.tolist()
-            read = time.perf_counter()
+            read = clock()
             text.commit(tokens)
             if text.finished and following is not None:
                 target.rollback(target_cache, 1)
@@ -76,10 +78,12 @@ def decode_plain(
             if len(missed) == MOST_PENDING:
                 _catch_up(drafter, drafter_cache, missed)
                 mx.async_eval(drafter_cache.state)
-            seconds = time.perf_counter() - start
+            seconds = clock() - start
             # The first one of a stretch waits for a step that was not under way.
             draft_length.record_plain(None if is_first else seconds)
             is_first = False
+            start = clock()
+            clock.stop()
             yield Round(
                 tokens,
                 [step.log_probabilities[0]],
@@ -89,6 +93,7 @@ def decode_plain(
                 host_seconds=seconds - (read - built),
                 is_plain=True,
             )
+            clock.go()
             if following is None:
                 break
             if len(missed) % TOKENS_BETWEEN_CLEARS == 0:
@@ -99,11 +104,11 @@ def decode_plain(
             target.rollback(target_cache, 1)
         _catch_up(drafter, drafter_cache, missed)
         raise
-    start, rows = time.perf_counter(), len(missed)
+    start, rows = clock(), len(missed)
     _catch_up(drafter, drafter_cache, missed)
     if rows and not text.finished:  # else nobody may ask for them
         mx.eval(drafter_cache.state)
-        draft_length.record_catch_up(rows, time.perf_counter() - start)
+        draft_length.record_catch_up(rows, clock() - start)
 
 
 def _step(target: Target, text: Text, cache: TargetCache, *under_way: mx.array) -> Step:

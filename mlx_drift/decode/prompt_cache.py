@@ -13,7 +13,7 @@ Notable:
 import hashlib
 import json
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_drift.decode.draft_length import DraftLength
-from mlx_drift.decode.speculate import Progress, prefill
+from mlx_drift.decode.speculate import Cut, Progress, every, prefill
 from mlx_drift.decode.text import Round
 from mlx_drift.drafters.protocol import Drafter, DrafterCache
 from mlx_drift.errors import DriftError
@@ -42,14 +42,26 @@ Reuse = Literal["nothing", "extended", "trimmed", "snapshot", "started over"]
 it branches off, which were trimmed, or left for a snapshot, or could not be left but by starting
 over."""
 
+MEANWHILE = (
+    "the prompt cache was used for another prompt meanwhile, so this answer cannot go on; make a "
+    "prompt cache for each conversation"
+)
+MOST_KEPT = 4
+"""Snapshots of marks that are kept, beside those of turns."""
+
 
 @dataclass(frozen=True)
 class Turn:
-    """The caches' state at the start or end of a turn, `tokens` tokens into the conversation."""
+    """The caches' state at the start or end of a turn, `tokens` tokens into the conversation.
+
+    Attributes:
+        keep: It is of a mark, where other prompts may branch off: turns to come do not displace it.
+    """
 
     tokens: int
     target: Snapshot
     drafter: Snapshot
+    keep: bool = False
 
 
 class PromptCache:
@@ -58,6 +70,7 @@ class PromptCache:
     Attributes:
         tokens: The tokens that the caches have seen.
         reuse: How the last prompt found the caches.
+        reused: How many of its tokens need not be fed.
         whole: Nothing was interrupted while they changed.
         draft_length: What `num_draft_tokens="auto"` learned in this conversation.
         is_ahead: A stretch of plain decoding is under way: the target has begun the next step, and
@@ -83,6 +96,7 @@ class PromptCache:
         self.max_snapshots = max_snapshots
         self.target = Target(model, drafter.taps)
         self.reuse: Reuse = "nothing"
+        self.reused = 0
         self.whole = True
         self.draft_length: DraftLength | None = None
         self.single_use = False
@@ -114,31 +128,59 @@ class PromptCache:
         Raises:
             DriftError: If `step_size` is less than 1.
         """
-        if step_size < 1:
-            raise DriftError(f"prefill_step_size is {step_size}; expected at least 1")
+        for done in self.reading(prompt, cut=every(step_size)):
+            progress(done, len(prompt))
+        return self.reused
+
+    def reading(self, prompt: list[int], *, cut: Cut, marks: Collection[int] = ()) -> Iterator[int]:
+        """Reads a prompt as `read` does, chunk by chunk.
+
+        Between chunks the caches are as between rounds: they may be forked, or the rest given up.
+
+        Args:
+            prompt: Token ids of the whole conversation.
+            cut: Says where a chunk ends.
+            marks: Numbers of tokens after which another prompt may branch off. Where trimming would
+                not bring them back, a snapshot of each is taken, and kept while others go.
+
+        Yields:
+            How many tokens have been fed or need not be: before the first chunk and after each.
+
+        Raises:
+            DriftError: If another prompt was read since.
+        """
         self.finish()
         self._prompts += 1
-
-        def advance(done: int, total: int) -> None:
-            self.tokens = list(prompt[: done + 1])
-            progress(done, total)
-
+        prompts, ends = self._prompts, sorted(mark - 1 for mark in marks)
         was_whole = self.whole
         with self.under_way():
             self._go_back(prompt, was_whole)
-            reused = max(0, len(self.tokens) - 1)
-            prefill(
-                self.target,
-                self.drafter,
-                mx.array(prompt, dtype=mx.int32),
-                self.target_cache,
-                self.drafter_cache,
-                step_size=step_size,
-                progress=advance,
-                done=reused,
-            )
+        self.reused = max(0, len(self.tokens) - 1)
+
+        def cut_at_marks(start: int) -> int:
+            return min([cut(start), *(end for end in ends if end > start)])
+
+        chunks = prefill(
+            self.target,
+            self.drafter,
+            mx.array(prompt, dtype=mx.int32),
+            self.target_cache,
+            self.drafter_cache,
+            cut=cut_at_marks,
+            done=self.reused,
+        )
+        while True:
+            if self._prompts != prompts:
+                raise DriftError(MEANWHILE)
+            with self.under_way():
+                done = next(chunks, None)
+            if done is None:
+                break
+            self.tokens = list(prompt[: done + 1])
+            if done in ends:
+                self._remember(keep=True)
+            yield done
         self._remember()
-        return reused
 
     def follow(self, rounds: Generator[Round]) -> Iterator[Round]:
         """Passes rounds on, and keeps their tokens.
@@ -151,10 +193,7 @@ class PromptCache:
         try:
             while True:
                 if self._prompts != prompts:
-                    raise DriftError(
-                        "the prompt cache was used for another prompt meanwhile, so this answer "
-                        "cannot go on; make a prompt cache for each conversation"
-                    )
+                    raise DriftError(MEANWHILE)
                 with self.under_way():
                     round = next(rounds, None)
                 if round is None:
@@ -216,15 +255,20 @@ class PromptCache:
         self.tokens = list(prompt[:shared])
         self._turns = [turn for turn in self._turns if turn.tokens <= shared]
 
-    def _remember(self) -> None:
+    def _remember(self, keep: bool = False) -> None:
         """Takes a snapshot, if there is what trimming would not bring back."""
         if not self.max_snapshots or len(self.tokens) < 2:
             return
-        turn = Turn(len(self.tokens), self.target_cache.snapshot(), self.drafter_cache.snapshot())
+        count = len(self.tokens)
+        known = next((t for t in self._turns if t.tokens == count), None)
+        keep = keep or (known is not None and known.keep)
+        turn = Turn(count, self.target_cache.snapshot(), self.drafter_cache.snapshot(), keep)
         if any(arrays for arrays in (*turn.target, *turn.drafter)):
             mx.eval(turn.target, turn.drafter)
-            turns = [t for t in self._turns if t.tokens != turn.tokens]
-            self._turns = [*turns, turn][-self.max_snapshots :]
+            turns = [*(t for t in self._turns if t.tokens != count), turn]
+            kept = [t for t in turns if t.keep][-MOST_KEPT:]
+            passing = [t for t in turns if not t.keep][-self.max_snapshots :]
+            self._turns = sorted([*kept, *passing], key=lambda t: t.tokens)
 
     def _make_caches(self) -> tuple[TargetCache, DrafterCache]:
         target_cache = self.target.make_cache(

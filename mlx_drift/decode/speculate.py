@@ -9,17 +9,19 @@ synchronisation: the `tolist` that brings the number of accepted drafts and the 
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_drift.decode.clock import Clock
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.plain import decode_plain
 from mlx_drift.decode.sampling import GREEDY, Sampling
 from mlx_drift.decode.text import Round, Text
 from mlx_drift.drafters.protocol import Drafter, DrafterCache
+from mlx_drift.errors import DriftError
 from mlx_drift.target.caches import TargetCache
 from mlx_drift.target.model import Target
 
@@ -29,6 +31,20 @@ ROUNDS_BETWEEN_CLEARS = 64  # mlx-lm clears its buffers every 256 tokens
 Progress = Callable[[int, int], None]
 """Called with the prompt tokens processed so far, and all of them."""
 
+Cut = Callable[[int], int]
+"""Says where a chunk of the prompt that begins at some row is to end, at most."""
+
+
+def every(step_size: int) -> Cut:
+    """Cuts a prompt as mlx-lm cuts it: every so many tokens.
+
+    Raises:
+        DriftError: If that is less than one.
+    """
+    if step_size < 1:
+        raise DriftError(f"prefill_step_size is {step_size}; expected at least 1")
+    return lambda start: start + step_size
+
 
 def prefill(
     target: Target,
@@ -37,13 +53,13 @@ def prefill(
     target_cache: TargetCache,
     drafter_cache: DrafterCache,
     *,
-    step_size: int,
-    progress: Progress,
+    cut: Cut,
     done: int = 0,
-) -> None:
+) -> Iterator[int]:
     """Feeds all prompt tokens but the last to the target, and rows 1 … p to the drafter.
 
-    In chunks cut as mlx-lm cuts them; the taps of a chunk are dropped when it is ingested.
+    Chunk by chunk; the taps of a chunk are dropped when it is ingested. After each the caches are
+    as after any round.
 
     Args:
         target: The target, capturing the drafter's taps.
@@ -51,21 +67,24 @@ def prefill(
         prompt: Token ids `[p+1]`.
         target_cache: The target's cache, holding the first `done` rows.
         drafter_cache: The drafter's cache, holding as many.
-        step_size: Tokens a chunk.
-        progress: Told after each chunk.
+        cut: Says where a chunk ends.
         done: How many tokens need not be fed.
+
+    Yields:
+        How many tokens have been fed: before the first chunk and after each.
     """
     last = prompt.size - 1
     if not done:
         drafter.start(prompt[:1], drafter_cache)
-    progress(done, prompt.size)
-    for start in range(done, last, step_size):
-        stop = min(start + step_size, last)
-        _, taps = target(prompt[start:stop], target_cache)
-        drafter.ingest(prompt[start + 1 : stop + 1], taps, drafter_cache)
+    yield done
+    while done < last:
+        stop = min(cut(done), last)
+        _, taps = target(prompt[done:stop], target_cache)
+        drafter.ingest(prompt[done + 1 : stop + 1], taps, drafter_cache)
         mx.eval(target_cache.state, drafter_cache.state)
-        progress(stop, prompt.size)
         mx.clear_cache()
+        done = stop
+        yield done
 
 
 def speculate(
@@ -81,6 +100,7 @@ def speculate(
     sampling: Sampling = GREEDY,
     key: mx.array | None = None,
     history: Sequence[int] = (),
+    clock: Clock | None = None,
 ) -> Generator[Round]:
     """Decodes; greedily, token for token what the target alone would give.
 
@@ -99,6 +119,8 @@ def speculate(
         sampling: What tokens are drawn from.
         key: The randomness, at a temperature above 0.
         history: All committed tokens, for logits processors.
+        clock: What rounds are timed by; it stands while the caller has its turn, unless that sets
+            it going: for what the device does for this answer meanwhile.
 
     Yields:
         A `Round` for each target pass; the last one ends at a stop token or at `max_tokens`.
@@ -107,15 +129,17 @@ def speculate(
     if not isinstance(draft_length, DraftLength):
         draft_length = DraftLength(fixed=draft_length)
     text = Text(last, max_tokens, stop_tokens, sampling, key, history)
+    clock = clock or Clock()
+    start = clock()
     for count in itertools.count(1):
-        start = time.perf_counter()
         k = draft_length.choose()
         if k == PLAIN:
             yield from decode_plain(
-                target, drafter, text, target_cache, drafter_cache, draft_length
+                target, drafter, text, target_cache, drafter_cache, draft_length, clock
             )
             if text.finished:
                 return
+            start = clock()
             continue
         if text.remaining >= 0:
             k = min(k, text.remaining - 1)
@@ -127,9 +151,9 @@ def speculate(
         logits, taps = target.verify(mx.concatenate([text.last, draft]), target_cache)
         log_probabilities = chooser.log_probabilities(logits, draft)
         decided = chooser.accept(proposed, log_probabilities)
-        built = time.perf_counter()
+        built = clock()
         verdict: Any = decided.tolist()  # the synchronisation
-        read = time.perf_counter()
+        read = clock()
         accepted, *tokens = verdict
 
         tokens = text.commit(tokens[: accepted + 1])
@@ -142,10 +166,14 @@ def speculate(
         # Under way while the caller has its turn. And once they are, another thread may ask for
         # the next round or read the probabilities: what is lazy belongs to this thread's stream.
         waited += _start(drafter_cache.state, target_cache.state, chosen_from, text.state)
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         draft_length.record_round(k, draft.size, tested, accepted, seconds)
         host_seconds = seconds - (read - built) - waited
-        yield Round(tokens, chosen_from, accepted, tested, read - start, host_seconds)
+        round = Round(tokens, chosen_from, accepted, tested, read - start, host_seconds)
+        start = clock()
+        clock.stop()
+        yield round
+        clock.go()
         if text.finished:
             return
         if count % ROUNDS_BETWEEN_CLEARS == 0:

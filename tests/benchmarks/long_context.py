@@ -32,7 +32,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mlx_drift.decode.speculate import prefill, speculate
+from mlx_drift.decode.speculate import every, prefill, speculate
 from mlx_drift.drafters.chain import ChainDrafter, ChainState
 from mlx_drift.drafters.config import Eagle3Config
 from mlx_drift.drafters.eagle3 import Eagle3Network
@@ -181,7 +181,8 @@ def prepare(
     scripted = Scripted(drafter, one.text, itertools.cycle(range(arguments.k + 1)))
     caches = one.target_cache, one.drafter_cache
     if arguments.prefill:
-        prefill(target, scripted, prompt, *caches, step_size=CHUNK, progress=one.count_bytes)
+        for done in prefill(target, scripted, prompt, *caches, cut=every(CHUNK)):
+            one.count_bytes(done, length)
     else:
         heads = drafter.config.num_key_value_heads
         fill([one.plain_cache, one.target_cache], length - 1, heads, one.count_bytes)

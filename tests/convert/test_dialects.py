@@ -23,7 +23,7 @@ from dialects import (
 )
 from mlx_drift import DriftError, convert_drafter, inspect_drafter, load_drafter
 from mlx_drift.convert.conventions import tap_convention
-from mlx_drift.decode.speculate import prefill, speculate
+from mlx_drift.decode.speculate import every, prefill, speculate
 from mlx_drift.files.tensors import read_safetensors
 from mlx_drift.target.model import Target, TargetShape
 from tiny import VOCAB, plain_greedy, tiny_llama
@@ -87,7 +87,8 @@ def spoken(drafter, model) -> list[int]:
     """What is generated with the drafter."""
     target = Target(model, drafter.taps)
     prompt, caches = mx.array(PROMPT), (target.make_cache(), drafter.make_cache())
-    prefill(target, drafter, prompt, *caches, step_size=4, progress=lambda done, total: None)
+    for _ in prefill(target, drafter, prompt, *caches, cut=every(4)):
+        pass
     rounds = speculate(
         target,
         drafter,

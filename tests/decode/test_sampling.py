@@ -24,7 +24,7 @@ from backend import ON_GPU, assert_same
 from mlx_drift import DriftError, stream_generate
 from mlx_drift.decode.accept import accept_sampled
 from mlx_drift.decode.sampling import Chooser, Sampling
-from mlx_drift.decode.speculate import prefill, speculate
+from mlx_drift.decode.speculate import every, prefill, speculate
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.target.model import Target
 from tiny import VOCAB, NoText, Oracle, plain_greedy, tiny_drafter, tiny_llama
@@ -491,15 +491,8 @@ class Pair:
         """Σ min(p, q) at the first draft, its probabilities laid out in numpy."""
         tokens = mx.array(PROMPT)
         cache, drafter_cache = self.target.make_cache(), self.drafter.make_cache()
-        prefill(
-            self.target,
-            self.drafter,
-            tokens,
-            cache,
-            drafter_cache,
-            step_size=8,
-            progress=lambda done, total: None,
-        )
+        for _ in prefill(self.target, self.drafter, tokens, cache, drafter_cache, cut=every(8)):
+            pass
         draft_logits = np.full((1, SIZE), -np.inf, dtype=np.float32)
         draft_logits[:, D2T] = np.array(drafter_cache.draft_logits)
         p_logits = processed(tokens, self.model(tokens[None])[:, -1], sampling)
@@ -620,15 +613,8 @@ def rounds_of(model, drafter, k, count, sampling, key=None):
     """Decodes after the prompt, directly through `speculate`."""
     target, prompt = Target(model, drafter.taps), mx.array(TEXT_PROMPT)
     cache, drafter_cache = target.make_cache(), drafter.make_cache()
-    prefill(
-        target,
-        drafter,
-        prompt,
-        cache,
-        drafter_cache,
-        step_size=4,
-        progress=lambda done, total: None,
-    )
+    for _ in prefill(target, drafter, prompt, cache, drafter_cache, cut=every(4)):
+        pass
     return speculate(
         target,
         drafter,

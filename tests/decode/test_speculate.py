@@ -8,7 +8,7 @@ import pytest
 
 from backend import assert_same, assert_same_rows, assert_same_tokens
 from mlx_drift.decode.sampling import GREEDY, Chooser, Sampling
-from mlx_drift.decode.speculate import prefill, speculate, time_plain_steps
+from mlx_drift.decode.speculate import every, prefill, speculate, time_plain_steps
 from mlx_drift.target.model import Target
 from tiny import Oracle, plain_greedy, tiny_drafter, tiny_llama
 
@@ -27,15 +27,8 @@ def run(model, text, k, *, seed=0, count=LENGTH, stop=frozenset(), step_size=4, 
     target = Target(model, drafter.taps)
     target_cache, drafter_cache = target.make_cache(), drafter.make_cache()
     prompt = mx.array(text[: len(PROMPT)])
-    prefill(
-        target,
-        drafter,
-        prompt,
-        target_cache,
-        drafter_cache,
-        step_size=step_size,
-        progress=lambda done, total: None,
-    )
+    for _ in prefill(target, drafter, prompt, target_cache, drafter_cache, cut=every(step_size)):
+        pass
     rounds = []
     for round in speculate(
         target,
@@ -117,7 +110,8 @@ def test_a_long_prompt_keeps_the_taps_of_one_chunk(model):
     drafter.ingest = watched
     caches = target.make_cache(), drafter.make_cache()
     prompt = mx.array([i % 60 for i in range(200)])
-    prefill(target, drafter, prompt, *caches, step_size=16, progress=lambda *_: None)
+    for _ in prefill(target, drafter, prompt, *caches, cut=every(16)):
+        pass
     assert len(alive) == 13
     assert 1 <= min(alive) <= max(alive) <= 2  # the name is bound until the next chunk's
 

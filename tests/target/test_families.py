@@ -17,7 +17,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from backend import ON_GPU, assert_same_tokens, rows_are_alike
 from families import BUILT, CONFIGS, LEFT_OUT, MISSING, REFUSED, build
-from mlx_drift.decode.speculate import prefill, speculate
+from mlx_drift.decode.speculate import every, prefill, speculate
 from mlx_drift.errors import DriftError
 from mlx_drift.target.caches import TargetCache
 from mlx_drift.target.model import Target, remove_taps
@@ -63,7 +63,8 @@ def spoken(target, text, k, advance=next):
     spoil = [set(), {0}] + [{i for i in range(8) if rng.random() < 0.3} for _ in range(20)]
     drafter = AnyWidth(text, spoil, target.taps)
     prompt, caches = mx.array(PROMPT), (target.make_cache(), drafter.make_cache())
-    prefill(target, drafter, prompt, *caches, step_size=4, progress=lambda done, total: None)
+    for _ in prefill(target, drafter, prompt, *caches, cut=every(4)):
+        pass
     rounds = speculate(
         target,
         drafter,

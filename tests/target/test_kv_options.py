@@ -10,7 +10,7 @@ from test_families import AnyWidth
 
 from families import build
 from mlx_drift import DriftError, DriftWarning, make_prompt_cache
-from mlx_drift.decode.speculate import prefill, speculate
+from mlx_drift.decode.speculate import every, prefill, speculate
 from mlx_drift.target.caches import KVQuantization
 from mlx_drift.target.model import Target
 from tiny import Scripted, plain_greedy, tiny_drafter, tiny_llama
@@ -52,7 +52,8 @@ def same_as_mlx_lm(model, prompt, k, *, max_kv_size=None, quantization=None, ste
     cache = target.make_cache(max_kv_size=max_kv_size, quantization=q)
     caches = cache, drafter.make_cache()
     tokens = mx.array(prompt)
-    prefill(target, drafter, tokens, *caches, step_size=step_size, progress=lambda *_: None)
+    for _ in prefill(target, drafter, tokens, *caches, cut=every(step_size)):
+        pass
     rounds = speculate(
         target,
         drafter,
