@@ -18,7 +18,7 @@ from mlx_drift.convert.read.stored import StoredTensor, from_mlx
 from mlx_drift.convert.resolved import Resolved
 from mlx_drift.convert.target import read_target_shape, shared_with_target
 from mlx_drift.convert.understand import understand
-from mlx_drift.convert.vocabulary import read_d2t
+from mlx_drift.convert.vocabulary import note_padding, read_d2t
 from mlx_drift.convert.write import Output, Progress, check_free, write_weights, written_whole
 from mlx_drift.drafters.config import AnyConfig, MTPConfig, Quantization, check_target
 from mlx_drift.drafters.load import (
@@ -220,8 +220,9 @@ def _checked(
     config = resolved.config({})
     if shape is not None:
         check_target(config, shape, checkpoint.weights)
+        note_padding(resolved, shape)
     weights = Path(checkpoint.weights)
-    d2t = read_d2t(resolved.tensors, checkpoint.weights)
+    d2t = read_d2t(resolved, checkpoint.weights)
     target_ids(config, d2t, weights)
     tensors = {n: t for n, t in resolved.tensors.items() if n not in ("d2t", "t2d")}
     check_tensors(build_network(config, weights), tensors, weights)

@@ -5,12 +5,9 @@ on the Hub.
 """
 
 import filecmp
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-
-import mlx.core as mx
-import numpy as np
 
 from mlx_drift.convert.conventions import TapConvention
 from mlx_drift.convert.layers import Overrides
@@ -19,7 +16,8 @@ from mlx_drift.convert.read.source import Checkpoint, read_checkpoint
 from mlx_drift.convert.resolved import Resolved
 from mlx_drift.convert.target import read_target_shape, target_folder
 from mlx_drift.convert.understand import understand
-from mlx_drift.convert.vocabulary import read_d2t
+from mlx_drift.convert.vocabulary import marked_ids, read_d2t
+from mlx_drift.drafters.config import pads
 from mlx_drift.drafters.load import build_network, check_tensors
 from mlx_drift.errors import DriftError
 from mlx_drift.files.json_file import read_json
@@ -116,7 +114,8 @@ def inspect_drafter(
     checkpoint = (read_mtp_checkpoint if mtp else read_checkpoint)(source, revision)
     overrides = Overrides(taps, feedback, rope_theta, window)
     resolved = understand(checkpoint, shape, overrides)
-    alone = understand(checkpoint, None, overrides).fields["target"]
+    unsaid = shape and replace(shape, num_layers=None)
+    stated = understand(checkpoint, unsaid, overrides).fields["target"]
     tensors = resolved.tensors
     return Inspection(
         dialect=resolved.dialect,
@@ -128,7 +127,7 @@ def inspect_drafter(
         provenance=resolved.provenance,
         unknown_keys=resolved.unknown_keys,
         notes=resolved.notes,
-        checks=_checks(checkpoint, resolved, alone, shape, target),
+        checks=_checks(checkpoint, resolved, stated, shape, target),
     )
 
 
@@ -154,7 +153,10 @@ def _checks(
     ):
         ours, theirs = made_for[key], getattr(shape, key)
         if ours is not None:
-            checks.append(Check(what, ours == theirs, f"made for {ours}, the target has {theirs}"))
+            detail, fits = f"made for {ours}, the target has {theirs}", ours == theirs
+            if key == "vocab_size" and pads(ours, theirs):
+                detail, fits = f"{detail}: the others are taken for padding", True
+            checks.append(Check(what, fits, detail))
     if taps and shape.num_layers is not None:
         last = shape.num_layers + 1
         detail = f"taps {list(taps)}; the target's last is {last}, its final norm"
@@ -175,20 +177,20 @@ def _check_conventions(checkpoint: Checkpoint, resolved: Resolved) -> Check:
 
 
 def _check_vocabulary(checkpoint: Checkpoint, resolved: Resolved) -> Check:
+    """Checks the map of the draft vocabulary."""
+    vocab = resolved.fields["target"]["vocab_size"]
+    rows = resolved.fields.get("draft_vocab_size", vocab)
     try:
-        d2t = read_d2t(resolved.tensors, checkpoint.weights)
+        d2t = read_d2t(resolved, checkpoint.weights)
     except DriftError as error:
         return Check("d2t", False, str(error))
-    if d2t is None:
-        return Check("d2t", False, "the drafter's vocabulary is smaller, but there is no d2t")
-    ids = np.array(d2t + mx.arange(d2t.size))
-    vocab = resolved.fields["target"]["vocab_size"]
-    if ids.size != (rows := resolved.fields.get("draft_vocab_size", vocab)):
-        return Check("d2t", False, f"{ids.size} ids for a draft vocabulary of {rows}")
-    if ids.size and not 0 <= ids[0] <= ids[-1] < vocab:
-        return Check("d2t", False, f"reaches {ids[-1]}, outside the vocabulary of {vocab}")
-    against = "agrees with t2d" if "t2d" in resolved.tensors else "there is no t2d"
-    return Check("d2t", True, f"{ids.size} rising ids within {vocab}; {against}")
+    if d2t is not None:
+        is_marked = marked_ids(resolved.tensors, checkpoint.weights) is not None
+        against = "agrees with t2d" if is_marked else "there is no t2d"
+        return Check("d2t", True, f"{rows} distinct ids within {vocab}; {against}")
+    if rows == vocab or pads(rows, vocab):
+        return Check("d2t", True, f"none is needed: every id is the target's, {rows} of {vocab}")
+    return Check("d2t", False, "the drafter's vocabulary is smaller, but there is no d2t")
 
 
 def _check_tokenizer(checkpoint: Checkpoint, target: str) -> Check:

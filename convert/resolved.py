@@ -8,6 +8,9 @@ from mlx_drift.convert.read.stored import StoredTensor
 from mlx_drift.drafters.config import AnyConfig, config_from_dict
 from mlx_drift.errors import DriftError
 
+CONVERTED = "mlx-drift"
+"""The dialect of a drafter that was converted already."""
+
 
 @dataclass(frozen=True)
 class Resolved:

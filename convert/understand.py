@@ -26,7 +26,7 @@ from mlx_drift.convert.layers import Overrides
 from mlx_drift.convert.mtp.understand import understand_mtp
 from mlx_drift.convert.read.source import Checkpoint
 from mlx_drift.convert.read.stored import StoredTensor
-from mlx_drift.convert.resolved import Resolved
+from mlx_drift.convert.resolved import CONVERTED, Resolved
 from mlx_drift.drafters.config import CONFIGS, DrafterConfig, config_from_dict
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.target.model import TargetShape
@@ -43,7 +43,6 @@ DIALECTS = (
     SAFEAILAB,
     SPECFORGE,
 )
-CONVERTED = "mlx-drift"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 

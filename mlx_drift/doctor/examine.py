@@ -18,7 +18,7 @@ from mlx_drift.convert.layers import Overrides
 from mlx_drift.convert.read.source import read_checkpoint
 from mlx_drift.convert.resolved import Resolved
 from mlx_drift.convert.understand import understand
-from mlx_drift.convert.vocabulary import read_d2t
+from mlx_drift.convert.vocabulary import note_padding, read_d2t
 from mlx_drift.doctor.build import (
     build_model,
     check_config,
@@ -253,10 +253,11 @@ class Examination:
         checkpoint = read_checkpoint(name if here else find_hub_folder(name, None, "drafter"))
         weights = Path(checkpoint.weights)
         resolved = understand(checkpoint, target.shape, Overrides())
-        self.notes += [f"drafter: {line}" for line in remarks(resolved)]
         config = resolved.config({})
         check_target(config, target.shape, str(here or checkpoint.weights))
-        d2t = target_ids(config, read_d2t(resolved.tensors, checkpoint.weights), weights)
+        note_padding(resolved, target.shape)
+        d2t = target_ids(config, read_d2t(resolved, checkpoint.weights), weights)
+        self.notes += [f"drafter: {line}" for line in remarks(resolved)]
         network = build_network(config, weights)
         tensors = {n: t for n, t in resolved.tensors.items() if n not in ("d2t", "t2d")}
         check_tensors(network, tensors, weights)

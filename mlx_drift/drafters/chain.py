@@ -107,6 +107,10 @@ class ChainDrafter:
         self._embed = network.get("embed_tokens", target.embed)
         self._head = network.get("lm_head", target.head)
         self._d2t = d2t
+        self._vocab_size = target.shape.vocab_size
+        own, rows = network.get("embed_tokens", None), config.target.vocab_size
+        if own is not None and rows < self._vocab_size:  # padding may be spoken, if it never is
+            self._embed = lambda tokens: own(mx.minimum(tokens, rows - 1))
 
     def windowed(self, window: int | None, sinks: int = 0) -> "ChainDrafter":
         """Returns this drafter, its weights shared, with another window over long contexts.
@@ -234,8 +238,10 @@ class ChainDrafter:
     def _spread(self, logits: mx.array) -> mx.array:
         """Lays draft logits `[M, D]` out over the target's vocabulary, `[M, V]`."""
         if self._d2t is None:
-            return logits
-        shape = logits.shape[0], self.config.target.vocab_size
-        spread = mx.full(shape, -mx.inf, logits.dtype)
+            padding = self._vocab_size - logits.shape[-1]
+            if padding == 0:
+                return logits
+            return mx.pad(logits, [(0, 0), (0, padding)], constant_values=-mx.inf)
+        spread = mx.full((logits.shape[0], self._vocab_size), -mx.inf, logits.dtype)
         spread[:, self._d2t] = logits
         return spread

@@ -22,6 +22,9 @@ FORMAT_VERSION = 1
 MAX_SIZE, MAX_LAYERS, MAX_TAP, MAX_FLOAT = 2**24, 256, 10_000, 1e18
 """No drafter comes near these; a larger number in a file is an error or an attack."""
 
+MOST_PADDING = 1024
+"""Rows that a vocabulary is padded with, at most."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
@@ -288,6 +291,16 @@ def config_from_dict(values: dict[str, Any]) -> AnyConfig:
     return _from_dict(CONFIGS[kind], values, "the config")
 
 
+def pads(vocab_size: int, padded: int) -> bool:
+    """Tells whether one vocabulary may be another, padded: all ids of the smaller are there.
+
+    Models round their tokenizers' sizes up to a multiple of some power of two: Qwen3's 151,669 to
+    151,936, DeepSeek-V3's 128,815 to 129,280. Heads are known that were made for the former.
+    """
+    missing = padded - vocab_size
+    return 0 < missing < MOST_PADDING and 16 * missing < padded
+
+
 def check_target(config: DrafterConfig, target: TargetShape, where: str) -> None:
     """Checks that a drafter was made for such a target.
 
@@ -305,6 +318,8 @@ def check_target(config: DrafterConfig, target: TargetShape, where: str) -> None
         ("num_layers", "number of layers"),
     ):
         made_for, given = getattr(config.target, key), getattr(target, key)
+        if key == "vocab_size" and pads(made_for, given):
+            continue
         if None not in (made_for, given) and made_for != given:
             raise DriftError(
                 f"{where}: the drafter was made for a target whose {what} is {made_for}, but this "

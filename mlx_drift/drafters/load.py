@@ -6,11 +6,18 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_drift.drafters.cache import ChainCache
 from mlx_drift.drafters.chain import ChainDrafter
-from mlx_drift.drafters.config import DrafterConfig, Eagle3Config, check_target, read_config
+from mlx_drift.drafters.config import (
+    DrafterConfig,
+    Eagle3Config,
+    check_target,
+    pads,
+    read_config,
+)
 from mlx_drift.drafters.eagle import EagleNetwork
 from mlx_drift.drafters.eagle3 import Eagle3Network
 from mlx_drift.drafters.fold import fold
@@ -219,12 +226,13 @@ def target_ids(config: DrafterConfig, d2t: mx.array | None, path: Path) -> mx.ar
         `[D]` int32, or None if the vocabularies are the same.
 
     Raises:
-        DriftError: If there is none where one is needed, or an id lies outside the vocabulary.
+        DriftError: If there is none where one is needed, or an id is there twice or lies outside
+            the vocabulary.
     """
     vocab = config.target.vocab_size
     rows = config.draft_vocab_size if isinstance(config, Eagle3Config) else vocab
     if d2t is None:
-        if rows != vocab:
+        if rows != vocab and not pads(rows, vocab):
             raise DriftError(
                 f"{path} lacks d2t, but the drafter's vocabulary ({rows}) is not the target's "
                 f"({vocab})"
@@ -235,6 +243,8 @@ def target_ids(config: DrafterConfig, d2t: mx.array | None, path: Path) -> mx.ar
     ids = d2t.astype(mx.int64) + mx.arange(rows)
     if mx.any(ids < 0).item() or mx.any(ids >= vocab).item():
         raise DriftError(f"{path}: d2t maps outside the target's vocabulary of {vocab}")
+    if np.unique(np.array(ids)).size != rows:
+        raise DriftError(f"{path}: d2t maps two draft ids to one token of the target")
     ids = ids.astype(mx.int32)
     mx.eval(ids)
     return ids

@@ -167,6 +167,8 @@ class ConventionProbe:
             ids = np.array(candidate.d2t)
             draft_id[:] = -1
             draft_id[ids] = np.arange(ids.size)
+        else:
+            draft_id[candidate.config.target.vocab_size :] = -1
         agrees, likelihood = [], []  # of each text, [S, P]
         for (text, start), captured in zip(self._texts, taps, strict=True):
             true = np.array(text[start:])

@@ -244,7 +244,7 @@ def test_unknown_config_keys_are_named(tmp_path):
             lambda t: t.pop("midlayer.hidden_norm.weight"),
             "not a drafter of a layout this version reads",
         ),
-        (lambda t: t.pop("d2t"), "lacks d2t"),
+        (lambda t: (t.pop("d2t"), t.pop("t2d")), "lacks d2t"),
         (lambda t: t.update(d2t=t["d2t"] + 1), "d2t and t2d disagree"),
         (lambda t: (t.pop("t2d"), t.update(d2t=t["d2t"] + 30)), "outside the target's vocabulary"),
         (lambda t: t.update({"layers.0.hidden_norm.weight": t["norm.weight"]}), "both mean"),
@@ -311,7 +311,8 @@ def test_refuses_configs_that_do_not_fit(tmp_path, change, message):
             {"hidden_size": 64, "num_attention_heads": 8},
             "hidden size is 32, but this target's is 64",
         ),
-        ({"vocab_size": 65}, "vocabulary size is 64, but this target's is 65"),
+        ({"vocab_size": 63}, "vocabulary size is 64, but this target's is 63"),
+        ({"vocab_size": 128}, "vocabulary size is 64, but this target's is 128"),
         ({"num_hidden_layers": 1}, "taps the output of layer 3, but this target has 1 layers"),
     ],
 )

@@ -47,7 +47,7 @@ def test_a_head_that_fits(source, tmp_path):
     ("changes", "failed"),
     [
         ({"hidden_size": 64}, ["hidden size"]),
-        ({"vocab_size": VOCAB + 1}, ["vocabulary"]),
+        ({"vocab_size": 2 * VOCAB}, ["vocabulary"]),
         ({"num_hidden_layers": 7}, ["conventions and tensors", "taps"]),
         (
             {"text_config": {"hidden_size": 8, "vocab_size": 9, "num_hidden_layers": 2}},

@@ -49,7 +49,9 @@ def test_logits_of_five_steps(name, references, tmp_path):
     network = load_network(done.config, weights, out)
     network.set_dtype(mx.float32)
     embed = references.get(f"{name}/embed")
-    target = SimpleNamespace(model=None, embed=lambda ids: embed[ids], head=None)
+    target = SimpleNamespace(
+        model=None, embed=lambda ids: embed[ids], head=None, shape=done.config.target
+    )
     ids = target_ids(done.config, d2t, out)
     drafter = ChainDrafter(done.config, network, target, ids)
     logits, _ = drafter.train_time_test(tokens, taps, STEPS)

@@ -49,7 +49,10 @@ def drafter_of(case: Case) -> ChainDrafter:
         weights.setdefault("lm_head.weight", head)
     network = load_network(config, weights, Path(case.name))
     target = SimpleNamespace(
-        model=None, embed=lambda ids: embed[ids], head=lambda states: states @ head.T
+        model=None,
+        embed=lambda ids: embed[ids],
+        head=lambda states: states @ head.T,
+        shape=config.target,
     )
     return ChainDrafter(config, network, target, None)
 
