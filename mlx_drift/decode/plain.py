@@ -61,6 +61,12 @@ def decode_plain(
     following: Step | None = None
     step = _step(target, text, target_cache)
     is_first = True
+
+    def settle(target_cache: TargetCache, drafter_cache: DrafterCache) -> None:
+        if following is not None:
+            target.rollback(target_cache, 1)
+        _catch_up(drafter, drafter_cache, missed)
+
     start = clock()
     try:
         while True:
@@ -77,6 +83,7 @@ def decode_plain(
             missed.append((text.fresh, step.taps))
             if len(missed) == MOST_PENDING:
                 _catch_up(drafter, drafter_cache, missed)
+                missed.clear()
                 mx.async_eval(drafter_cache.state)
             seconds = clock() - start
             # The first one of a stretch waits for a step that was not under way.
@@ -92,6 +99,7 @@ def decode_plain(
                 seconds=seconds,
                 host_seconds=seconds - (read - built),
                 is_plain=True,
+                settle=settle,
             )
             clock.go()
             if following is None:
@@ -100,9 +108,7 @@ def decode_plain(
                 mx.clear_cache()
             step, following = following, None
     except GeneratorExit:
-        if following is not None:
-            target.rollback(target_cache, 1)
-        _catch_up(drafter, drafter_cache, missed)
+        settle(target_cache, drafter_cache)
         raise
     start, rows = clock(), len(missed)
     _catch_up(drafter, drafter_cache, missed)
@@ -130,4 +136,3 @@ def _catch_up(
     if missed:
         tokens, taps = (mx.concatenate(list(parts)) for parts in zip(*missed, strict=True))
         drafter.ingest(tokens, taps, cache)
-        missed.clear()

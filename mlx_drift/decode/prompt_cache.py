@@ -10,6 +10,7 @@ Notable:
 - A file holds tokens and arrays, and whose they are: another model or drafter is refused.
 """
 
+import copy
 import hashlib
 import json
 import tempfile
@@ -26,7 +27,7 @@ from mlx.utils import tree_flatten
 
 from mlx_drift.decode.draft_length import DraftLength
 from mlx_drift.decode.speculate import Cut, Progress, every, prefill
-from mlx_drift.decode.text import Round
+from mlx_drift.decode.text import Round, Settle
 from mlx_drift.drafters.protocol import Drafter, DrafterCache
 from mlx_drift.errors import DriftError
 from mlx_drift.files.tensors import read_metadata, read_safetensors
@@ -73,8 +74,6 @@ class PromptCache:
         reused: How many of its tokens need not be fed.
         whole: Nothing was interrupted while they changed.
         draft_length: What `num_draft_tokens="auto"` learned in this conversation.
-        is_ahead: A stretch of plain decoding is under way: the target has begun the next step, and
-            the drafter has yet to see the last tokens.
         single_use: It is given up after one answer, so nothing is made ready for another.
         target_cache: The target's, with a row for every token but the last.
         drafter_cache: The drafter's, with a row for every token but the first.
@@ -100,7 +99,7 @@ class PromptCache:
         self.whole = True
         self.draft_length: DraftLength | None = None
         self.single_use = False
-        self.is_ahead = False
+        self._settle: Settle | None = None
         self._under_way: Generator[Round] | None = None
         self.tokens: list[int] = []
         self._turns: list[Turn] = []
@@ -113,6 +112,42 @@ class PromptCache:
         arrays = tree_flatten([[turn.target, turn.drafter] for turn in self._turns])
         snapshots = sum(array.nbytes for _, array in arrays if array is not None)
         return self.target_cache.nbytes + self.drafter_cache.nbytes + snapshots
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether a stretch of plain decoding is under way.
+
+        The target has begun the next step, and the drafter has yet to see the last tokens.
+        """
+        return self._settle is not None
+
+    def fork(self) -> "PromptCache":
+        """Copies the conversation, to go on from here in two ways; `copy.deepcopy` is the same.
+
+        Neither sees what is fed to the other. An answer under way goes on in this one; in the copy
+        it ended with the tokens so far. Model, drafter and snapshots are shared, and so is what the
+        caches hold, until one of the two is fed: that one then copies it.
+        """
+        mx.eval(self.target_cache.state, self.drafter_cache.state)
+        other = PromptCache.__new__(PromptCache)
+        vars(other).update(vars(self))
+        other.tokens, other._turns = list(self.tokens), list(self._turns)
+        other.draft_length = copy.deepcopy(self.draft_length)
+        other.target_cache = self.target_cache.fork()
+        other.drafter_cache = self.drafter_cache.fork()
+        other._under_way = other._settle = None
+        if self._settle is not None:
+            self._settle(other.target_cache, other.drafter_cache)
+            mx.eval(other.target_cache.state, other.drafter_cache.state)
+        return other
+
+    def __copy__(self) -> "PromptCache":
+        """Forks."""
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PromptCache":
+        """Forks."""
+        return self.fork()
 
     def read(self, prompt: list[int], *, step_size: int, progress: Progress) -> int:
         """Brings the caches to the last token of a prompt, feeding what they do not hold of it.
@@ -199,7 +234,7 @@ class PromptCache:
                 if round is None:
                     break
                 self.tokens += round.tokens
-                self.is_ahead = round.is_plain
+                self._settle = round.settle
                 yield round
         finally:
             if self._prompts == prompts:
@@ -222,10 +257,10 @@ class PromptCache:
             raise DriftError(
                 "the prompt cache is in use by another thread; make one for each conversation"
             ) from None
-        self.whole, self.is_ahead = was_whole, False
-        self._settle()
+        self.whole, self._settle = was_whole, None
+        self._compute()
 
-    def _settle(self) -> None:
+    def _compute(self) -> None:
         """Computes what is still lazy, which belongs to this thread, for whoever comes next."""
         if not self.single_use:
             mx.async_eval(self.target_cache.state, self.drafter_cache.state)

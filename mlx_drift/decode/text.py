@@ -1,12 +1,17 @@
 """What the rounds commit, and what they need to know of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_drift.decode.sampling import Chooser, Sampling
+from mlx_drift.drafters.protocol import DrafterCache
+from mlx_drift.target.caches import TargetCache
+
+Settle = Callable[[TargetCache, DrafterCache], None]
+"""Makes the caches, or forks of them, what they are after a round that is ahead of nothing."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,7 @@ class Round:
     seconds: float  # from the round's start to its synchronisation
     host_seconds: float  # of the whole round, spent in Python: building graphs, reading results
     is_plain: bool = False  # a token of plain decoding: nothing was drafted
+    settle: Settle | None = None  # what the caches need until the next round, if they are ahead
 
 
 class Text:

@@ -41,6 +41,12 @@ class LookupState:
                 run = tuple(self.tokens[-length:])
                 self.ends[run] = end, self.ends.get(run, (None, None))[0]
 
+    def fork(self) -> "LookupState":
+        """Copies it."""
+        other = LookupState(self.longest)
+        other.tokens, other.ends = self.tokens.copy(), self.ends.copy()
+        return other
+
     def rewind(self, rows: int) -> bool:
         """Goes back to when the target had been fed `rows` rows."""
         if rows + 1 > len(self.tokens):

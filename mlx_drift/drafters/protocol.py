@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import mlx.core as mx
 
@@ -56,6 +56,9 @@ class DrafterCache(Protocol):
     @property
     def nbytes(self) -> int:
         """The bytes it holds."""
+
+    def fork(self) -> Self:
+        """Copies it: neither sees what the other is fed from then on."""
 
     def rewind(self, rows: int) -> bool:
         """Goes back to when `rows` rows had been fed, if it can."""

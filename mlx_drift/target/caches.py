@@ -7,6 +7,7 @@ Notable:
 - Further back, to a turn of a conversation: `mlx_drift.target.rewind`.
 """
 
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,6 +73,20 @@ class Consumed:
             )
         # Recurrent layers bind new arrays, so a reference keeps the state that was.
         return cls(call, arguments, keywords, [(state, list(state.cache)) for state in states])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Consumed":
+        """Copies the note for copied caches: theirs are put back, the layer is the same."""
+
+        def copied(value: Any) -> Any:
+            is_cache = isinstance(value, ArraysCache | CacheList)
+            return copy.deepcopy(value, memo) if is_cache else value
+
+        return Consumed(
+            self.call,
+            tuple(map(copied, self.arguments)),
+            {name: copied(value) for name, value in self.keywords.items()},
+            [(copied(state), list(arrays)) for state, arrays in self.states],
+        )
 
     def replay(self, rows: int, kept: int) -> None:
         """Puts the state as if only the first `kept` of `rows` rows had been fed."""

@@ -3,10 +3,13 @@
 Keys and values are trimmed to any earlier row, as far as what that row sees is still there. Where a
 window has moved on, or a recurrent state has, only a copy brings it back. Copies are small, a
 window or a state; of keys and values that can always be trimmed none is taken.
+
+Going two ways from one point: `Caches.fork`.
 """
 
+import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
@@ -41,6 +44,14 @@ class Caches(list[Any]):
         """Yields the caches, of a list of caches those that it holds."""
         for cache in self:
             yield from parts(cache)
+
+    def fork(self) -> Self:
+        """Copies the caches: neither sees what the other is fed from then on.
+
+        A copied array is another name for the same buffer. MLX writes into a buffer in place only
+        if nothing else holds it, so the one that is fed first pays for a copy, and the other never.
+        """
+        return copy.deepcopy(self)
 
     def can_return_to(self, rows: int) -> bool:
         """Tells whether what is held is still of the kind that it was at `rows` rows."""
