@@ -47,7 +47,7 @@ def read_layers(values: Values, tensors: Tensors, overrides: Overrides) -> dict[
     """
     heads = values.size("num_attention_heads")
     length = values.size("max_position_embeddings", 2048)
-    rope_theta, rope_scaling = read_rope(values, length, overrides.rope_theta)
+    rope = read_rope(values, length, overrides.rope_theta)
     if values.take("hidden_act", "silu") != "silu":
         raise DriftError(
             f"{values.file}: hidden_act is {brief(values.config['hidden_act'])}; only 'silu' is "
@@ -63,8 +63,9 @@ def read_layers(values: Values, tensors: Tensors, overrides: Overrides) -> dict[
         "num_key_value_heads": values.size("num_key_value_heads", heads),
         "head_dim": _head_dim(values, tensors, heads),
         "rms_norm_eps": values.take("rms_norm_eps", 1e-6),
-        "rope_theta": rope_theta,
-        "rope_scaling": rope_scaling,
+        "rope_theta": rope.theta,
+        "rope_scaling": rope.scaling,
+        "partial_rotary_factor": rope.partial_rotary_factor,
         "max_position_embeddings": length,
         "sliding_window": window,
         "full_attention_layers": full,

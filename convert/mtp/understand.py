@@ -26,7 +26,7 @@ from mlx_drift.convert.resolved import Resolved
 from mlx_drift.drafters.block import block_keys
 from mlx_drift.drafters.config import FORMAT_VERSION, Quantization, config_from_dict
 from mlx_drift.drafters.load import build_network, linear_layers
-from mlx_drift.errors import DriftError
+from mlx_drift.errors import DriftError, brief
 
 Tensors = dict[str, StoredTensor]
 
@@ -79,7 +79,7 @@ def understand_mtp(checkpoint: Checkpoint, overrides: Overrides) -> Resolved:
         "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
         "max_position_embeddings": sizes["max_position_embeddings"],
         "sliding_window": overrides.window or None,
-        "block": block_keys(family, _flat(config), EXPERTS in tensors),
+        "block": block_keys(family, _flat(config, notes), EXPERTS in tensors),
         "own_embedding": "embed_tokens.weight" in tensors,
         "own_head": "lm_head.weight" in tensors,
         "target": {
@@ -122,17 +122,29 @@ def _chosen_by(overrides: Overrides, name: str) -> str | None:
     return "probe" if name in overrides.probed else "override"
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Adds the keys of transformers 5's `rope_parameters` where older configs have them."""
+def _flat(config: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Puts the keys of transformers 5's `rope_parameters` where older configs have them.
+
+    There they win over their namesakes, as in transformers; `notes` tells of those that differ.
+    """
     rope = config.get("rope_parameters")
-    lifted: dict[str, Any] = {"rope_scaling": None}
-    if isinstance(rope, dict):
-        keys = "rope_theta", "partial_rotary_factor"
-        lifted |= {key: rope[key] for key in keys if key in rope}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            lifted["rope_scaling"] = rope
-    said = {k: value for k, value in config.items() if value is not None or k not in lifted}
-    return lifted | said
+    flat: dict[str, Any] = {"rope_scaling": None} | config
+    if not isinstance(rope, dict):
+        return flat
+    for key in ("rope_theta", "partial_rotary_factor"):
+        newer, older = rope.get(key), config.get(key)
+        if newer is None:
+            continue
+        flat[key] = newer
+        if older is not None and older != newer:
+            notes.append(
+                f"rope_parameters.{key} is {brief(newer)} and {key} is {brief(older)}: the former "
+                "is taken, as transformers 5 does"
+            )
+    is_scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    if is_scaled and config.get("rope_scaling") is None:
+        flat["rope_scaling"] = rope
+    return flat
 
 
 def _quantization(

@@ -109,6 +109,7 @@ class LlamaLayersConfig(DrafterConfig):
 
     Attributes:
         rope_scaling: A RoPE kind of mlx-lm's `initialize_rope`, with its own keys.
+        partial_rotary_factor: The part of each head that is rotated, its first dimensions.
         attention_bias: Queries, keys and values are projected with a bias.
         attention_output_bias: So is the attention's output.
     """
@@ -119,6 +120,7 @@ class LlamaLayersConfig(DrafterConfig):
     head_dim: int
     rope_theta: float
     rope_scaling: dict[str, str | float | list[float]] | None = None
+    partial_rotary_factor: float = 1.0
     fc_bias: bool = False
     attention_bias: bool = False
     attention_output_bias: bool = False
@@ -133,12 +135,23 @@ class LlamaLayersConfig(DrafterConfig):
                 f"num_attention_heads is {self.num_attention_heads}, which "
                 f"num_key_value_heads ({self.num_key_value_heads}) does not divide"
             )
+        factor = self.partial_rotary_factor
+        if not 0 < factor <= 1 or self.rotated_dims < 2 or self.rotated_dims % 2:
+            raise DriftError(
+                f"partial_rotary_factor is {factor} of a head_dim of {self.head_dim}; expected "
+                "more than 0, at most 1, and an even number of dimensions"
+            )
         for key, value in (self.rope_scaling or {}).items():
             if isinstance(value, list) and len(value) > self.head_dim:
                 raise DriftError(
                     f"rope_scaling has {len(value)} numbers as {key}; expected at most head_dim "
                     f"({self.head_dim})"
                 )
+
+    @property
+    def rotated_dims(self) -> int:
+        """How many dimensions of each head RoPE rotates, rounded down as in transformers."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.rope = initialize_rope(
-            config.head_dim,
+            config.rotated_dims,
             config.rope_theta,
             False,  # rotate-half, as every Llama-style drafter
             config.rope_scaling,

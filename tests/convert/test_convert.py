@@ -175,36 +175,6 @@ def test_taps_that_depend_on_the_number_of_layers_are_not_guessed(tmp_path, ids)
     assert convert(source, tmp_path / "out", target=str(target)).config.taps == tuple(ids)
 
 
-def test_rope_in_either_spelling(tmp_path):
-    llama3 = {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    spellings = [
-        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | llama3},
-        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3"} | llama3},
-        {
-            "rope_theta": None,
-            "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | llama3,
-        },
-    ]
-    for i, spelling in enumerate(spellings):
-        config = specforge_config(**spelling)
-        source = write_checkpoint(tmp_path / f"source{i}", specforge_tensors(), config)
-        config = convert(source, tmp_path / f"out{i}").config
-        assert config.rope_theta == 5e5
-        assert config.rope_scaling == {"rope_type": "llama3"} | llama3
-
-
-def test_rope_keys_that_nothing_reads_are_named(tmp_path):
-    scaling = {"rope_type": "yarn", "factor": 4.0, "truncate": False}
-    config = specforge_config(rope_scaling=scaling)
-    source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
-    assert convert(source, tmp_path / "out").unknown_keys == ["rope_scaling.truncate"]
-
-
 def test_head_dim_comes_from_the_tensors_where_the_config_lacks_it(tmp_path):
     config = specforge_config(head_dim=None, num_attention_heads=2, num_key_value_heads=1)
     source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
@@ -285,8 +255,11 @@ def test_refuses_a_gate_that_the_config_denies(tmp_path):
         ({"rope_scaling": {"rope_type": "spiral"}}, "RoPE of the kind 'spiral' is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'factor'"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected a JSON object"),
-        ({"rope_parameters": {"rope_theta": 5.0}}, "more than one rope_theta"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"partial_rotary_factor": 0.1}, "partial_rotary_factor is 0.1 of a head_dim of 8"),
+        ({"partial_rotary_factor": 0.4}, "an even number of dimensions"),
+        ({"partial_rotary_factor": 1.5}, "expected more than 0, at most 1"),
+        ({"partial_rotary_factor": 0.0}, "partial_rotary_factor is 0.0"),
+        ({"partial_rotary_factor": "half"}, "partial_rotary_factor = 'half'"),
         ({"norm_output": "false"}, "norm_output is 'false'; expected a true or false"),
         ({"layer_types": ["sliding_attention"]}, "there is no sliding_window"),
         ({"layer_types": 3}, "layer_types is 3; expected a list"),
@@ -354,40 +327,6 @@ def test_the_canonical_config_is_read_strictly(source, tmp_path, change, message
         load_drafter(str(tmp_path / "out"), tiny_llama())
 
 
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        {"rope_type": "linear", "factor": 2.0},
-        {"rope_type": "dynamic", "factor": 2.0},
-        {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-        {
-            "rope_type": "longrope",
-            "original_max_position_embeddings": 64,
-            "short_factor": [1.0] * 4,
-            "long_factor": [2.0] * 4,
-        },
-        {"rope_type": "mrope", "mrope_section": [2, 1, 1]},
-    ],
-    ids=lambda scaling: scaling["rope_type"],
-)
-def test_every_rope_kind_runs(tmp_path, scaling):
-    config = specforge_config(rope_scaling=scaling)
-    source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
-    assert convert(source, tmp_path / "out").unknown_keys == []
-    drafter = load_drafter(str(tmp_path / "out"), tiny_llama())
-    cache = drafter.make_cache()
-    drafter.ingest(mx.array([1, 2, 3]), mx.ones((3, 3, 32)), cache)
-    assert drafter.propose(4, cache).tokens.size == 4
-    assert mx.isfinite(cache.recycled).all().item()
-
-
 def test_strict_refuses_unknown_config_keys(tmp_path):
     config = specforge_config(gated_attention=True)
     source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
@@ -452,36 +391,6 @@ def test_quantized_as_mlx_does_it(source, tmp_path):
         for part, expected in zip(("weight", "scales", "biases"), parts, strict=False):
             assert mx.array_equal(found[f"fc.{part}"], expected)
         assert load_drafter(str(out), tiny_llama()).network.fc.bits == bits
-
-
-ROPE = {
-    "a number in two spellings": {
-        "rope_theta": 1000000,
-        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
-    },
-    "a kind in two spellings": {
-        "rope_scaling": {"type": "linear", "factor": 2.0},
-        "rope_parameters": {"type": "linear", "rope_type": "linear", "factor": 2.0},
-    },
-    "nulls": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": None}},
-}
-
-
-@pytest.mark.parametrize("name", ROPE)
-def test_spellings_of_rope_that_agree(tmp_path, name):
-    config = specforge_config(**ROPE[name])
-    source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
-    done = convert(source, tmp_path / "out")
-    assert done.config.rope_theta == ROPE[name].get("rope_theta", 1e4)
-    assert done.unknown_keys == []
-
-
-def test_the_user_settles_which_theta_it_is(tmp_path):
-    config = specforge_config(rope_theta=5e5, rope_parameters={"rope_theta": 1e4})
-    source = write_checkpoint(tmp_path / "source", specforge_tensors(), config)
-    with pytest.raises(DriftError, match="--rope-theta"):
-        convert(source, tmp_path / "out")
-    assert convert(source, tmp_path / "out", rope_theta=1e4).config.rope_theta == 1e4
 
 
 def test_keys_that_are_null_say_nothing(tmp_path):

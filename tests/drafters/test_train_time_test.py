@@ -17,7 +17,7 @@ CASES = {case.name: case for case in load_cases()}
 SAME_NAME = """
     taps fc_norm norm_before_fc norm_before_residual hidden_size intermediate_size
     num_attention_heads num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling
-    sliding_window attention_bias qk_norm gated_attention draft_vocab_size
+    partial_rotary_factor sliding_window attention_bias qk_norm gated_attention draft_vocab_size
 """.split()
 
 

@@ -39,6 +39,7 @@ BASE_CONFIG: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 500.0,
     "rope_scaling": None,
+    "partial_rotary_factor": 1.0,
     "sliding_window": None,
     "attention_bias": False,
     "qk_norm": False,
@@ -245,6 +246,7 @@ def random_config(seed: int) -> dict[str, Any]:
         "taps": pick([2, 4, 7], [3], [1, 2, 4, 6, 8], [0, 5]),
         "tied": pick(False, True),
         "gated_attention": pick(False, True),
+        "partial_rotary_factor": pick(1.0, 0.5),
     }
     return make_config(**overrides)
 
@@ -281,6 +283,18 @@ def reference_configs() -> dict[str, dict[str, Any]]:
         "window5": {"sliding_window": 5},
         "rope_linear": {"rope_scaling": LINEAR_ROPE},
         "rope_llama3": {"rope_scaling": LLAMA3_ROPE, "rope_theta": 100.0},
+        "partial_rotary": {"partial_rotary_factor": 0.5},
+        "partial_rotary_llama3": {
+            "partial_rotary_factor": 0.5,
+            "rope_scaling": LLAMA3_ROPE,
+            "rope_theta": 100.0,
+        },
+        "partial_rotary_qwen3_5": {  # its layer: a quarter is rotated, norms, a gate
+            "partial_rotary_factor": 0.25,
+            "qk_norm": True,
+            "gated_attention": True,
+            **normed,
+        },
         "wide_heads": {"head_dim": 12, "num_key_value_heads": 1},  # 4 * 12 != 32
         "target_width": {"target_hidden_size": 24, **normed},
         "own_full_head": {"draft_vocab_size": BASE_CONFIG["vocab_size"]},  # lm_head, no d2t

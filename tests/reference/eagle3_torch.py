@@ -50,15 +50,16 @@ def silu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None) -> list[float]:
-    """The hd/2 angular frequencies (radians per position) of rotary embedding.
+def rope_frequencies(rotated: int, theta: float, scaling: dict[str, Any] | None) -> list[float]:
+    """The rotated/2 angular frequencies (radians per position) of rotary embedding.
 
-    Plain: ``theta ** (-2 d / hd)``. ``linear`` divides every frequency by ``factor`` (the same as
+    ``rotated`` is how many channels of a head are rotated: hd, or a part of it. Plain:
+    ``theta ** (-2 d / rotated)``. ``linear`` divides every frequency by ``factor`` (the same as
     dividing positions). ``llama3`` keeps the frequencies of wavelengths shorter than
     ``original / high_freq_factor``, divides those of wavelengths longer than
     ``original / low_freq_factor`` by ``factor``, and interpolates in between.
     """
-    plain = [theta ** (-2.0 * d / head_dim) for d in range(head_dim // 2)]
+    plain = [theta ** (-2.0 * d / rotated) for d in range(rotated // 2)]
     kind = "default" if scaling is None else scaling["rope_type"]
     if scaling is None or kind == "default":
         return plain
@@ -84,12 +85,15 @@ def rope_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None
 
 
 def apply_rope(x: Tensor, positions: list[int], frequencies: list[float]) -> Tensor:
-    """Rotate-half RoPE: channel d is paired with channel d + hd/2.
+    """Rotate-half RoPE: channel d is paired with channel d + half, half the rotated ones.
+
+    There are as many pairs as frequencies; channels after the pairs stay as they are (partial
+    rotary embedding, as in Qwen3-Next, Qwen3.5 and GLM-4).
 
     x [L, heads, hd], ``positions`` one per row -> [L, heads, hd].
     """
-    half = x.shape[-1] // 2
-    out = torch.empty_like(x)
+    half = len(frequencies)
+    out = x.clone()
     for row, position in enumerate(positions):
         for d in range(half):
             angle = position * frequencies[d]
@@ -104,10 +108,10 @@ class Eagle3Reference:
 
     config
         Keys read: num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
-        rms_norm_eps, rope_theta, rope_scaling (dict with ``rope_type``, or None), sliding_window
-        (int or None), qk_norm, gated_attention, taps, fc_norm, norm_before_fc,
-        norm_before_residual, norm_output, tied. Biases are used where a ``*.bias`` tensor is
-        present.
+        rms_norm_eps, rope_theta, rope_scaling (dict with ``rope_type``, or None),
+        partial_rotary_factor, sliding_window (int or None), qk_norm, gated_attention, taps,
+        fc_norm, norm_before_fc, norm_before_residual, norm_output, tied. Biases are used where a
+        ``*.bias`` tensor is present.
     weights
         Canonical name -> tensor, PyTorch ``[out, in]`` layout.
     embed
@@ -135,7 +139,9 @@ class Eagle3Reference:
         else:
             self.head = self.weights["lm_head.weight"]
         self.frequencies = rope_frequencies(
-            config["head_dim"], config["rope_theta"], config["rope_scaling"]
+            int(config["head_dim"] * config["partial_rotary_factor"]),
+            config["rope_theta"],
+            config["rope_scaling"],
         )
 
     def norm(self, x: Tensor, name: str) -> Tensor:

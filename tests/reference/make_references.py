@@ -41,7 +41,7 @@ from safetensors.numpy import save_file
 SEED = 31
 LENGTH = 12
 STEPS = 4
-BUDGET = 650_000
+BUDGET = 700_000
 
 
 def run_case(case: Case, steps: int, dtype: torch.dtype) -> tuple[Array, Array]:

@@ -72,6 +72,7 @@ from loguru import logger
 from safetensors.torch import load_file, save_file
 from speculators.convert.eagle.eagle3_converter import Eagle3Converter
 from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig, shift_batch
+from speculators.models.eagle3.rotary_partial import install_partial_neox_rotary
 from speculators.train.checkpointer import SingleGPUCheckpointer
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 from transformers.utils.logging import disable_progress_bar
@@ -137,6 +138,16 @@ YARN: dict[str, Any] = {
 """Its ramp over the four frequencies is 0, 1/2, 1, 1, and it scales queries and keys."""
 
 
+PARTIAL: dict[str, Any] = {
+    "rope_type": "linear",
+    "rope_theta": 500.0,
+    "factor": 2.0,
+    "partial_rotary_factor": 0.5,
+}
+"""The package rotates a part of each head as vLLM does, except in plain RoPE: there transformers'
+Llama and Qwen3 layers rotate all of it, of which the trainer's command line warns."""
+
+
 def sliding(window: int, *layers: bool) -> dict[str, Any]:
     """The keys of a window as the trainer writes them; ``layers`` says which layers slide."""
     return {
@@ -193,6 +204,15 @@ SPECS = [
     ),
     Spec("rope_llama3", layer={"rope_parameters": LLAMA3}),
     Spec("rope_yarn", layer={"rope_parameters": YARN}),
+    Spec("rope_partial", layer={"rope_parameters": PARTIAL}),
+    Spec(
+        "rope_partial_yarn",
+        layer={
+            **QWEN3,
+            "head_dim": 12,
+            "rope_parameters": YARN | {"partial_rotary_factor": 0.5},
+        },
+    ),
     Spec("old_rope_theta", old_rope=True),
     Spec("old_rope_llama3", layer={"rope_parameters": LLAMA3}, old_rope=True),
     Spec("four_taps", NORMED, taps=(2, 4, 6, 9)),
@@ -486,6 +506,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    install_partial_neox_rotary()  # as the trainer does; whole heads stay as they are
     disable_progress_bar()
     logger.remove()
     main()

@@ -514,3 +514,24 @@ def test_load_drafter_takes_the_head_of_a_repository(hub, tmp_path, monkeypatch)
     assert load_drafter(REPO, model, mtp=True).config.drafter_type == "mtp"
     with pytest.raises(DriftError, match="convert --mtp"):
         load_drafter(REPO, model)
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "mimo"])
+def test_the_newest_spelling_of_rope_wins(name, tmp_path):
+    """As in `mlx_drift.convert.rope`; mlx-lm's Qwen3.5 reads `rope_parameters` alone."""
+    config = config_of(name) | {"rope_theta": 1e4}
+    newer = {"rope_type": "default", "rope_theta": 1e7}
+    if name == "glm4_moe":
+        newer["partial_rotary_factor"] = config["partial_rotary_factor"] / 2
+    write_repository(
+        tmp_path / "repo", config | {"rope_parameters": newer}, written(name, head(name))
+    )
+    done, _ = convert(tmp_path / "repo", tmp_path / "out")
+    for key in newer.keys() - {"rope_type"}:
+        assert done.config.block[key] == newer[key]
+        assert f"rope_parameters.{key} is {newer[key]} and {key} is {config[key]}" in str(
+            done.notes
+        )
+    config |= {"rope_theta": 1e7, "rope_parameters": {"rope_theta": 1e7}}
+    write_repository(tmp_path / "agree", config, written(name, head(name)))
+    assert convert(tmp_path / "agree", tmp_path / "b")[0].notes == []
