@@ -1,42 +1,40 @@
-"""mlx-drift: lossless EAGLE-3 and EAGLE-3.1 speculative decoding on MLX."""
+"""mlx-drift: lossless EAGLE-3 and EAGLE-3.1 speculative decoding on MLX.
 
-from mlx_lm import load
+The public names (`mlx_drift.public`) are imported when one of them is first asked for: what needs
+none of them, such as `mlx-drift --help`, does not wait for mlx-lm.
+"""
 
-from mlx_drift.convert import convert_drafter, inspect_drafter
-from mlx_drift.decode.prompt_cache import (
-    PromptCache,
-    load_prompt_cache,
-    make_prompt_cache,
-    save_prompt_cache,
-)
-from mlx_drift.decode.statistics import Statistics
-from mlx_drift.demo import load_demo
-from mlx_drift.doctor import doctor
-from mlx_drift.drafters.draft_model import DraftModelDrafter
-from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
-from mlx_drift.errors import DriftError, DriftWarning
-from mlx_drift.generate import DriftResponse, generate, stream_generate
-from mlx_drift.loading import load_drafter
-from mlx_drift.target.model import remove_taps
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "DraftModelDrafter",
-    "DriftError",
-    "DriftResponse",
-    "DriftWarning",
-    "PromptCache",
-    "PromptLookupDrafter",
-    "Statistics",
-    "convert_drafter",
-    "doctor",
-    "generate",
-    "inspect_drafter",
-    "load",
-    "load_demo",
-    "load_drafter",
-    "load_prompt_cache",
-    "make_prompt_cache",
-    "remove_taps",
-    "save_prompt_cache",
-    "stream_generate",
-]
+if TYPE_CHECKING:
+    from mlx_drift.public import *  # noqa: F403
+
+FUNCTIONS = "doctor", "generate"
+"""Public functions with the name of the module that they are in."""
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module("mlx_drift.public"), name)
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return [*__getattr__("__all__")]
+
+
+class _Package(ModuleType):
+    """This package, where a module that is imported does not hide the function of its name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in FUNCTIONS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,42 +1,68 @@
-"""The `mlx-drift` command: each command a thin shell over a public function."""
+"""The `mlx-drift` command: each command a thin shell over a public function.
+
+A command's module is imported when the command is called: `mlx-drift --help` needs none of them.
+"""
 
 import logging
 import sys
 import warnings
+from importlib import import_module
 from typing import Any
 
 import typer
 from huggingface_hub.utils import logging as hub_log
+from typer.core import TyperGroup
 
-from mlx_drift.cli.bench import bench_command
-from mlx_drift.cli.cache_prompt import cache_prompt
-from mlx_drift.cli.convert import convert
-from mlx_drift.cli.doctor import doctor
-from mlx_drift.cli.drift import drift_command
-from mlx_drift.cli.generate import generate
-from mlx_drift.cli.inspect import inspect
-from mlx_drift.cli.measure import measure
-from mlx_drift.cli.pairs import pairs
-from mlx_drift.cli.tune import tune_command
 from mlx_drift.errors import DriftError, DriftWarning
+
+COMMANDS = {
+    "generate": "Generate text through a drafter, losing nothing by it.",
+    "cache-prompt": "Process how prompts begin, once: generate --prompt-cache-file goes on from "
+    "there.",
+    "convert": "Convert a PyTorch EAGLE-3 checkpoint, or a model's MTP head, to MLX.",
+    "inspect": "Tell what a drafter checkpoint is, without downloading its weights.",
+    "doctor": "Tell caches, taps, memory and what is refused, before any weights are loaded.",
+    "pairs": "List known pairs of target and drafter, from which `generate --drafter auto` picks.",
+    "bench": "Measure plain decoding and ways of drafting, in turns, in one run.",
+    "tune": "Measure what rounds cost on this machine, for `--num-draft-tokens auto` to start "
+    "from.",
+    "drift": "Measure attention drift: what drafters recycle and look at from step to step.",
+    "measure": "Measure how many drafts are accepted over question sets, with intervals.",
+}
+"""The commands, and what each says of itself. Each is the function of its name in the module of its
+name, with `_command` behind it where something else has that name."""
+
+SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+class Commands(TyperGroup):
+    """Lists commands by what they say of themselves, and imports the one that is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Returns the name of the command that is called, itself, and its arguments."""
+        name, listed, rest = super().resolve_command(ctx, args)
+        return name, listed and _imported(str(name)), rest
+
 
 app = typer.Typer(
     name="mlx-drift",
+    cls=Commands,
     help="Lossless speculative decoding on MLX: EAGLE-3, EAGLE-3.1 and MTP heads.",
     no_args_is_help=True,
     add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=SETTINGS,
 )
-app.command()(generate)
-app.command()(cache_prompt)
-app.command()(convert)
-app.command()(inspect)
-app.command()(doctor)
-app.command()(pairs)
-app.command(name="bench")(bench_command)
-app.command(name="tune")(tune_command)
-app.command(name="drift")(drift_command)
-app.command()(measure)
+for _name, _help in COMMANDS.items():
+    app.command(_name, help=_help)(lambda: None)
+
+
+def _imported(name: str) -> Any:
+    """Imports a command and builds what parses its arguments."""
+    module = name.replace("-", "_")
+    members = vars(import_module(f"mlx_drift.cli.{module}"))
+    alone = typer.Typer(add_completion=False, context_settings=SETTINGS)
+    alone.command(name)(members.get(f"{module}_command") or members[module])
+    return typer.main.get_command(alone)
 
 
 def main(arguments: list[str] | None = None) -> None:

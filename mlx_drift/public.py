@@ -1,0 +1,42 @@
+"""The public names of mlx-drift, all of which `mlx_drift` itself has too."""
+
+from mlx_lm import load
+
+from mlx_drift.convert import convert_drafter, inspect_drafter
+from mlx_drift.decode.prompt_cache import (
+    PromptCache,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+)
+from mlx_drift.decode.statistics import Statistics
+from mlx_drift.demo import load_demo
+from mlx_drift.doctor import doctor
+from mlx_drift.drafters.draft_model import DraftModelDrafter
+from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
+from mlx_drift.errors import DriftError, DriftWarning
+from mlx_drift.generate import DriftResponse, generate, stream_generate
+from mlx_drift.loading import load_drafter
+from mlx_drift.target.model import remove_taps
+
+__all__ = [
+    "DraftModelDrafter",
+    "DriftError",
+    "DriftResponse",
+    "DriftWarning",
+    "PromptCache",
+    "PromptLookupDrafter",
+    "Statistics",
+    "convert_drafter",
+    "doctor",
+    "generate",
+    "inspect_drafter",
+    "load",
+    "load_demo",
+    "load_drafter",
+    "load_prompt_cache",
+    "make_prompt_cache",
+    "remove_taps",
+    "save_prompt_cache",
+    "stream_generate",
+]

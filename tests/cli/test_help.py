@@ -1,0 +1,52 @@
+"""`mlx-drift --help`: every command, at once."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+import mlx_drift
+from mlx_drift.cli import COMMANDS
+
+
+def printed(code):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_listed_with_what_it_says_of_itself(cli, name):
+    assert f" {name} [OPTIONS]" in cli(name, "--help")[1]
+    module = name.replace("-", "_")
+    members = vars(import_module(f"mlx_drift.cli.{module}"))
+    function = members.get(f"{module}_command") or members[module]
+    assert function.__doc__.splitlines()[0] == COMMANDS[name]
+
+
+def test_help_does_not_wait_for_mlx_lm():
+    heavy = "from mlx_drift.cli import app; import sys\n" + (
+        "try: app(['--help'])\n"
+        "finally: print([m for m in ('mlx', 'mlx_lm', 'transformers') if m in sys.modules])"
+    )
+    shown = printed(heavy)
+    assert shown.splitlines()[-1] == "[]"
+    assert all(name in shown for name in COMMANDS)
+
+
+def test_public_names_are_imported_when_they_are_asked_for():
+    shown = printed(
+        "import sys, mlx_drift\n"
+        "print('mlx_lm' in sys.modules)\n"
+        "from mlx_drift import *\n"
+        "import mlx_drift.generate, mlx_drift.doctor.examine\n"
+        "print(all(name in dir(mlx_drift) for name in mlx_drift.__all__), generate.__module__)\n"
+        "print(mlx_drift.generate is generate, mlx_drift.doctor is doctor)\n"
+    )
+    assert shown.splitlines() == ["False", "True mlx_drift.generate", "True True"]
+
+
+def test_a_name_that_is_not_public_is_told():
+
+    with pytest.raises(AttributeError, match="has no attribute 'lode'"):
+        mlx_drift.lode  # noqa: B018
