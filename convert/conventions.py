@@ -163,9 +163,11 @@ def resolve_taps(
             "order, since fc's columns follow them"
         )
     if len(ids) != num_taps:
+        wider = num_layers is None and num_taps % len(ids) == 0
         raise DriftError(
             f"{values.file} names {len(ids)} tap layers {brief(ids)}, but fc was made for "
             f"{num_taps}"
+            + (", or for a target wider than the drafter: give it, --target MODEL" if wider else "")
         )
     convention, why = tap_convention(ids, num_layers, producer)
     if override == "output" and num_layers in ids:

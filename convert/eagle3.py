@@ -2,7 +2,13 @@
 
 from typing import Any
 
-from mlx_drift.convert.conventions import TapConvention, Undecided, Values, resolve_taps
+from mlx_drift.convert.conventions import (
+    TAP_KEYS,
+    TapConvention,
+    Undecided,
+    Values,
+    resolve_taps,
+)
 from mlx_drift.convert.layers import Overrides, Tensors, read_layers, read_target
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.target.model import TargetShape
@@ -33,7 +39,7 @@ def understand_eagle3(
         DriftError: If anything is missing or contradictory.
     """
     hidden_size = values.size("hidden_size")
-    made_for = read_target(values, target, values.size("target_hidden_size", hidden_size))
+    made_for = read_target(values, target, _target_size(values, tensors, hidden_size, target))
     num_taps = _count_taps(values, tensors, weights, hidden_size, made_for.hidden_size)
     own_head = "lm_head.weight" in tensors
     if not own_head and "embed_tokens.weight" in tensors and values.take("tie_word_embeddings"):
@@ -70,6 +76,29 @@ def understand_eagle3(
     return fields, undecided
 
 
+def _target_size(
+    values: Values, tensors: Tensors, hidden_size: int, target: TargetShape | None
+) -> int:
+    """Tells the target's hidden size where the config does not: not every trainer writes it.
+
+    The norms of the taps have it; else `fc` may suit just the target that is given.
+    """
+    if values.config.get("target_hidden_size") is not None:
+        return values.size("target_hidden_size")
+    norm, fc = (tensors.get(f"{name}.weight") for name in ("fc_norm.0", "fc"))
+    ids = next((i for key in TAP_KEYS if isinstance(i := values.config.get(key), list) and i), None)
+    num_taps = 3 if ids is None else len(ids)
+    given = 0 if target is None else target.hidden_size
+    size, why = hidden_size, ""
+    if norm is not None and norm.ndim == 1 and norm.size:
+        size, why = norm.size, "fc_norm has that width"
+    elif given and fc is not None and fc.shape[1:] == (num_taps * given,):
+        size, why = given, f"fc suits {num_taps} taps of the one that is given"
+    if size != hidden_size:
+        values.notes.append(f"the target's hidden size is taken to be {size}: {why}")
+    return size
+
+
 def _count_taps(
     values: Values, tensors: Tensors, weights: str, hidden_size: int, target_size: int
 ) -> int:
@@ -87,9 +116,13 @@ def _count_taps(
         return 0
     shape = tensors["fc.weight"].shape
     if len(shape) != 2 or shape[0] != hidden_size or shape[1] < 1 or shape[1] % target_size:
+        untold = target_size == hidden_size and values.config.get("target_hidden_size") is None
+        hint = (
+            ". If the target is wider than the drafter, give it: --target MODEL" if untold else ""
+        )
         raise DriftError(
             f"{weights}: fc.weight has shape {shape}; expected ({hidden_size}, a multiple of the "
-            f"target's hidden size {target_size})"
+            f"target's hidden size {target_size}){hint}"
         )
     return shape[1] // target_size
 
