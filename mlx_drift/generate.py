@@ -17,8 +17,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.decode.answer import Chunk, answer
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
+from mlx_drift.decode.fork import LogitsProcessor, unforkable
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
-from mlx_drift.decode.sampling import LogitsProcessor, Sampler, Sampling
+from mlx_drift.decode.sampling import Sampler, Sampling
 from mlx_drift.decode.speculate import every, time_plain_steps
 from mlx_drift.decode.statistics import LOW_ACCEPTANCE, Statistics
 from mlx_drift.decode.tuned import remember, tuned_costs
@@ -93,10 +94,17 @@ def stream_generate(
         xtc_threshold: What a token must reach for XTC to see it.
         xtc_special_tokens: Tokens that XTC never removes.
         seed: Makes the output reproducible. None draws one from mlx's own random state.
-        logits_processors: As in mlx-lm: called with all tokens so far and logits `[1, V]`.
+        logits_processors: As in mlx-lm: called with all tokens so far and logits `[1, V]`. One may
+            keep a state (a counter, a thinking budget, a grammar): it is called for every token
+            that is generated, once and in order, so the text is what mlx-lm gives with it, and
+            after the answer its state is that of these tokens. (mlx-lm is one call ahead then.)
+            Drafts are chosen with copies of it: by its `fork()` if it has one, else by
+            `copy.deepcopy`; if neither works, nothing is drafted. What keeps no state is asked
+            about all drafts at once, which is faster: mlx-lm's own, functions that refer to nothing
+            that can change, and what says so by an attribute `stateless = True`.
         sampler: As in mlx-lm, instead of the keywords. As nothing is known of its probabilities, a
             draft is accepted only if it is what the sampler drew: the same distribution, lower
-            acceptance.
+            acceptance. It may keep a state as a logits processor may.
         prompt_cache: What the conversation has in the caches: `make_prompt_cache(model, drafter)`.
             Unlike with mlx-lm's, the prompt is then the whole conversation: what the caches hold of
             it is not processed again (`statistics.reuse` says how much and how). Its own settings
@@ -121,7 +129,7 @@ def stream_generate(
             another model, or the target's caches cannot be rolled back.
 
     Warns:
-        DriftWarning: If hardly any draft is accepted.
+        DriftWarning: If hardly any draft is accepted, or a logits processor cannot be copied.
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
@@ -180,6 +188,15 @@ def stream_generate(
             "load it with load_drafter(path, model)"
         )
 
+    if (name := unforkable(sampling.logits_processors)) is not None:
+        warnings.warn(
+            f"the logits processor {name} keeps a state that cannot be copied, so nothing is "
+            "drafted. Give it a method fork() that returns an independent copy of it; or, if it "
+            "keeps no state, mark it: processor.stateless = True",
+            DriftWarning,
+            stacklevel=2,
+        )
+        num_draft_tokens = PLAIN
     if prompt_cache is None:
         prompt_cache = make_prompt_cache(
             model,

@@ -1,7 +1,9 @@
 """A stretch of plain decoding between rounds, for where no number of drafts pays.
 
-As in mlx-lm the next step is under way while a token is read. The taps of the stretch are kept, and
-the drafter catches up with them only when it is asked again, or when they become too many.
+As in mlx-lm the next step is under way while a token is read; but its token is chosen only when
+that one is committed, so logits processors see no position that may yet be taken back. The taps of
+the stretch are kept, and the drafter catches up with them only when it is asked again, or when they
+become too many.
 """
 
 from collections.abc import Iterator
@@ -25,11 +27,10 @@ TOKENS_BETWEEN_CLEARS = 256  # as in mlx-lm
 
 @dataclass(frozen=True)
 class Step:
-    """One target step, lazy."""
+    """One target step, under way."""
 
-    token: mx.array  # [1]: what it chose
+    logits: mx.array  # [1, V]
     taps: mx.array  # [1, A, T]
-    log_probabilities: mx.array  # [1, V]
 
 
 def decode_plain(
@@ -59,7 +60,7 @@ def decode_plain(
     """
     missed: list[tuple[mx.array, mx.array]] = []  # tokens and taps that the drafter has not seen
     following: Step | None = None
-    step = _step(target, text, target_cache)
+    step = _step(target, text.last, target_cache)
     is_first = True
 
     def settle(target_cache: TargetCache, drafter_cache: DrafterCache) -> None:
@@ -70,11 +71,12 @@ def decode_plain(
     start = clock()
     try:
         while True:
+            token, log_probabilities = _choose(text, step)
             target.rollback(target_cache, 0)  # the step's own row stays
             more = text.remaining != 1 and draft_length.choose(len(missed) + 1) == PLAIN
-            following = _step(target, text, target_cache, step.token) if more else None
+            following = _step(target, token, target_cache) if more else None
             built = clock()
-            tokens: Any = step.token.tolist()
+            tokens: Any = token.tolist()
             read = clock()
             text.commit(tokens)
             if text.finished and following is not None:
@@ -93,7 +95,7 @@ def decode_plain(
             clock.stop()
             yield Round(
                 tokens,
-                [step.log_probabilities[0]],
+                [log_probabilities[0]],
                 accepted=0,
                 tested=0,
                 seconds=seconds,
@@ -117,16 +119,20 @@ def decode_plain(
         draft_length.record_catch_up(rows, clock() - start)
 
 
-def _step(target: Target, text: Text, cache: TargetCache, *under_way: mx.array) -> Step:
-    """Starts a target step after the last token, committed or under way."""
-    last = under_way[0] if under_way else text.last
-    chooser = text.chooser(0, *under_way)
-    logits, taps = target.verify(last, cache)
+def _step(target: Target, last: mx.array, cache: TargetCache) -> Step:
+    """Starts a target step after the last token."""
+    step = Step(*target.verify(last, cache))
+    mx.async_eval(step.logits, step.taps, cache.state)
+    return step
+
+
+def _choose(text: Text, step: Step) -> tuple[mx.array, mx.array]:
+    """Starts choosing the token `[1]` to commit next; with the log-probabilities `[1, V]`."""
     none = Draft(mx.zeros((0,), mx.int32))
-    log_probabilities = chooser.log_probabilities(logits, none.tokens)
-    token = chooser.accept(none, log_probabilities)[1:]
-    mx.async_eval(token, taps, log_probabilities, cache.state, text.state)
-    return Step(token, taps, log_probabilities)
+    decided, log_probabilities = text.chooser(0).verify(none, step.logits)
+    token = decided[1:]
+    mx.async_eval(token, log_probabilities, text.state)
+    return token, log_probabilities
 
 
 def _catch_up(

@@ -8,12 +8,16 @@ Notable:
 - XTC tosses a coin a position. The target and the drafter see the same coin: given the coin,
   acceptance is exact for what the target would draw under it, hence also without knowing it.
 - Logits processors see every position with the history that it would have: the committed tokens
-  and the drafts before it.
+  and the drafts before it. Those without a state see all positions of a round at once; where one
+  keeps a state, rows are gone through in order, as far as they are committed.
 - Greedy decoding is temperature 0 of all this: the likeliest token, with certainty.
 """
 
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import (
@@ -25,11 +29,10 @@ from mlx_lm.sample_utils import (
 )
 
 from mlx_drift.decode.accept import accept_matching, accept_sampled
+from mlx_drift.decode.fork import LogitsProcessor, fork
+from mlx_drift.decode.stateless import is_stateless
 from mlx_drift.drafters.protocol import Draft
 from mlx_drift.errors import DriftError
-
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
-"""Maps tokens `[n]` and logits `[1, V]` to logits, as mlx-lm's do."""
 
 Sampler = Callable[[mx.array], mx.array]
 """Maps log-probabilities `[1, V]` to a token `[1]`, as mlx-lm's do."""
@@ -107,6 +110,17 @@ class Sampling:
         """Whether tokens are drawn from a known distribution."""
         return self.temp > 0
 
+    @cached_property
+    def processors_have_state(self) -> bool:
+        """Whether a processor must see position after position, in order."""
+        return not all(map(is_stateless, self.logits_processors))
+
+    @cached_property
+    def has_state(self) -> bool:
+        """Whether a processor or the sampler must."""
+        sampler_has = self.sampler is not None and not is_stateless(self.sampler)
+        return self.processors_have_state or sampler_has
+
     def as_sampler(self) -> Sampler:
         """Returns the sampler of mlx-lm that draws from the same."""
         if self.sampler is not None:
@@ -177,6 +191,7 @@ class Chooser:
         k: Drafts in the round, at most.
         key: The round's randomness; None at temperature 0.
         history: All committed tokens `[n]`; None if no logits processor looks at them.
+        stop_tokens: Token ids after which nothing is wanted.
     """
 
     def __init__(
@@ -185,9 +200,12 @@ class Chooser:
         k: int,
         key: mx.array | None = None,
         history: mx.array | None = None,
+        stop_tokens: AbstractSet[int] = frozenset(),
     ):
         self.sampling = sampling
         self._history = history
+        self._stop_tokens = stop_tokens
+        self._ahead: Sequence[LogitsProcessor] = sampling.logits_processors
         if sampling.is_random:
             assert key is not None, "drawing needs a key"
             self._accept_key, coin_key, *self._draft_keys = mx.random.split(key, k + 2)
@@ -212,14 +230,35 @@ class Chooser:
             certainty.
         """
         step = len(drafted)
-        logits = self._process(logits, drafted)
+        if self.sampling.processors_have_state:
+            self._look_ahead(drafted)
+        logits = self._process(self._ahead, logits, drafted)
         if not self.sampling.is_random:
-            return mx.argmax(_log_softmax(logits), axis=-1).astype(mx.int32), None
-        if self.sampling.is_filtered:
-            logits = _log_softmax(logits)
-        log_q = self.sampling.log_distribution(logits, self._coins[step : step + 1])
-        token = mx.random.categorical(log_q, key=self._draft_keys[step])
-        return token.astype(mx.int32), log_q
+            log_q = _log_softmax(logits)
+            token = mx.argmax(log_q, axis=-1).astype(mx.int32)
+        else:
+            if self.sampling.is_filtered:
+                logits = _log_softmax(logits)
+            log_q = self.sampling.log_distribution(logits, self._coins[step : step + 1])
+            token = mx.random.categorical(log_q, key=self._draft_keys[step]).astype(mx.int32)
+        self._drawn_with = log_q
+        return token, log_q if self.sampling.is_random else None
+
+    def verify(self, draft: Draft, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """Accepts drafts, and draws the token that follows them.
+
+        Args:
+            draft: The drafts.
+            logits: The target's, after the last committed token and each draft, `[k+1, V]`.
+
+        Returns:
+            What `accept` does, and the target's log-probabilities `[k+1, V]`; where a processor or
+            sampler keeps a state, only the rows of committed tokens.
+        """
+        if self.sampling.has_state:
+            return self._verify_in_order(draft, logits)
+        log_probabilities = self.log_probabilities(logits, draft.tokens)
+        return self.accept(draft, log_probabilities), log_probabilities
 
     def log_probabilities(self, logits: mx.array, draft: mx.array) -> mx.array:
         """Returns the target's log-probabilities `[k+1, V]`, after the logits processors.
@@ -228,10 +267,12 @@ class Chooser:
             logits: The target's, after the last committed token and each draft, `[k+1, V]`.
             draft: Drafted token ids `[k]`.
         """
-        if self.sampling.logits_processors:
+        if processors := self.sampling.logits_processors:
             drafted = [draft[i : i + 1] for i in range(draft.size)]
-            rows = [self._process(logits[i : i + 1], drafted[:i]) for i in range(logits.shape[0])]
-            logits = mx.concatenate(rows)
+            rows = range(logits.shape[0])
+            logits = mx.concatenate(
+                [self._process(processors, logits[i : i + 1], drafted[:i]) for i in rows]
+            )
         return _log_softmax(logits)
 
     def accept(self, draft: Draft, log_probabilities: mx.array) -> mx.array:
@@ -249,14 +290,78 @@ class Chooser:
             coins = self._coins[: log_probabilities.shape[0]]
             log_p = self.sampling.log_distribution(log_probabilities, coins)
             return accept_sampled(draft.tokens, draft.log_probabilities, log_p, self._accept_key)
-        if (sampler := self.sampling.sampler) is not None:
-            rows = range(log_probabilities.shape[0])
-            drawn = [sampler(log_probabilities[i : i + 1]) for i in rows]
-            return accept_matching(draft.tokens, mx.concatenate(drawn))
-        return accept_matching(draft.tokens, mx.argmax(log_probabilities, axis=-1))
+        return accept_matching(draft.tokens, self._choices(log_probabilities))
 
-    def _process(self, logits: mx.array, drafted: Sequence[mx.array]) -> mx.array:
-        for processor in self.sampling.logits_processors:
+    def _verify_in_order(self, draft: Draft, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """Verifies draft after draft, to the first that is rejected or after which none is wanted.
+
+        So what keeps a state is called for committed positions alone, for each once and in order.
+        One host synchronisation a row.
+        """
+        drafted = [draft.tokens[i : i + 1] for i in range(draft.tokens.size)]
+        processors = self.sampling.logits_processors
+        tokens: list[int] = []
+        rows: list[mx.array] = []
+        for row in range(logits.shape[0]):
+            rows.append(
+                _log_softmax(self._process(processors, logits[row : row + 1], drafted[:row]))
+            )
+            verdict: Any = self._accept_one(draft, row, rows[-1]).tolist()
+            accepted, token, *_ = verdict
+            tokens.append(token)
+            if not accepted or token in self._stop_tokens:
+                break
+        return mx.array([len(tokens) - 1 + accepted, *tokens]), mx.concatenate(rows)
+
+    def _accept_one(self, draft: Draft, row: int, log_probabilities: mx.array) -> mx.array:
+        """Accepts one draft, or draws the token in its place, as `accept` does for a round of one.
+
+        The token to follow it is drawn from the same row, for want of the next, and of no use.
+
+        Args:
+            draft: The round's drafts.
+            row: Which of them; or none, after the last.
+            log_probabilities: The target's, in its place, `[1, V]`.
+        """
+        token = draft.tokens[row : row + 1]
+        if not self.sampling.is_random:
+            choices = self._choices(log_probabilities)
+            return accept_matching(token, mx.repeat(choices, token.size + 1, axis=0))
+        log_p = self.sampling.log_distribution(log_probabilities, self._coins[row : row + 1])
+        log_q = draft.log_probabilities
+        key = mx.random.split(self._accept_key, row + 1)[row]
+        return accept_sampled(
+            token,
+            None if log_q is None else log_q[row : row + 1],
+            mx.repeat(log_p, token.size + 1, axis=0),
+            key,
+        )
+
+    def _choices(self, log_probabilities: mx.array) -> mx.array:
+        """Returns the target's own tokens `[M]`: a sampler's, or the likeliest."""
+        if (sampler := self.sampling.sampler) is None:
+            return mx.argmax(log_probabilities, axis=-1)
+        rows = range(log_probabilities.shape[0])
+        return mx.concatenate([sampler(log_probabilities[i : i + 1]) for i in rows])
+
+    def _look_ahead(self, drafted: Sequence[mx.array]) -> None:
+        """Forks the processors for a round's drafts, and takes them off a text that cannot be.
+
+        After a stop token, or one that they forbid, no draft is accepted; and they need not know
+        such a text.
+        """
+        if not drafted:
+            self._ahead = fork(self.sampling.logits_processors) or ()
+        elif self._ahead:
+            possible = mx.isfinite(self._drawn_with[0, drafted[-1]])
+            token: Any = mx.where(possible, drafted[-1], -1).item()
+            if token < 0 or token in self._stop_tokens:
+                self._ahead = ()
+
+    def _process(
+        self, processors: Sequence[LogitsProcessor], logits: mx.array, drafted: Sequence[mx.array]
+    ) -> mx.array:
+        for processor in processors:
             assert self._history is not None
             logits = mx.array(logits)  # which processors may write into
             logits = processor(mx.concatenate([self._history, *drafted]), logits)

@@ -3,7 +3,8 @@
 Between rounds one invariant holds. Of the committed tokens t₀ … t_p the target's cache holds all
 but the last, and the drafter's holds rows 1 … p (row s: token s with the taps of position s − 1).
 So every round is alike, the first after the prompt included, and each has one host
-synchronisation: the `tolist` that brings the number of accepted drafts and the tokens.
+synchronisation: the `tolist` that brings the number of accepted drafts and the tokens. (One a
+token where a logits processor keeps a state: `mlx_drift.decode.fork`.)
 """
 
 import itertools
@@ -149,8 +150,7 @@ def speculate(
         draft = proposed.tokens
         waited = _start(draft)  # the device drafts while the host goes on
         logits, taps = target.verify(mx.concatenate([text.last, draft]), target_cache)
-        log_probabilities = chooser.log_probabilities(logits, draft)
-        decided = chooser.accept(proposed, log_probabilities)
+        decided, log_probabilities = chooser.verify(proposed, logits)
         built = clock()
         verdict: Any = decided.tolist()  # the synchronisation
         read = clock()

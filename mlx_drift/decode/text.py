@@ -70,19 +70,12 @@ class Text:
         """The arrays that what comes after depends on."""
         return [self._key, self._history]
 
-    def chooser(self, k: int, *uncommitted: mx.array) -> Chooser:
-        """Returns what chooses the next tokens.
-
-        Args:
-            k: Drafts, at most.
-            uncommitted: A token `[1]` that will have been committed by then, if one is under way.
-        """
-        round_key, history = None, self._history
+    def chooser(self, k: int) -> Chooser:
+        """Returns what chooses the next tokens: k drafts at most, and the one after them."""
+        round_key = None
         if self._key is not None:
             self._key, round_key = mx.random.split(self._key)
-        if history is not None and uncommitted:
-            history = mx.concatenate([history, *uncommitted])
-        return Chooser(self._sampling, k, round_key, history)
+        return Chooser(self._sampling, k, round_key, self._history, self._stop_tokens)
 
     def commit(self, tokens: list[int]) -> list[int]:
         """Commits tokens up to the first after which nothing is wanted, and returns those."""

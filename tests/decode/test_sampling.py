@@ -21,6 +21,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from backend import ON_GPU, assert_same
+from chi_square import CERTAINLY_WRONG, LEAST_P, p_value, survival
 from mlx_drift import DriftError, stream_generate
 from mlx_drift.decode.accept import accept_sampled
 from mlx_drift.decode.sampling import Chooser, Sampling
@@ -29,53 +30,11 @@ from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.target.model import Target
 from tiny import VOCAB, NoText, Oracle, plain_greedy, tiny_drafter, tiny_llama
 
-LEAST_P = 1e-3
-CERTAINLY_WRONG = 1e-6
-LEAST_EXPECTED = 5  # of a cell, for the chi-square approximation to hold
 FIRST = 3  # tokens whose joint distribution is tested
 DRAWS = 200_000
 
 
-# The chi-square test, without scipy.
-
-
-def survival(statistic: float, freedom: int) -> float:
-    """The chance that chi-square is larger: Q(a, x) with a = freedom / 2 and x = statistic / 2.
-
-    By Q(a + 1, x) = Q(a, x) + xᵃ e⁻ˣ / Γ(a + 1), from Q(0, x) = 0 or Q(½, x) = erfc √x. No term is
-    negative, so nothing cancels.
-    """
-    x = statistic / 2
-    if x == 0:
-        return 1.0
-    a, chance = (0.5, math.erfc(math.sqrt(x))) if freedom % 2 else (0.0, 0.0)
-    while a < freedom / 2:
-        chance += math.exp(a * math.log(x) - x - math.lgamma(a + 1))
-        a += 1
-    return chance
-
-
-def p_value(counts: np.ndarray, probabilities: np.ndarray) -> float:
-    """The p-value of counts; 0 where something was seen that cannot be.
-
-    Rare cells are merged with their neighbours in order of probability, until each is expected
-    often enough.
-    """
-    if counts[probabilities == 0].any():
-        return 0.0
-    order = np.argsort(-probabilities)
-    expected = (probabilities * counts.sum())[order]
-    starts, enough = [], LEAST_EXPECTED
-    for cell, amount in enumerate(expected):
-        if enough >= LEAST_EXPECTED:
-            starts.append(cell)
-            enough = 0
-        enough += amount
-    if enough < LEAST_EXPECTED:  # what is left joins the last
-        starts.pop()
-    counts, expected = (np.add.reduceat(cells, starts) for cells in (counts[order], expected))
-    assert len(counts) > 1, "one cell tells nothing"
-    return survival(((counts - expected) ** 2 / expected).sum(), len(counts) - 1)
+# The chi-square test itself.
 
 
 @pytest.mark.parametrize(
@@ -661,6 +620,7 @@ def test_every_position_sees_its_history(model, drafter, monkeypatch, temp, k):
         seen.append(tokens)
         return logits
 
+    recording.stateless = True  # else it would be asked about committed positions alone
     propose = ChainDrafter.propose
 
     def recorded(self, *arguments):
