@@ -21,16 +21,7 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it exports lazily
     build_hf_headers,
     hf_raise_for_status,
@@ -40,6 +31,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it exports 
 )
 
 from mlx_drift.errors import DriftError
+from mlx_drift.files.hub_errors import one_line
 from mlx_drift.files.paths import existing
 
 ReadAt = Callable[[int, int], bytes]
@@ -73,7 +65,7 @@ def resolve(
             f"{path_or_hf_repo}: no such folder. Expected the folder of a {what}, or a Hub "
             "repository as organisation/name"
         )
-    with _one_line(path_or_hf_repo, path_or_hf_repo, revision):
+    with one_line(path_or_hf_repo, path_or_hf_repo, revision):
         return Path(
             snapshot_download(path_or_hf_repo, revision=revision, allow_patterns=allow_patterns)
         )
@@ -131,7 +123,7 @@ class HubFolder:
             DriftError: If the Hub does not tell.
         """
         subfolder = f"{self.subfolder}/{name}".lstrip("/")
-        with _one_line(f"{self.repo}/{subfolder}", self.repo, self.commit):
+        with one_line(f"{self.repo}/{subfolder}", self.repo, self.commit):
             _, files = _listing(self.repo, subfolder, self.commit)
         return replace(self, subfolder=subfolder, files=files)
 
@@ -183,7 +175,7 @@ class HubFolder:
 
     @contextmanager
     def _one_line(self, name: str) -> Iterator[None]:
-        with _one_line(f"{self.repo}/{self._in_repo(name)}", self.repo, self.commit):
+        with one_line(f"{self.repo}/{self._in_repo(name)}", self.repo, self.commit):
             yield
 
 
@@ -209,7 +201,7 @@ def find_hub_folder(text: str, revision: str | None, what: str) -> HubFolder:
         )
     repo, subfolder = parts
     revision = revision or constants.DEFAULT_REVISION
-    with _one_line(text, repo, revision):
+    with one_line(text, repo, revision):
         commit, files = _listing(repo, subfolder, revision)
     if subfolder and not files:
         raise DriftError(f"{text}: {repo} has no files in a folder {subfolder} at commit {commit}")
@@ -231,7 +223,7 @@ def dataset_file(repo: str, path: str, revision: str | None, most_bytes: int) ->
     subject = f"{repo}:{path}"
     if split_repository(repo) != (repo, "") or split_repository(f"in/{path}") is None:
         raise DriftError(f"{subject}: expected a file of a data set, owner/name:path")
-    with _one_line(subject, repo, revision):
+    with one_line(subject, repo, revision):
         try:
             url = hf_hub_url(repo, path, repo_type="dataset", revision=revision)
             size = get_hf_file_metadata(url).size
@@ -258,7 +250,7 @@ def upload_folder(folder: Path, repo: str) -> str:
     if split_repository(repo) != (repo, ""):
         raise DriftError(f"{repo}: expected the name of a Hub repository, organisation/name")
     api = HfApi()
-    with _one_line(repo, repo, access="write"):
+    with one_line(repo, repo, access="write"):
         api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with mlx-drift")
     return f"{api.endpoint}/{repo}"
@@ -368,88 +360,3 @@ def _read_range(url: str, offset: int, count: int) -> bytes:
     if first != offset or len(data) != expected:
         raise ValueError("it did not send the bytes that were asked for")
     return bytes(data)
-
-
-@contextmanager
-def _one_line(
-    subject: str, repo: str, revision: str | None = None, access: str = "read"
-) -> Iterator[None]:
-    """Turns whatever huggingface_hub raises into a single line about the subject."""
-    try:
-        yield
-    except DriftError:
-        raise
-    except Exception as error:  # its exceptions, httpx's, xet's and the disk's share no other base
-        reason = _reason(_cause(error), repo, revision, access)
-        raise DriftError(f"{subject}: {reason}") from None
-
-
-def _cause(error: Exception) -> Exception:
-    """Returns why the Hub was not asked, of an error that only says that the cache lacks it."""
-    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
-    return cause if isinstance(cause, Exception) else error
-
-
-def _reason(error: Exception, repo: str, revision: str | None, access: str) -> str:
-    """Says what went wrong and what to do about it."""
-    hub = f"the Hub at {constants.ENDPOINT}"
-    reading = access == "read"
-    missing = "it is neither here nor in the local cache, and " if reading else ""
-    match error:
-        case GatedRepoError():
-            return (
-                f"it is gated: accept the terms at {constants.ENDPOINT}/{repo}, then log in with "
-                "`hf auth login`"
-            )
-        case RevisionNotFoundError():
-            return f"the Hub has no revision {revision!r} of it"
-        case RemoteEntryNotFoundError():
-            return "the Hub has no such file"
-        case RepositoryNotFoundError() if reading:
-            return (
-                "no such folder here and no such repository on the Hub, or a private one: check "
-                "the name, or log in with `hf auth login`"
-            )
-        case HfHubHTTPError():
-            return f"{hub} {_refusal(error, access)}"
-        case OfflineModeIsEnabled() | LocalEntryNotFoundError():
-            return f"{missing}HF_HUB_OFFLINE is set: check the name, or go online"
-        case (
-            httpx.ConnectError()
-            | httpx.ConnectTimeout()
-            | httpx.ProxyError()
-            | httpx.UnsupportedProtocol()
-        ):
-            return (
-                f"{missing}{hub} cannot be reached ({_line(error)}): check the name, the "
-                "connection and HF_ENDPOINT"
-            )
-        case httpx.TransportError() | ConnectionError() | TimeoutError():
-            return (
-                f"the connection to {hub} broke off ({_line(error)}): run it again; files that "
-                "arrived whole are kept"
-            )
-        case OSError(errno=int()) if reading:
-            return (
-                f"{error.strerror} ({error.filename or constants.HF_HUB_CACHE}): make room or get "
-                "access there, or set HF_HOME to another folder"
-            )
-    return f"{hub} gave no usable answer ({_line(error)})"
-
-
-def _refusal(error: HfHubHTTPError, access: str) -> str:
-    status = error.response.status_code
-    said = f"HTTP {status}" + (f": {_line(error.server_message)}" if error.server_message else "")
-    if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
-        return (
-            f"does not let you {access} it ({said}): log in with `hf auth login`, or set HF_TOKEN, "
-            f"with a token that may {access} it"
-        )
-    later = "; try again later" if status == 429 or status >= 500 else ""
-    return f"answered with {said}{later}"
-
-
-def _line(message: object) -> str:
-    """Returns the first line of a message that others wrote."""
-    text = str(message).strip() or type(message).__name__
-    return text.splitlines()[0][:200]
