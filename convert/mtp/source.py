@@ -18,7 +18,7 @@ from mlx_drift.convert.read.source import (
     read_weights,
 )
 from mlx_drift.errors import DriftError
-from mlx_drift.files.hub import HubFolder
+from mlx_drift.files.hub import HubFolder, never_downloaded
 
 SIDECARS = "mtp.safetensors", "model-mtp.safetensors", "mtp/weights.safetensors"
 """MTPLX's and vllm-mlx's names, beside the weights of the model (youssofal/mtplx)."""
@@ -55,6 +55,8 @@ def read_mtp_checkpoint(source: str | HubFolder, revision: str | None = None) ->
                 tensors=tensors,
                 wanted=wanted,
             )
+    if folder.is_partial:
+        raise never_downloaded(folder.name, "the files of its MTP head were perhaps")
     promise = next((key for key in ADVERTISED if text_config(config).get(key)), None)
     said = f" though its config says {promise}" if promise else ""
     raise DriftError(

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from mlx_drift.convert.read.stored import DTYPES, ReadAt, StoredTensor, as_carrier, itemsize
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.files.json_file import parse_json
+from mlx_drift.files.lfs import POINTER, refuse_pointer
 from mlx_drift.files.tensors import MAX_HEADER_BYTES
 
 MAX_DIMS, MAX_DIM = 32, 2**31 - 1  # an MLX shape is int32
@@ -33,7 +34,7 @@ def read_safetensors_file(read_at: ReadAt, size: int, where: str) -> dict[str, S
         The tensors by name.
 
     Raises:
-        DriftError: If the file is damaged, or claims what it does not hold.
+        DriftError: If the file is damaged, claims what it does not hold, or is a Git LFS pointer.
     """
 
     def damaged(what: str) -> DriftError:
@@ -43,6 +44,7 @@ def read_safetensors_file(read_at: ReadAt, size: int, where: str) -> dict[str, S
 
     length = int.from_bytes(read_at(0, 8).tobytes(), "little") if size >= 8 else size
     if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+        refuse_pointer(read_at(0, min(size, len(POINTER))).tobytes(), where)
         raise damaged(f"a header of {length} bytes in a file of {size}")
     try:
         header = parse_json(read_at(8, length).tobytes())

@@ -17,7 +17,7 @@ from mlx_drift.convert.read.safetensors_file import read_safetensors_file
 from mlx_drift.convert.read.stored import Bytes, ReadAt, StoredTensor, file_reader
 from mlx_drift.convert.read.torch_pickle import read_torch_checkpoint
 from mlx_drift.errors import DriftError, brief
-from mlx_drift.files.hub import HubFolder, find_hub_folder
+from mlx_drift.files.hub import HubFolder, find_hub_folder, never_downloaded
 from mlx_drift.files.json_file import read_json
 from mlx_drift.files.paths import existing, inside
 
@@ -54,6 +54,10 @@ class Folder(Protocol):
     def reader(self, name: str) -> tuple[ReadAt, int]:
         """Returns a reader of a file, which need not be here, and the file's size."""
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether there may be files that are not here and cannot be had now."""
+
     def subfolder(self, name: str) -> "Folder | None":
         """Returns a folder in it, if there is one of that name."""
 
@@ -63,6 +67,7 @@ class LocalFolder:
     """A folder on this machine."""
 
     folder: Path
+    is_partial = False
 
     @property
     def name(self) -> str:
@@ -125,6 +130,11 @@ class RemoteFolder:
     def files(self) -> AbstractSet[str]:
         """The names of the files directly in it."""
         return self.hub.files
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the files are those that the local cache has, the Hub being out of reach."""
+        return self.hub.is_partial
 
     def path(self, name: str) -> Path:
         """Downloads a file, unless the cache has it."""
@@ -252,6 +262,8 @@ def read_config_of(folder: Folder) -> dict[str, Any]:
     """Reads the config of a checkpoint's folder."""
     files = folder.files
     if CONFIG not in files:
+        if folder.is_partial:
+            raise never_downloaded(folder.name, f"its {CONFIG} was")
         raise DriftError(f"{folder.name} has no {CONFIG}{_elsewhere(files)}")
     return read_json(folder.path(CONFIG))
 
@@ -308,6 +320,8 @@ def choose_weights(folder: Folder) -> str:
                 f"{folder.name} holds several {suffix} files ({', '.join(found[:3])}, …) and no "
                 f"index; expected one. Give the file itself"
             )
+    if folder.is_partial:
+        raise never_downloaded(folder.name, "its weights were")
     raise DriftError(
         f"{folder.name}: holds no weights{_elsewhere(files)}; expected model.safetensors or "
         "pytorch_model.bin"
@@ -335,6 +349,8 @@ def _shards(folder: Folder, index: str, wanted: Wanted | None) -> dict[str, list
         if wanted is not None and not wanted(tensor):
             continue
         if not isinstance(shard, str) or shard not in files or not shard.endswith(suffix):
+            if folder.is_partial and isinstance(shard, str) and shard.endswith(suffix):
+                raise never_downloaded(folder.name, f"its shard {brief(shard)} was")
             raise DriftError(
                 f"{folder.name}/{index} names the shard {brief(shard)}; expected a {suffix} file "
                 "beside it"

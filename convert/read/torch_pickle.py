@@ -37,6 +37,7 @@ from mlx_drift.convert.read.stored import (
     itemsize,
 )
 from mlx_drift.errors import DriftError
+from mlx_drift.files.lfs import POINTER, refuse_pointer
 
 _MAX_PICKLE_BYTES = 64 << 20
 _MAX_DIRECTORY_BYTES = 4 << 20  # some 40,000 storages; `zipfile` makes an object of each
@@ -300,8 +301,10 @@ def read_torch_checkpoint(path: Path) -> dict[str, StoredTensor]:
 
 
 def _read(file: _File) -> dict[str, StoredTensor]:
-    head = file.at(0, min(4, file.size)).tobytes()
+    start = file.at(0, min(len(POINTER), file.size)).tobytes()
+    head = start[:4]
     if head != b"PK\3\4" and head[:1] != b"\x80":
+        refuse_pointer(start, file.path)
         raise Refusal("neither a zip archive nor a pickle", "a torch.save file", "fetch it again")
     value, storages = _read_zip(file) if head[:1] == b"P" else _read_stream(file)
     # Tied weights may share a storage and a small one be expanded, but not beyond all measure.

@@ -18,8 +18,9 @@ from mlx_drift.drafters.draft_model import DraftModelDrafter
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
-from mlx_drift.files.hub import find_hub_folder, resolve
+from mlx_drift.files.hub import find_hub_folder, never_downloaded, resolve
 from mlx_drift.files.json_file import read_json
+from mlx_drift.files.lfs import refuse_pointers
 from mlx_drift.files.paths import existing
 from mlx_drift.loading import load_drafter
 from mlx_drift.pairs import find_pair
@@ -40,6 +41,10 @@ def load_model(model: str | None, adapter_path: str | None) -> tuple[nn.Module, 
     try:
         return mlx_lm.load(model if path is None else str(path), adapter_path=adapter_path)
     except Exception as error:  # whatever a damaged folder makes mlx-lm or transformers raise
+        folder = resolve(model, "model", None, ["config.json"])
+        refuse_pointers(folder)
+        if path is None and not any(folder.glob("*.safetensors")):
+            raise never_downloaded(model, "its weights were") from None
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise DriftError(f"{model}: mlx-lm cannot load it ({reason})") from error
 

@@ -97,6 +97,8 @@ class HubFolder:
         commit: The commit, 40 hexadecimal digits; everything is read at this one.
         files: The names of the files directly in the folder, code aside.
         revision: The branch, tag or commit that was asked for.
+        is_partial: The Hub could not be asked: those are the files that the local cache has, and
+            there may be more.
     """
 
     repo: str
@@ -104,6 +106,7 @@ class HubFolder:
     commit: str
     files: frozenset[str]
     revision: str
+    is_partial: bool = False
 
     def path(self, name: str) -> Path:
         """Returns a file of the folder in the local cache, downloading it if it is not there.
@@ -123,9 +126,12 @@ class HubFolder:
             DriftError: If the Hub does not tell.
         """
         subfolder = f"{self.subfolder}/{name}".lstrip("/")
+        if self.is_partial:
+            _, files = _cached_listing(self.repo, subfolder, self.commit) or ("", frozenset())
+            return replace(self, subfolder=subfolder, files=files)
         with one_line(f"{self.repo}/{subfolder}", self.repo, self.commit):
-            _, files = _listing(self.repo, subfolder, self.commit)
-        return replace(self, subfolder=subfolder, files=files)
+            _, files, is_partial = _listing(self.repo, subfolder, self.commit)
+        return replace(self, subfolder=subfolder, files=files, is_partial=is_partial)
 
     def size(self, name: str) -> int:
         """Returns how many bytes a file of the folder has, without downloading it.
@@ -202,10 +208,10 @@ def find_hub_folder(text: str, revision: str | None, what: str) -> HubFolder:
     repo, subfolder = parts
     revision = revision or constants.DEFAULT_REVISION
     with one_line(text, repo, revision):
-        commit, files = _listing(repo, subfolder, revision)
+        commit, files, is_partial = _listing(repo, subfolder, revision)
     if subfolder and not files:
         raise DriftError(f"{text}: {repo} has no files in a folder {subfolder} at commit {commit}")
-    return HubFolder(repo, subfolder, commit, files, revision)
+    return HubFolder(repo, subfolder, commit, files, revision, is_partial)
 
 
 def dataset_file(repo: str, path: str, revision: str | None, most_bytes: int) -> Path:
@@ -256,8 +262,19 @@ def upload_folder(folder: Path, repo: str) -> str:
     return f"{api.endpoint}/{repo}"
 
 
-def _listing(repo: str, subfolder: str, revision: str) -> tuple[str, frozenset[str]]:
-    """Returns the commit of a revision and the names of a folder's files, if need be as cached."""
+def never_downloaded(name: str, what: str) -> DriftError:
+    """Says that a file of a repository is not in the cache, and cannot be had now."""
+    return DriftError(
+        f"{name}: {what} never downloaded, and the Hub cannot be asked for it now (it is not "
+        "reached, or HF_HUB_OFFLINE is set): run this once online, or `hf download` it there"
+    )
+
+
+def _listing(repo: str, subfolder: str, revision: str) -> tuple[str, frozenset[str], bool]:
+    """Returns the commit of a revision and the names of a folder's files, if need be as cached.
+
+    The last value tells whether it is as cached.
+    """
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except (httpx.TransportError, OfflineModeIsEnabled, HfHubHTTPError) as error:
@@ -265,10 +282,10 @@ def _listing(repo: str, subfolder: str, revision: str) -> tuple[str, frozenset[s
         cached = None if answered else _cached_listing(repo, subfolder, revision)
         if cached is None:
             raise
-        return cached
+        return *cached, True
     if not _COMMIT.fullmatch(info.sha or ""):
         raise ValueError("it does not name the commit")
-    return str(info.sha), _names((file.rfilename for file in info.siblings or ()), subfolder)
+    return str(info.sha), _names((f.rfilename for f in info.siblings or ()), subfolder), False
 
 
 def _cached_listing(repo: str, subfolder: str, revision: str) -> tuple[str, frozenset[str]] | None:

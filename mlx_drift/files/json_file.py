@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_drift.errors import DriftError
+from mlx_drift.files.lfs import refuse_pointer
 
 MAX_JSON_BYTES, MAX_JSON_DEPTH = 4 << 20, 32
 """No config comes near these either; parsed, it may take thirty times the memory of its file."""
@@ -16,7 +17,8 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Reads a JSON object from a file.
 
     Raises:
-        DriftError: If the file is missing, unreadable, too large, or holds something else.
+        DriftError: If the file is missing, unreadable, too large, or holds something else: a Git
+            LFS pointer, say.
     """
     try:
         status = path.stat()
@@ -24,7 +26,9 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
             raise DriftError(f"{path}: not a regular file; expected a JSON object")
         if status.st_size > max_bytes:
             raise DriftError(f"{path}: larger than {max_bytes >> 20} MB; expected a config")
-        values = parse_json(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        refuse_pointer(data, path)
+        values = parse_json(data.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not valid JSON ({error})"
         raise DriftError(f"{path}: {reason}; expected a JSON object") from None

@@ -6,6 +6,7 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from mlx_drift.errors import DriftError
+from mlx_drift.files.lfs import POINTER, refuse_pointer
 
 MAX_HEADER_BYTES = 8 << 20
 """Of some 80,000 tensors; parsed, a header may take thirty times its size in memory."""
@@ -15,13 +16,15 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
     """Reads all tensors of a file, after its header was checked against the file's real size.
 
     Raises:
-        DriftError: If the file is missing, truncated or damaged.
+        DriftError: If the file is missing, truncated, damaged or a Git LFS pointer.
     """
     if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
         raise DriftError(f"{path}: not a regular file; expected safetensors")
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(len(POINTER))
+        refuse_pointer(start, path)
+        length = int.from_bytes(start[:8], "little")
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"a header of {length} bytes")
         # The reference parser checks offsets, shapes and sizes; mlx trusts them.
