@@ -8,28 +8,28 @@ when every token before it is committed. Drafts, which may be dropped, are chose
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tokenizer_utils import PreTrainedTokenizerBase, TokenizerWrapper
+import numpy as np
 
 from mlx_drift.decode.stateless import is_stateless, names_taken
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 """Maps tokens `[n]` and logits `[1, V]` to logits, as mlx-lm's do."""
 
-SHARED = (nn.Module, TokenizerWrapper, PreTrainedTokenizerBase)
-"""What a fork has in common with what it was forked from: large, and no processor's own state."""
+ATOMS = (str, bytes, int, float, complex, type(None), type, mx.array, np.ndarray)
+"""What holds nothing that needs a look before it is copied."""
 
 
 def fork(processors: Sequence[LogitsProcessor]) -> list[LogitsProcessor] | None:
     """Copies processors, so that the copies' calls leave the originals as they are.
 
-    By their own `fork()`, else by `copy.deepcopy`; what an object holds that has a `deep_copy()`
-    (llguidance's matcher) is copied by that, and models and tokenizers are shared. Objects that are
-    shared between processors stay shared between their copies.
+    By their own `fork()`, else by `copy.deepcopy`; whatever they hold that has a `fork()` or
+    `deep_copy()` (the matchers of xgrammar and llguidance) is copied by that, and models,
+    tokenizers and modules are shared. What processors share stays shared between their copies.
 
     Returns:
         The copies; None if one cannot be copied, or a deep copy would share what may change:
@@ -40,16 +40,17 @@ def fork(processors: Sequence[LogitsProcessor]) -> list[LogitsProcessor] | None:
         for processor in processors:
             if is_stateless(processor):
                 memo[id(processor)] = processor
-            elif callable(own := getattr(processor, "fork", None)):
-                memo[id(processor)] = own()
-            else:
-                if _shares_state(processor):
+                continue
+            kind: Any = type(_owner(processor))
+            if not _copies_itself(processor) and _may_keep_state(kind):
+                return None
+            for part in _parts(processor):
+                if _is_shared(part) and part is not processor:
+                    memo[id(part)] = part
+                elif own := _copies_itself(part):
+                    memo[id(part)] = own()
+                elif isinstance(part, FunctionType) and not is_stateless(part):
                     return None
-                for part in (processor, *_held(processor)):
-                    if callable(own := getattr(part, "deep_copy", None)):
-                        memo[id(part)] = own()
-                    elif part is not processor and isinstance(part, SHARED):
-                        memo[id(part)] = part
         return copy.deepcopy(list(processors), memo)
     except Exception:  # whatever an object has against being copied
         return None
@@ -63,24 +64,47 @@ def unforkable(processors: Sequence[LogitsProcessor]) -> str | None:
     return None
 
 
-def _held(processor: Any) -> Iterator[Any]:
-    """Yields what a processor refers to at first hand; of a bound method, what its object does."""
-    if isinstance(processor, partial):
-        yield from (processor.func, *processor.args, *processor.keywords.values())
-    owner = _owner(processor)
-    yield from getattr(owner, "__dict__", {}).values()
-    for kind in type(owner).__mro__:
+def _is_shared(part: Any) -> bool:
+    """Tells whether a fork has it in common with the original: large, and no processor's state."""
+    return isinstance(part, nn.Module | ModuleType) or "Tokenizer" in type(part).__name__
+
+
+def _copies_itself(part: Any) -> Callable[[], Any] | None:
+    for name in ("fork", "deep_copy"):
+        if callable(own := getattr(part, name, None)):
+            return own
+    return None
+
+
+def _parts(processor: Any) -> Iterator[Any]:
+    """Yields a processor and all that a deep copy of it would come to."""
+    left, seen = [processor], set()
+    while left:
+        part = left.pop()
+        if id(part) in seen or isinstance(part, ATOMS):
+            continue
+        seen.add(id(part))
+        yield part
+        is_whole = isinstance(part, FunctionType) or _copies_itself(part)
+        if not is_whole and (part is processor or not _is_shared(part)):
+            left += _held(part)
+
+
+def _held(part: Any) -> list[Any]:
+    if isinstance(part, list | tuple | set | frozenset):
+        return list(part)
+    if isinstance(part, MethodType):
+        return [part.__self__]
+    held = list(getattr(part, "__dict__", {}).values())
+    if isinstance(part, dict):
+        held += part.values()
+    if isinstance(part, partial):
+        held += [part.func, *part.args, *part.keywords.values()]
+    for kind in type(part).__mro__:
         slots = vars(kind).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if hasattr(owner, name):
-                yield getattr(owner, name)
-
-
-def _shares_state(processor: Any) -> bool:
-    """Tells whether its deep copy may share what changes: a function's state, or the class's."""
-    functions = [p for p in (processor, *_held(processor)) if isinstance(p, FunctionType)]
-    kind: Any = type(_owner(processor))
-    return not all(map(is_stateless, functions)) or _may_keep_state(kind)
+        names = (slots,) if isinstance(slots, str) else slots
+        held += [getattr(part, name) for name in names if hasattr(part, name)]
+    return held
 
 
 @lru_cache(maxsize=256)

@@ -205,7 +205,11 @@ class Chooser:
         self.sampling = sampling
         self._history = history
         self._stop_tokens = stop_tokens
-        self._ahead: Sequence[LogitsProcessor] = sampling.logits_processors
+        self._ahead: Sequence[LogitsProcessor] = ()
+        if not sampling.processors_have_state:
+            self._ahead = sampling.logits_processors
+        self._looked = 0  # drafts that forks have been asked about
+        self._drawn_with = mx.array([])  # the last draft, [1, V]
         if sampling.is_random:
             assert key is not None, "drawing needs a key"
             self._accept_key, coin_key, *self._draft_keys = mx.random.split(key, k + 2)
@@ -345,18 +349,21 @@ class Chooser:
         return mx.concatenate([sampler(log_probabilities[i : i + 1]) for i in rows])
 
     def _look_ahead(self, drafted: Sequence[mx.array]) -> None:
-        """Forks the processors for a round's drafts, and takes them off a text that cannot be.
+        """Forks the processors for a round's drafts, and lets go of them where they cannot follow.
 
-        After a stop token, or one that they forbid, no draft is accepted; and they need not know
-        such a text.
+        After a stop token, or one that they forbid, no draft is accepted, and they need not know
+        such a text. Nor can they follow if they were not asked about every draft before.
         """
         if not drafted:
-            self._ahead = fork(self.sampling.logits_processors) or ()
+            self._ahead, self._looked = fork(self.sampling.logits_processors) or (), 0
+        elif len(drafted) != self._looked:
+            self._ahead = ()
         elif self._ahead:
             possible = mx.isfinite(self._drawn_with[0, drafted[-1]])
             token: Any = mx.where(possible, drafted[-1], -1).item()
             if token < 0 or token in self._stop_tokens:
                 self._ahead = ()
+        self._looked += 1
 
     def _process(
         self, processors: Sequence[LogitsProcessor], logits: mx.array, drafted: Sequence[mx.array]

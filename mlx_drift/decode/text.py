@@ -23,7 +23,9 @@ class Round:
     accepted: int  # the first `accepted` tokens were drafted
     tested: int  # drafts that were tested (see `mlx_drift.decode.statistics`)
     seconds: float  # from the round's start to its synchronisation
-    host_seconds: float  # of the whole round, spent in Python: building graphs, reading results
+    # Of the whole round, spent in Python: building graphs, reading results; and waiting for rows,
+    # where a processor keeps a state.
+    host_seconds: float
     is_plain: bool = False  # a token of plain decoding: nothing was drafted
     settle: Settle | None = None  # what the caches need until the next round, if they are ahead
 

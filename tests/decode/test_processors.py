@@ -12,6 +12,7 @@ from functools import cache, partial
 from importlib import import_module
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
@@ -20,13 +21,16 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from backend import ON_GPU
 from chi_square import LEAST_P, p_value
 from mlx_drift import DriftWarning, make_prompt_cache, stream_generate
+from mlx_drift.decode.accept import accept_matching
 from mlx_drift.decode.fork import fork, unforkable
+from mlx_drift.decode.sampling import Chooser, Sampling
 from mlx_drift.decode.stateless import is_stateless
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.config import MTPConfig
 from mlx_drift.drafters.draft_model import DraftModelDrafter
 from mlx_drift.drafters.mtp import MTPNetwork
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
+from mlx_drift.drafters.protocol import Draft
 from mlx_drift.target.model import Target
 from tiny import NoText, Scripted, tiny_drafter, tiny_llama
 
@@ -304,7 +308,7 @@ SAMPLED = [("counter", "eagle", 3), ("grammar", "draft model", "auto")]
 
 @pytest.mark.parametrize(("kind", "drafter", "k"), sampled_grid(SAMPLED))
 def test_sampled_text_has_the_targets_distribution(model, drafters, joint, kind, drafter, k):
-    generations = 80 if (kind, drafter, k) in SAMPLED else 500
+    generations = 80 if (kind, drafter, k) in SAMPLED else 300
     counts = counts_of(model, drafters[drafter], k, KINDS[kind], generations)
     assert p_value(counts, joint(kind)) > LEAST_P
 
@@ -319,6 +323,19 @@ def test_one_that_is_asked_about_every_row_gives_another_text(model):
     """So the tests above can fail."""
     drafter = PromptLookupDrafter(model)
     assert tokens_of(say(model, drafter, 3, Believed())) != plain(model, PROMPT, Counter())
+
+
+def test_a_drafter_that_leaves_drafts_out_asks_no_processor(model):
+    """Which would have missed a position."""
+    processor = Automaton(strict=True)
+    processor(mx.array(PROMPT), mx.zeros((1, SIZE)))
+    history = mx.array([*PROMPT, 4])
+    chooser = Chooser(Sampling(logits_processors=(processor,)), 3, history=history)
+    logits = mx.array([[9.0, 0, 0, 0, 0, 0]])
+    token, _ = chooser.draft(logits, [])
+    assert token.item() == 1  # no 0 may come there
+    assert chooser.draft(logits, [token, mx.array([0])])[0].item() == 0
+    assert processor.seen == positions(1)
 
 
 # What takes part in more than one answer.
@@ -487,16 +504,16 @@ def test_a_state_is_copied_once_for_all_who_share_it():
     shared = Counting()
 
     class Reader:
-        __slots__ = ("counting", "tokenizer")
+        __slots__ = ("counting", "network")
 
         def __call__(self, tokens, logits):
             return logits + self.counting.calls
 
     reader = Reader()
-    reader.counting, reader.tokenizer = shared, Text()
+    reader.counting, reader.network = shared, nn.Module()
     forked, of_shared, method = fork([reader, shared, shared.__call__])
     assert forked.counting is of_shared is method.__self__ is not shared
-    assert forked.tokenizer is reader.tokenizer
+    assert forked.network is reader.network
     of_shared(mx.array([1]), mx.zeros((1, SIZE)))
     assert (of_shared.calls, shared.calls) == (1, 0)
 
@@ -507,6 +524,35 @@ def test_llguidances_matcher_is_copied():
     (forked,) = fork([processor])
     forked(mx.array([*PROMPT, 0]), mx.zeros((1, SIZE)))
     assert forked.may_come != processor.may_come == Grammar().allowed()
+
+
+def test_what_a_wrapper_of_one_holds_is_copied_or_shared():
+    """As outlines' processors do: matchers in a list, a tokenizer, a module, their own method."""
+    llguidance = pytest.importorskip("llguidance")
+
+    class Adapter:
+        def __init__(self):
+            self.library = np
+
+    class Wrapper:
+        def __init__(self):
+            self.tokenizer = llguidance.LLTokenizer("byte")
+            self.matchers = [grammar().deep_copy()]
+            self.adapter, self.step = Adapter(), self.advance
+
+        def advance(self, token):
+            return self.matchers[0].consume_token(token)
+
+        def __call__(self, tokens, logits):
+            assert self.step(tokens[-1].item())
+            return logits
+
+    wrapper = Wrapper()
+    (forked,) = fork([wrapper])
+    forked(mx.array([0]), mx.zeros((1, SIZE)))
+    fresh = grammar().compute_bitmask()
+    assert forked.matchers[0].compute_bitmask() != fresh == wrapper.matchers[0].compute_bitmask()
+    assert forked.tokenizer is wrapper.tokenizer
 
 
 def biased(tokens, logits, bias=1.5):
@@ -540,6 +586,30 @@ def test_what_keeps_nothing_is_seen_to(function):
     assert is_stateless(function)
     assert unforkable([function]) is None
     assert fork([function]) == [function]
+
+
+def primitives(path, *arrays):
+    mx.export_to_dot(str(path), *arrays)
+    return path.read_text().count("shape=rectangle")
+
+
+def test_mlx_lms_own_cost_a_round_their_own_work_alone(tmp_path):
+    history, draft, logits = mx.array(PROMPT), mx.array([1, 2, 1]), mx.ones((4, SIZE))
+    chooser = Chooser(Sampling(logits_processors=tuple(PENALTIES)), 3, history=history)
+    mx.eval(history, draft, logits)
+    rows = []
+    for i in range(4):
+        row = logits[i : i + 1]
+        for processor in PENALTIES:
+            seen = mx.concatenate([history, *(draft[j : j + 1] for j in range(i))])
+            row = processor(seen, mx.array(row))
+        rows.append(row)
+    row = mx.concatenate(rows)
+    row = row - mx.logsumexp(row, axis=-1, keepdims=True)
+    decided = accept_matching(draft, mx.argmax(row, axis=-1))
+    got = chooser.verify(Draft(draft), logits)
+    # A round shares the slices of the draft between its rows.
+    assert primitives(tmp_path / "got", *got) <= primitives(tmp_path / "own", decided, row)
 
 
 @pytest.mark.parametrize("make", [*UNFORKABLE.values(), Counting, Counter, Grammar])

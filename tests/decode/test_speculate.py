@@ -5,6 +5,7 @@ import weakref
 
 import mlx.core as mx
 import pytest
+from mlx_lm.sample_utils import make_logits_processors
 
 from backend import assert_same, assert_same_rows, assert_same_tokens
 from mlx_drift.decode.sampling import GREEDY, Chooser, Sampling
@@ -160,7 +161,16 @@ def test_caches_end_at_a_stop_token(model, text):
     assert offsets[-1] == first  # all committed tokens but the last, the stop token itself
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temp=0.7, top_p=0.9, xtc_probability=0.5)])
+PENALTIES = tuple(make_logits_processors({3: 1.0}, 1.1, 20, 0.3, 20, 0.2))
+FOR_ALL_ROWS_AT_ONCE = [
+    GREEDY,
+    Sampling(temp=0.7, top_p=0.9, xtc_probability=0.5),
+    Sampling(logits_processors=PENALTIES),
+    Sampling(temp=0.7, logits_processors=PENALTIES),
+]
+
+
+@pytest.mark.parametrize("sampling", FOR_ALL_ROWS_AT_ONCE)
 def test_one_synchronisation_a_round(model, text, monkeypatch, sampling):
     accept, syncs = Chooser.accept, []
 
@@ -191,6 +201,7 @@ def test_one_synchronisation_a_round(model, text, monkeypatch, sampling):
         stop_tokens=frozenset(),
         sampling=sampling,
         key=mx.random.key(0),
+        history=PROMPT,
     )
     assert len(list(rounds)) == len(syncs)
 
