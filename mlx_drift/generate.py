@@ -18,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_drift.decode.answer import Chunk, answer
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.fork import LogitsProcessor, unforkable
+from mlx_drift.decode.one_thread import one_thread_at_a_time
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
 from mlx_drift.decode.sampling import Sampler, Sampling
 from mlx_drift.decode.speculate import every, time_plain_steps
@@ -41,6 +42,7 @@ class DriftResponse(GenerationResponse):
     statistics: Statistics = field(default_factory=Statistics)
 
 
+@one_thread_at_a_time
 def stream_generate(
     model: nn.Module,
     tokenizer: TokenizerWrapper,

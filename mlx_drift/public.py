@@ -3,12 +3,8 @@
 from mlx_lm import load
 
 from mlx_drift.convert import convert_drafter, inspect_drafter
-from mlx_drift.decode.prompt_cache import (
-    PromptCache,
-    load_prompt_cache,
-    make_prompt_cache,
-    save_prompt_cache,
-)
+from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
+from mlx_drift.decode.prompt_cache_file import load_prompt_cache, save_prompt_cache
 from mlx_drift.decode.statistics import Statistics
 from mlx_drift.demo import load_demo
 from mlx_drift.doctor import doctor

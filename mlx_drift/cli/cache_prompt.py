@@ -12,7 +12,8 @@ from mlx_drift.cli import options
 from mlx_drift.cli.load import load_pair
 from mlx_drift.cli.prompts import PLACE, apply_template, encode, parse_object, read_prompt
 from mlx_drift.cli.show import prompt_bar
-from mlx_drift.decode.prompt_cache import make_prompt_cache, save_prompt_cache
+from mlx_drift.decode.prompt_cache import make_prompt_cache
+from mlx_drift.decode.prompt_cache_file import save_prompt_cache
 from mlx_drift.errors import DriftError
 from mlx_drift.target.caches import KVQuantization
 

@@ -16,7 +16,8 @@ from mlx_drift.cli.load import load_model, load_pair, windowed
 from mlx_drift.cli.prompts import PLACE, apply_template, encode, parse_object, read_prompt
 from mlx_drift.cli.report import explanation, report, table
 from mlx_drift.cli.show import prompt_bar
-from mlx_drift.decode.prompt_cache import PromptCache, load_prompt_cache
+from mlx_drift.decode.prompt_cache import PromptCache
+from mlx_drift.decode.prompt_cache_file import load_prompt_cache
 from mlx_drift.demo import QUESTION
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError

@@ -61,7 +61,8 @@ def answer(
         target pass.
     """
     tokens = list(prompt)
-    for done in prompt_cache.reading(tokens, cut=cut, marks=marks):
+    number = prompt_cache.begin()
+    for done in prompt_cache.reading(tokens, cut=cut, marks=marks, number=number):
         yield Chunk(done, len(tokens))
     statistics.record_prompt(prompt_cache.reuse, len(tokens), prompt_cache.reused)
     statistics.cache_bytes = prompt_cache.nbytes
@@ -79,7 +80,7 @@ def answer(
         history=tokens,
         clock=clock,
     )
-    for round in prompt_cache.follow(rounds):
+    for round in prompt_cache.follow(rounds, number):
         statistics.record_round(round)
         yield round
     statistics.cache_bytes = prompt_cache.nbytes

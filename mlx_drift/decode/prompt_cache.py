@@ -7,42 +7,37 @@ Notable:
 - Between turns the invariant of the rounds holds: the target has a row for every token but the
   last, the drafter one for every token but the first. So no tap is left pending: the last token is
   fed with what follows it, and brings its own.
-- A file holds tokens and arrays, and whose they are: another model or drafter is refused.
+- One thread at a time: every step on the caches holds their lock, and whoever finds it held is
+  told. Between steps another prompt may take over; the answer under way is told at its next step.
 """
 
 import copy
-import hashlib
-import json
-import tempfile
+import warnings
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_drift.decode.draft_length import DraftLength
 from mlx_drift.decode.speculate import Cut, Progress, every, prefill
 from mlx_drift.decode.text import Round, Settle
 from mlx_drift.drafters.protocol import Drafter, DrafterCache
-from mlx_drift.errors import DriftError
-from mlx_drift.files.tensors import read_metadata, read_safetensors
+from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.target.caches import KVQuantization, TargetCache
 from mlx_drift.target.model import Target
 from mlx_drift.target.rewind import Snapshot
-
-FORMAT = "mlx_drift_prompt_cache"
-FORMAT_VERSION = 1
 
 Reuse = Literal["nothing", "extended", "trimmed", "snapshot", "started over"]
 """How a prompt found the caches: empty; ending where it goes on; holding rows past the point where
 it branches off, which were trimmed, or left for a snapshot, or could not be left but by starting
 over."""
 
+IN_USE = "the prompt cache is in use by another thread; make one for each conversation, or fork it"
 MEANWHILE = (
     "the prompt cache was used for another prompt meanwhile, so this answer cannot go on; make a "
     "prompt cache for each conversation"
@@ -75,6 +70,7 @@ class PromptCache:
         whole: Nothing was interrupted while they changed.
         draft_length: What `num_draft_tokens="auto"` learned in this conversation.
         single_use: It is given up after one answer, so nothing is made ready for another.
+        first_prompt: How many tokens its first prompt had.
         target_cache: The target's, with a row for every token but the last.
         drafter_cache: The drafter's, with a row for every token but the first.
     """
@@ -99,11 +95,14 @@ class PromptCache:
         self.whole = True
         self.draft_length: DraftLength | None = None
         self.single_use = False
-        self._settle: Settle | None = None
-        self._under_way: Generator[Round] | None = None
+        self.first_prompt = 0
         self.tokens: list[int] = []
         self._turns: list[Turn] = []
+        self._settle: Settle | None = None
+        self._under_way: Generator[Round] | None = None
         self._prompts = 0
+        self._lock = Lock()
+        self._told = False  # that a prompt began the conversation anew
         self.target_cache, self.drafter_cache = self._make_caches()
 
     @property
@@ -127,18 +126,23 @@ class PromptCache:
         Neither sees what is fed to the other. An answer under way goes on in this one; in the copy
         it ended with the tokens so far. Model, drafter and snapshots are shared, and so is what the
         caches hold, until one of the two is fed: that one then copies it.
+
+        Raises:
+            DriftError: If another thread is in the middle of a step.
         """
-        mx.eval(self.target_cache.state, self.drafter_cache.state)
-        other = PromptCache.__new__(PromptCache)
-        vars(other).update(vars(self))
-        other.tokens, other._turns = list(self.tokens), list(self._turns)
-        other.draft_length = copy.deepcopy(self.draft_length)
-        other.target_cache = self.target_cache.fork()
-        other.drafter_cache = self.drafter_cache.fork()
-        other._under_way = other._settle = None
-        if self._settle is not None:
-            self._settle(other.target_cache, other.drafter_cache)
-            mx.eval(other.target_cache.state, other.drafter_cache.state)
+        with self.alone():
+            mx.eval(self.target_cache.state, self.drafter_cache.state)
+            other = PromptCache.__new__(PromptCache)
+            vars(other).update(vars(self))
+            other.tokens, other._turns = list(self.tokens), list(self._turns)
+            other.draft_length = copy.deepcopy(self.draft_length)
+            other.target_cache = self.target_cache.fork()
+            other.drafter_cache = self.drafter_cache.fork()
+            other._under_way = other._settle = None
+            other._lock, other._told = Lock(), True
+            if self._settle is not None:
+                self._settle(other.target_cache, other.drafter_cache)
+                mx.eval(other.target_cache.state, other.drafter_cache.state)
         return other
 
     def __copy__(self) -> "PromptCache":
@@ -167,7 +171,16 @@ class PromptCache:
             progress(done, len(prompt))
         return self.reused
 
-    def reading(self, prompt: list[int], *, cut: Cut, marks: Collection[int] = ()) -> Iterator[int]:
+    def begin(self) -> int:
+        """Ends the answer under way, if there is one, and begins another; returns its number."""
+        with self.alone():
+            self._finish()
+            self._prompts += 1
+            return self._prompts
+
+    def reading(
+        self, prompt: list[int], *, cut: Cut, marks: Collection[int] = (), number: int | None = None
+    ) -> Iterator[int]:
         """Reads a prompt as `read` does, chunk by chunk.
 
         Between chunks the caches are as between rounds: they may be forked, or the rest given up.
@@ -177,19 +190,20 @@ class PromptCache:
             cut: Says where a chunk ends.
             marks: Numbers of tokens after which another prompt may branch off. Where trimming would
                 not bring them back, a snapshot of each is taken, and kept while others go.
+            number: What `begin` returned; None to begin here.
 
         Yields:
             How many tokens have been fed or need not be: before the first chunk and after each.
 
         Raises:
-            DriftError: If another prompt was read since.
+            DriftError: If another prompt was read since, or another thread is in a step.
         """
-        self.finish()
-        self._prompts += 1
-        prompts, ends = self._prompts, sorted(mark - 1 for mark in marks)
+        number = self.begin() if number is None else number
+        ends = sorted(mark - 1 for mark in marks)
         was_whole = self.whole
-        with self.under_way():
+        with self.under_way(number):
             self._go_back(prompt, was_whole)
+            self.first_prompt = self.first_prompt or len(prompt)
         self.reused = max(0, len(self.tokens) - 1)
 
         def cut_at_marks(start: int) -> int:
@@ -204,61 +218,74 @@ class PromptCache:
             cut=cut_at_marks,
             done=self.reused,
         )
-        while True:
-            if self._prompts != prompts:
-                raise DriftError(MEANWHILE)
-            with self.under_way():
+        done: int | None = 0
+        while done is not None:
+            with self.under_way(number):
                 done = next(chunks, None)
-            if done is None:
-                break
-            self.tokens = list(prompt[: done + 1])
-            if done in ends:
-                self._remember(keep=True)
-            yield done
-        self._remember()
+                if done is not None:
+                    self.tokens = prompt[: done + 1]
+                if done is None or done in ends:
+                    self._remember(keep=done is not None)
+            if done is not None:
+                yield done
 
-    def follow(self, rounds: Generator[Round]) -> Iterator[Round]:
-        """Passes rounds on, and keeps their tokens.
+    def follow(self, rounds: Generator[Round], number: int) -> Iterator[Round]:
+        """Passes the rounds of the answer of that number on, and keeps their tokens.
 
         Raises:
-            DriftError: If another prompt was read since.
+            DriftError: If another prompt was read since, or another thread is in a step.
         """
-        prompts = self._prompts
-        self._under_way = rounds
+        round: Round | None = None
         try:
             while True:
-                if self._prompts != prompts:
-                    raise DriftError(MEANWHILE)
-                with self.under_way():
+                with self.under_way(number):
+                    self._under_way = rounds
                     round = next(rounds, None)
+                    if round is not None:
+                        self.tokens += round.tokens
+                        self._settle = round.settle
                 if round is None:
                     break
-                self.tokens += round.tokens
-                self._settle = round.settle
                 yield round
         finally:
-            if self._prompts == prompts:
-                self.finish()
+            # Where another thread is in a step, that of a fork say, the next one to use it ends it.
+            if self._lock.acquire(blocking=False):
+                try:
+                    if self._prompts == number:
+                        self._finish()
+                finally:
+                    self._lock.release()
 
     def finish(self) -> None:
         """Ends the answer under way, if there is one: takes back what is ahead of its tokens.
 
         Raises:
-            DriftError: If another thread is in the middle of a round of it.
+            DriftError: If another thread is in the middle of a step.
         """
-        rounds, self._under_way = self._under_way, None
-        if rounds is None:
-            return
-        was_whole = self.whole
+        with self.alone():
+            self._finish()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other threads out, without waiting for them.
+
+        Raises:
+            DriftError: If another thread is in the middle of a step.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise DriftError(IN_USE)
         try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _finish(self) -> None:
+        rounds, self._under_way = self._under_way, None
+        if rounds is not None:
+            was_whole = self.whole
             rounds.close()
-        except ValueError:
-            self._under_way = rounds
-            raise DriftError(
-                "the prompt cache is in use by another thread; make one for each conversation"
-            ) from None
-        self.whole, self._settle = was_whole, None
-        self._compute()
+            self.whole, self._settle = was_whole, None
+            self._compute()
 
     def _compute(self) -> None:
         """Computes what is still lazy, which belongs to this thread, for whoever comes next."""
@@ -266,17 +293,26 @@ class PromptCache:
             mx.async_eval(self.target_cache.state, self.drafter_cache.state)
 
     @contextmanager
-    def under_way(self) -> Iterator[None]:
-        """Marks that the caches change; if that is interrupted, they are not whole."""
-        self.whole = False
-        yield
-        self.whole = True
+    def under_way(self, number: int | None = None) -> Iterator[None]:
+        """Marks that the caches change, by this thread; interrupted, they are not whole.
+
+        Raises:
+            DriftError: If another thread is in the middle of a step, or another answer than that
+                of the number was begun.
+        """
+        with self.alone():
+            if number not in (None, self._prompts):
+                raise DriftError(MEANWHILE)
+            self.whole = False
+            yield
+            self.whole = True
 
     def _go_back(self, prompt: Sequence[int], whole: bool) -> None:
         """Keeps what the caches hold of a prompt, token ids, and forgets the rest."""
         pairs = zip(self.tokens, prompt, strict=False)
         shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         shared = min(len(self.tokens), len(prompt)) if shared is None else shared
+        self._tell_if_begun_anew(shared)
         if whole and shared == len(self.tokens) > 1:
             self.reuse = "extended"
             self._remember()
@@ -289,6 +325,20 @@ class PromptCache:
             self.target_cache, self.drafter_cache = self._make_caches()
         self.tokens = list(prompt[:shared])
         self._turns = [turn for turn in self._turns if turn.tokens <= shared]
+
+    def _tell_if_begun_anew(self, shared: int) -> None:
+        """Warns, once, if a prompt leaves the conversation within its very first prompt."""
+        if self._told or len(self.tokens) <= self.first_prompt or shared >= self.first_prompt:
+            return
+        self._told = True
+        warnings.warn(
+            f"this prompt shares only its first {shared} tokens with the conversation in the "
+            "prompt cache, which is forgotten from there on: here a prompt is the whole "
+            "conversation, not the new turn alone. For another conversation make another prompt "
+            "cache, or fork one",
+            DriftWarning,
+            stacklevel=2,
+        )
 
     def _remember(self, keep: bool = False) -> None:
         """Takes a snapshot, if there is what trimming would not bring back."""
@@ -360,137 +410,3 @@ def make_prompt_cache(
         quantization=quantization,
         max_snapshots=max_snapshots,
     )
-
-
-def save_prompt_cache(path: str | Path, cache: PromptCache) -> None:
-    """Writes a conversation's tokens and caches to a safetensors file; snapshots are left out.
-
-    Raises:
-        DriftError: If the cache was left in the middle of a round, or the file cannot be written.
-    """
-    path = Path(path)
-    if cache.is_ahead:
-        raise DriftError(
-            f"{path}: the prompt cache is ahead of an answer under way, so it is not written. Save "
-            "it when the answer has ended, or call cache.finish() first, which ends it"
-        )
-    if not cache.whole:
-        raise DriftError(
-            f"{path}: the prompt cache was interrupted in the middle of a step, so it is not "
-            "written. Generate with it once more, and save it then"
-        )
-    described = {
-        "version": FORMAT_VERSION,
-        "taps": list(cache.drafter.taps),
-        "target": fingerprint(cache.model),
-        "drafter": fingerprint(cache.drafter.network),
-        "max_kv_size": cache.max_kv_size,
-        "quantization": None if cache.quantization is None else asdict(cache.quantization),
-    }
-    arrays = {"tokens": mx.array(cache.tokens, dtype=mx.int32)}
-    for owner in ("target", "drafter"):
-        held = getattr(cache, f"{owner}_cache").to_arrays()
-        arrays |= {f"{owner}.{name}": array for name, array in held.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            partial = Path(folder) / "cache.safetensors"
-            mx.save_safetensors(str(partial), arrays, {FORMAT: json.dumps(described)})
-            partial.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise DriftError(f"{path}: cannot be written ({error})") from None
-
-
-def load_prompt_cache(
-    path: str | Path, model: nn.Module, drafter: Drafter, *, max_snapshots: int = 4
-) -> PromptCache:
-    """Reads what `save_prompt_cache` wrote.
-
-    Args:
-        path: The file.
-        model: The target it was made with.
-        drafter: The drafter it was made with.
-        max_snapshots: As in `make_prompt_cache`.
-
-    Raises:
-        DriftError: If the file is missing, damaged, of another program, model or drafter.
-    """
-    path = Path(path)
-    arrays = read_safetensors(path)
-    described = _described(path)
-    same_taps = described.get("taps") == list(drafter.taps)
-    for owner, module in (("target", model), ("drafter", drafter.network)):
-        if described.get(owner) != fingerprint(module) or not (same_taps or owner == "target"):
-            raise DriftError(
-                f"{path} was made with another {owner} than the one given; load that one, or make "
-                "the prompt cache anew"
-            )
-    try:
-        quantization = described["quantization"]
-        cache = PromptCache(
-            model,
-            drafter,
-            max_kv_size=described["max_kv_size"],
-            quantization=quantization and KVQuantization(**quantization),
-            max_snapshots=max_snapshots,
-        )
-        _fill(cache, arrays)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise DriftError(f"{path} is damaged ({error}). Make the prompt cache anew") from None
-    return cache
-
-
-def _described(path: Path) -> dict[str, Any]:
-    """Reads what a file says of itself."""
-    metadata = read_metadata(path)
-    try:
-        described = json.loads(metadata.get(FORMAT, "null"))
-    except (ValueError, RecursionError):
-        described = None
-    if not isinstance(described, dict):
-        raise DriftError(
-            f"{path} is not a prompt cache that mlx-drift wrote: it has no {FORMAT}. A file of "
-            "mlx-lm's knows neither its tokens nor the drafter's rows; make one with mlx-drift "
-            "cache-prompt, or save_prompt_cache"
-        )
-    if described.get("version") != FORMAT_VERSION:
-        raise DriftError(
-            f"{path} has another version than {FORMAT_VERSION}, which this mlx-drift reads. Make "
-            "the prompt cache anew"
-        )
-    return described
-
-
-def _fill(cache: PromptCache, arrays: dict[str, mx.array]) -> None:
-    """Gives a new cache the arrays of a file.
-
-    Raises:
-        ValueError: If they are not what the caches of these models hold.
-    """
-    tokens = arrays.pop("tokens")
-    if tokens.ndim != 1 or tokens.dtype != mx.int32:
-        raise ValueError("tokens is no list of token ids")
-    cache.tokens = tokens.tolist()  # type: ignore[assignment]
-    if any(not 0 <= token < cache.target.shape.vocab_size for token in cache.tokens):
-        raise ValueError("tokens lie outside the vocabulary")
-    if len(cache.tokens) < 2:  # which saves nothing
-        cache.tokens = []
-        return
-    # Fed the tokens, lazily and never computed, the caches tell what the arrays must be.
-    _, taps = cache.target(tokens[:-1], cache.target_cache)
-    cache.drafter.start(tokens[:1], cache.drafter_cache)
-    cache.drafter.ingest(tokens[1:], taps, cache.drafter_cache)
-    for owner, held in (("target", cache.target_cache), ("drafter", cache.drafter_cache)):
-        own = {n.removeprefix(f"{owner}."): a for n, a in arrays.items() if n.startswith(owner)}
-        held.check_arrays(own)
-        held.from_arrays(own, len(cache.tokens) - 1)
-        mx.eval(held.state)
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Tells models apart: a hash of names, shapes, dtypes, and the first bytes of every array."""
-    arrays = sorted(tree_flatten(module.parameters()))
-    shapes = [f"{name} {array.dtype} {array.shape}" for name, array in arrays]
-    heads = [a[(0,) * (a.ndim - 1)][:8] if a.ndim else a[None] for _, a in arrays]
-    values = mx.concatenate([mx.zeros(1, mx.uint8), *(mx.view(head, mx.uint8) for head in heads)])
-    return hashlib.sha256("\n".join(shapes).encode() + np.array(values).tobytes()).hexdigest()

@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
-from mlx_drift.decode.prompt_cache import fingerprint
+from mlx_drift.decode.fingerprint import fingerprint
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError
 from mlx_drift.files.json_file import read_json

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_drift.decode.prompt_cache import fingerprint
+from mlx_drift.decode.fingerprint import fingerprint
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.measure.acceptance.asking import Answer, Answers, Settings
