@@ -6,6 +6,7 @@ sglang, FasterDecoding/Medusa, zankner/Hydra, z-lab/dflash).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from mlx_drift.convert.dialects import Config, Names, architecture
 
@@ -63,13 +64,33 @@ def _p_eagle(config: Config, names: Names) -> bool:
     )
 
 
-def _quantized(config: Config, names: Names) -> bool:
-    return _any(names, ".weight_scale", ".input_scale", ".weight_packed", ".scales", ".qweight")
+UNQUANTIZED = "Convert the bfloat16 head it was made from, with -q if you want it small"
+
+FP8 = "FP8, one scale a tensor or row"
+QUANTIZATIONS = (
+    ("GPTQ or AWQ", (".qweight", ".qzeros")),
+    ("NVFP4", (".weight_scale_2", ".weight_global_scale")),
+    ("compressed-tensors", (".weight_packed", ".weight_shape", ".weight_zero_point")),
+    (FP8, (".weight_scale", ".input_scale")),
+)
+"""What tools quantize to that MLX does not read, by the ends of the names that they add."""
+
+
+def quantized_to(names: Names) -> str | None:
+    """Tells what a head is quantized to, if it is to something that MLX does not read."""
+    for kind, ends in QUANTIZATIONS:
+        if any(name.endswith(ends) for name in names):
+            return kind
+    return None
 
 
 def _whole_model(config: Config, names: Names) -> bool:
     fused = any(name.endswith("fc.weight") or "hidden_norm" in name for name in names)
     return not fused and _any(names, "layers.1.") and _any(names, "embed_tokens.weight")
+
+
+def _quantized_to(kind: str, config: Config, names: Names) -> bool:
+    return quantized_to(names) == kind
 
 
 REFUSED = (
@@ -115,9 +136,17 @@ REFUSED = (
         ),
         f"It shares the target's cache: mlx-vlm runs it. {EAGLE3}",
     ),
+    *(
+        Refused(
+            f"a quantized head ({kind})",
+            partial(_quantized_to, kind),
+            UNQUANTIZED,
+        )
+        for kind, _ in QUANTIZATIONS
+    ),
     Refused(
-        "a quantized head (NVFP4, FP8, GPTQ or another tool's)",
-        _quantized,
-        "Convert the bfloat16 head it was made from, with -q if you want it small",
+        "a quantized head (by mlx, or FP8 by blocks)",
+        lambda config, names: _any(names, ".scales", ".weight_scale"),
+        UNQUANTIZED,
     ),
 )

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from mlx_drift.convert.derive import FP8_BLOCK, heads_of, middle, scaled_by_blocks, stack
+from mlx_drift.convert.dialects.refused import FP8, UNQUANTIZED
 from mlx_drift.convert.read.stored import StoredTensor
 from mlx_drift.errors import DriftError, brief, printable
 
@@ -31,6 +32,13 @@ def size(config: dict[str, Any], key: str, where: str) -> int:
     return value
 
 
+def quantized(where: str, kind: str) -> DriftError:
+    """Says that a head is quantized to what is not run."""
+    return DriftError(
+        f"{where} holds a quantized MTP head ({kind}), which mlx-drift does not run. {UNQUANTIZED}"
+    )
+
+
 def scale_blocks(tensors: Tensors, where: str) -> Tensors:
     """Multiplies fp8 weights with the scales of their blocks."""
     scaled = dict(tensors)
@@ -38,6 +46,8 @@ def scale_blocks(tensors: Tensors, where: str) -> Tensors:
         if name.endswith("_scale_inv"):
             weight, scales = tensors.get(name.removesuffix("_scale_inv")), scaled.pop(name)
             blocks = weight and tuple(-(-n // FP8_BLOCK) for n in weight.shape)
+            if weight is not None and blocks != scales.shape and scales.size == 1:
+                raise quantized(where, FP8)
             if weight is None or blocks != scales.shape:
                 raise DriftError(
                     f"{where}: {name} has shape {scales.shape}; expected one scale for each block "

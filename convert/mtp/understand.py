@@ -7,10 +7,12 @@ What the head's files have in another form goes through `mtp_packed` (quantized 
 from pathlib import Path
 from typing import Any
 
+from mlx_drift.convert.dialects.refused import quantized_to
 from mlx_drift.convert.layers import Overrides
 from mlx_drift.convert.mtp.block import (
     ATTENTION,
     EXPERTS,
+    quantized,
     scale_blocks,
     size,
     split_experts,
@@ -57,6 +59,8 @@ def understand_mtp(checkpoint: Checkpoint, overrides: Overrides) -> Resolved:
             "version runs heads of one module"
         )
     names = next(iter(modules.values()))
+    if (kind := quantized_to(names.keys())) is not None:
+        raise quantized(weights, kind)
     config = text_config(checkpoint.config)
     sizes = {key: size(config, key, config_file) for key in SIZES}
 

@@ -312,8 +312,11 @@ REFUSED = {
         renamed_tensor("parallel_draft_heads.0.medusa_layers.0.linear.weight"),
         "EagleMedusa",
     ),
-    "NVFP4": ({}, renamed_tensor("layers.0.mlp.up_proj.weight_scale_2"), "NVFP4, FP8"),
-    "FP8": ({}, renamed_tensor("layers.0.mlp.up_proj.weight_scale"), "NVFP4, FP8"),
+    "NVFP4": ({}, renamed_tensor("layers.0.mlp.up_proj.weight_scale_2"), "NVFP4"),
+    "GPTQ": ({}, renamed_tensor("layers.0.mlp.up_proj.qweight"), "GPTQ or AWQ"),
+    "packed": ({}, renamed_tensor("layers.0.mlp.up_proj.weight_packed"), "compressed-tensors"),
+    "FP8 by blocks": ({}, renamed_tensor("layers.0.mlp.up_proj.weight_scale_inv"), "by blocks"),
+    "FP8": ({}, renamed_tensor("layers.0.mlp.up_proj.weight_scale"), "FP8, one scale"),
     "Gemma-4 assistant": ({"model_type": "gemma4_assistant"}, PLAIN.tensors, "Gemma-4"),
     "a target": (
         {"architectures": ["LlamaForCausalLM"]},

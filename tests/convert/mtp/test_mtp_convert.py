@@ -535,3 +535,43 @@ def test_the_newest_spelling_of_rope_wins(name, tmp_path):
     config |= {"rope_theta": 1e7, "rope_parameters": {"rope_theta": 1e7}}
     write_repository(tmp_path / "agree", config, written(name, head(name)))
     assert convert(tmp_path / "agree", tmp_path / "b")[0].notes == []
+
+
+QUANTIZED = {
+    "NVFP4": ["weight_scale_2", "weight_scale"],
+    "compressed-tensors": ["weight_packed", "weight_scale", "weight_shape"],
+    "GPTQ or AWQ": ["qweight", "qzeros", "scales"],
+    "FP8, one scale a tensor or row": ["weight_scale", "input_scale"],
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("deepseek_v3", "model.layers.{layers}.mlp.experts.0.up_proj"),
+        ("glm4_moe", "model.layers.{layers}.eh_proj"),
+        ("qwen3_5", "mtp.layers.0.self_attn.q_proj"),
+        ("speculators qwen3", "mtp_layers.0.mlp.gate_proj"),
+    ],
+)
+def test_what_other_tools_quantized_is_named_by_kind(kind, name, layer, tmp_path):
+    config, tensors = config_of(name), written(name, head(name))
+    layer = layer.format(layers=config.get("num_hidden_layers"))
+    tensors |= {f"{layer}.{end}": mx.ones((1,)) for end in QUANTIZED[kind]}
+    write_repository(tmp_path / "repo", config, tensors)
+    with pytest.raises(DriftError) as refused:
+        convert(tmp_path / "repo", tmp_path / "out")
+    assert f"holds a quantized MTP head ({kind}), which mlx-drift does not run" in str(
+        refused.value
+    )
+    assert "Convert the bfloat16 head it was made from" in str(refused.value)
+
+
+def test_one_scale_for_a_whole_tensor_under_the_name_of_blocks(tmp_path):
+    config, tensors = config_of("deepseek_v3"), written("deepseek_v3", head("deepseek_v3"))
+    name = next(name for name in tensors if name.endswith("o_proj.weight"))
+    tensors[f"{name}_scale_inv"] = mx.ones(())
+    write_repository(tmp_path / "repo", config, tensors)
+    with pytest.raises(DriftError, match="FP8, one scale a tensor or row"):
+        convert(tmp_path / "repo", tmp_path / "out")
