@@ -31,7 +31,7 @@ from mlx_drift.drafters.load import (
     quantized_layers,
     target_ids,
 )
-from mlx_drift.errors import DriftError
+from mlx_drift.errors import DriftError, printable
 from mlx_drift.files.hub import HubFolder, split_repository, upload_folder
 from mlx_drift.target.model import TargetShape
 
@@ -199,7 +199,7 @@ def convert_drafter(
         config = replace(config, source=origin or source_of.result() | resolved.origin)
         text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
-        card = model_card(upload_repo or path.name, config)
+        card = model_card(upload_repo or printable(path.name), config)
         (folder / "README.md").write_text(card, encoding="utf-8")
     notes += resolved.notes + [
         f"{name} holds {count} values that are NaN or infinite" for name, count in bad.items()

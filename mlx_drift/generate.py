@@ -26,6 +26,7 @@ from mlx_drift.decode.statistics import LOW_ACCEPTANCE, Statistics
 from mlx_drift.decode.tuned import remember, tuned_costs
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError, DriftWarning
+from mlx_drift.files.text import check_text
 from mlx_drift.target.caches import KVQuantization
 
 ROUNDS_TO_JUDGE = 32
@@ -373,6 +374,7 @@ def _encode(tokenizer: TokenizerWrapper, prompt: str | list[int] | mx.array) -> 
     if isinstance(prompt, str):
         bos = tokenizer.bos_token
         has_bos = bos is not None and prompt.startswith(bos)
+        check_text(prompt, "the prompt")
         prompt = tokenizer.encode(prompt, add_special_tokens=not has_bos) if prompt else []
     tokens: list[int] = mx.array(prompt, dtype=mx.int32).tolist()  # type: ignore[assignment]
     if not tokens:

@@ -1,7 +1,5 @@
 """The public names of mlx-drift, all of which `mlx_drift` itself has too."""
 
-from mlx_lm import load
-
 from mlx_drift.convert import convert_drafter, inspect_drafter
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
 from mlx_drift.decode.prompt_cache_file import load_prompt_cache, save_prompt_cache
@@ -13,6 +11,7 @@ from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.generate import DriftResponse, generate, stream_generate
 from mlx_drift.loading import load_drafter
+from mlx_drift.target.load import load
 from mlx_drift.target.model import remove_taps
 
 __all__ = [

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_drift.convert.read.safetensors_file import read_safetensors_file
 from mlx_drift.convert.read.stored import Bytes, ReadAt, StoredTensor, file_reader
 from mlx_drift.convert.read.torch_pickle import read_torch_checkpoint
-from mlx_drift.errors import DriftError, brief
+from mlx_drift.errors import DriftError, brief, printable
 from mlx_drift.files.hub import HubFolder, find_hub_folder, never_downloaded
 from mlx_drift.files.json_file import read_json
 from mlx_drift.files.paths import existing, inside
@@ -77,7 +77,7 @@ class LocalFolder:
     @property
     def origin(self) -> dict[str, str]:
         """Its last name; the rest of the path is nobody else's business."""
-        return {"path": self.folder.resolve().name}
+        return {"path": printable(self.folder.resolve().name)}
 
     @property
     def files(self) -> AbstractSet[str]:

@@ -13,7 +13,8 @@ import typer
 from huggingface_hub.utils import logging as hub_log
 from typer.core import TyperGroup
 
-from mlx_drift.errors import DriftError, DriftWarning
+from mlx_drift.cli.streams import discard_stdout, set_up_streams
+from mlx_drift.errors import DriftError, DriftWarning, printable
 
 COMMANDS = {
     "generate": "Generate text through a drafter, losing nothing by it.",
@@ -67,20 +68,28 @@ def _imported(name: str) -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line: exit code 0 done, 1 a clear one-line error, 2 usage."""
+    set_up_streams()
     with_place = warnings.showwarning
 
     def show(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
         if issubclass(category, DriftWarning):
-            typer.echo(f"warning: {message}", err=True)
+            typer.echo(f"warning: {printable(str(message))}", err=True)
         else:
             with_place(message, category, *args, **kwargs)
 
     if hub_log.get_verbosity() == logging.WARNING:  # unless HF_HUB_VERBOSITY says otherwise
         hub_log.set_verbosity_error()  # its retries: what they come to is told in one line
+    # It does not know families that mlx-lm alone has, and need not: networks are mlx-lm's.
+    logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show
             app(args=arguments)
     except DriftError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:  # stdout took no more: a full disk, say
+        discard_stdout()
+        what = f"{error.filename or 'cannot go on'}: {error.strerror or error}"
+        typer.echo(f"error: {printable(what)}", err=True)
         sys.exit(1)

@@ -49,6 +49,7 @@ def bench_command(
         typer.Option(help="Measure the drafter quantized to so many bits beside it: 4 or 8, say."),
     ] = None,
     adapter_path: options.AdapterPath = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     baseline_draft_model: Annotated[
         str | None,
         typer.Option(
@@ -167,10 +168,12 @@ def bench_command(
         _tell(costs, shape_table, about_shape, as_json)
         return
     keywords = parse_object(chat_template_config, "--chat-template-config")
-    target, tokenizer, loaded = load_pair(model, drafter, adapter_path, console, None, draft_model)
+    target, tokenizer, loaded = load_pair(
+        model, drafter, adapter_path, console, None, draft_model, trust_remote_code
+    )
     baseline = None
     if baseline_draft_model is not None:
-        baseline, its_tokenizer = load_model(baseline_draft_model, None)
+        baseline, its_tokenizer = load_model(baseline_draft_model, None, trust_remote_code)
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise DriftError(
                 f"{baseline_draft_model} has another tokenizer than the target; give a draft model "

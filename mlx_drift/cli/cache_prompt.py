@@ -28,6 +28,7 @@ def cache_prompt(
     draft_model: options.DraftModel = None,
     drafter_bits: options.DrafterBits = None,
     adapter_path: options.AdapterPath = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     system_prompt: options.SystemPrompt = None,
     max_kv_size: options.MaxKvSize = None,
     kv_bits: options.KvBits = None,
@@ -49,7 +50,7 @@ def cache_prompt(
     template_keywords = parse_object(chat_template_config, "--chat-template-config")
     console = Console(stderr=True)
     target, tokenizer, loaded = load_pair(
-        model, drafter, adapter_path, console, drafter_bits, draft_model
+        model, drafter, adapter_path, console, drafter_bits, draft_model, trust_remote_code
     )
     laid_out = apply_template(
         tokenizer,

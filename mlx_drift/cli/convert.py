@@ -7,12 +7,14 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from mlx_drift.cli import options
 from mlx_drift.cli.load import load_model
 from mlx_drift.cli.options import Feedback, Mtp, Revision, RopeTheta, Source, Taps, Target, Window
 from mlx_drift.cli.show import conventions, conversion_bar, warning
 from mlx_drift.convert import Conversion, convert_drafter
 from mlx_drift.convert.target import read_target_shape
 from mlx_drift.errors import DriftError
+from mlx_drift.files.text import read_text
 from mlx_drift.measure.conventions import PROMPTS, ConventionProbe
 
 Dtype = Literal["float16", "bfloat16", "float32"]
@@ -48,6 +50,7 @@ def convert(
     probe_on: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Prompts to probe on, one a line.")
     ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse config keys that nothing reads.")
     ] = False,
@@ -62,7 +65,7 @@ def convert(
     console = Console(stderr=True)
     if (q_bits, q_group_size, q_mode) != (None, None, "affine") and not quantize:
         raise typer.BadParameter("--q-bits, --q-group-size and --q-mode need --quantize")
-    probe = _probe(target, probe_conventions, probe_on)
+    probe = _probe(target, probe_conventions, probe_on, trust_remote_code)
     with conversion_bar(console, f"converting {source}") as progress:
         done = convert_drafter(
             source,
@@ -96,7 +99,7 @@ def convert(
 
 
 def _probe(
-    target: str | None, probe_conventions: bool, probe_on: Path | None
+    target: str | None, probe_conventions: bool, probe_on: Path | None, trust_remote_code: bool
 ) -> ConventionProbe | None:
     """Loads the target for the probe, if one is wanted."""
     if not probe_conventions:
@@ -107,15 +110,11 @@ def _probe(
         raise DriftError("--probe-conventions tries the readings on a target: give it --target")
     prompts: tuple[str, ...] = PROMPTS
     if probe_on is not None:
-        try:
-            text = probe_on.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DriftError(f"{probe_on}: cannot be read as text ({error})") from None
-        prompts = tuple(filter(None, map(str.strip, text.splitlines())))
+        prompts = tuple(filter(None, map(str.strip, read_text(probe_on).splitlines())))
         if not prompts:
             raise DriftError(f"{probe_on}: holds no prompts; expected one a line")
     read_target_shape(target)  # a wrong name is told before anything is loaded
-    return ConventionProbe(*load_model(target, None), prompts)
+    return ConventionProbe(*load_model(target, None, trust_remote_code), prompts)
 
 
 def _report(done: Conversion, path: Path, probe: ConventionProbe | None) -> dict[str, Any]:

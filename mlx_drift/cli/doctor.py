@@ -42,6 +42,7 @@ def doctor(
     kv_group_size: options.KvGroupSize = KVQuantization.group_size,
     quantized_kv_start: options.QuantizedKvStart = KVQuantization.start,
     prefill_step_size: options.PrefillStepSize = 2048,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Tell caches, taps, memory and what is refused, before any weights are loaded."""
@@ -59,6 +60,7 @@ def doctor(
             kv_group_size=kv_group_size,
             quantized_kv_start=quantized_kv_start,
             prefill_step_size=prefill_step_size,
+            trust_remote_code=trust_remote_code,
         )
     if as_json:
         typer.echo(json.dumps(found.to_dict()))

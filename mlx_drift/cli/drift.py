@@ -43,6 +43,7 @@ def drift_command(
     ] = None,
     drafter_bits: options.DrafterBits = None,
     adapter_path: options.AdapterPath = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     questions: Annotated[
         list[str] | None,
         typer.Option(help="A file of questions, of which the first turns are asked; repeatable."),
@@ -102,7 +103,9 @@ def drift_command(
     keywords = parse_object(chat_template_config, "--chat-template-config")
     console = Console(stderr=True)
     names = drafter or (DRAFTERS if model is None else ())
-    target, tokenizer, drafters = load_drafters(model, names, adapter_path, console, drafter_bits)
+    target, tokenizer, drafters = load_drafters(
+        model, names, adapter_path, console, drafter_bits, trust_remote_code
+    )
     tokens = [
         encode(
             tokenizer,

@@ -13,7 +13,14 @@ from rich.console import Console
 
 from mlx_drift.cli import options
 from mlx_drift.cli.load import load_model, load_pair, windowed
-from mlx_drift.cli.prompts import PLACE, apply_template, encode, parse_object, read_prompt
+from mlx_drift.cli.prompts import (
+    PLACE,
+    LaidOut,
+    apply_template,
+    encode,
+    parse_object,
+    read_prompt,
+)
 from mlx_drift.cli.report import explanation, report, table
 from mlx_drift.cli.show import prompt_bar
 from mlx_drift.decode.prompt_cache import PromptCache
@@ -34,6 +41,7 @@ def generate(
     model: options.Model = None,
     drafter: options.Drafter = None,
     adapter_path: options.AdapterPath = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     system_prompt: options.SystemPrompt = None,
     prefill_response: Annotated[
         str | None, typer.Option(help="How the response is to begin.")
@@ -101,10 +109,10 @@ def generate(
     loaded: Drafter | None = None
     cache: PromptCache | None = None
     if no_draft:
-        target, tokenizer = load_model(model, adapter_path)
+        target, tokenizer = load_model(model, adapter_path, trust_remote_code)
     else:
         target, tokenizer, loaded = load_pair(
-            model, drafter, adapter_path, console, drafter_bits, draft_model
+            model, drafter, adapter_path, console, drafter_bits, draft_model, trust_remote_code
         )
     for token in extra_eos_token or []:
         _add_eos_token(tokenizer, token)
@@ -120,7 +128,7 @@ def generate(
     if prompt_cache_file is not None and loaded is not None:
         cache = load_prompt_cache(prompt_cache_file, target, loaded)
         rest = lay_out(PLACE, prefill_response=prefill_response).after_place()
-        tokens = cache.tokens + tokenizer.encode(question + rest, add_special_tokens=False)
+        tokens = cache.tokens + encode(tokenizer, LaidOut(question + rest, by_template=True))
     else:
         tokens = encode(tokenizer, lay_out(question, prefill_response=prefill_response))
 
@@ -163,7 +171,7 @@ def generate(
     except NotImplementedError as error:  # mlx-lm's, of sliding windows and kv_bits
         raise DriftError(f"mlx-lm cannot do this: {error}") from error
     if as_json:
-        typer.echo(json.dumps(report("".join(said), last, interrupted), ensure_ascii=False))
+        typer.echo(json.dumps(report("".join(said), last, interrupted)))
     else:
         typer.echo()
     if last is not None:

@@ -1,11 +1,12 @@
 """Loads models for the command line: mlx-lm's own loader, its errors in one line."""
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import mlx.nn as nn
-import mlx_lm
 import typer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
@@ -22,24 +23,38 @@ from mlx_drift.files.hub import find_hub_folder, never_downloaded, resolve
 from mlx_drift.files.json_file import read_json
 from mlx_drift.files.lfs import refuse_pointers
 from mlx_drift.files.paths import existing
+from mlx_drift.files.text import check_text
 from mlx_drift.loading import load_drafter
 from mlx_drift.pairs import find_pair
+from mlx_drift.target.load import load
 
 PROMPT_LOOKUP = "prompt-lookup"
 """What `--drafter` says for a drafter that is no model at all."""
 
 
-def load_model(model: str | None, adapter_path: str | None) -> tuple[nn.Module, TokenizerWrapper]:
+def load_model(
+    model: str | None, adapter_path: str | None, trust_remote_code: bool = False
+) -> tuple[nn.Module, TokenizerWrapper]:
     """Loads a target and its tokenizer; the embedded one for None.
 
     Raises:
-        DriftError: If there is no such model, or mlx-lm cannot load it.
+        DriftError: If there is no such model, mlx-lm cannot load it, or it needs code of its own
+            that is not trusted.
     """
     model = model or str(TARGET)
     resolve(model, "model", None, ["config.json"])
     path = existing(model)
+    for place in (model, adapter_path or ""):
+        check_text(place, f"{place}: the path")  # mlx takes no other
     try:
-        return mlx_lm.load(model if path is None else str(path), adapter_path=adapter_path)
+        with redirect_stdout(sys.stderr):  # whatever mlx-lm, or code that is trusted, prints
+            model_and_tokenizer = load(
+                model if path is None else str(path),
+                adapter_path=adapter_path,
+                trust_remote_code=trust_remote_code,
+            )
+    except DriftError:
+        raise
     except Exception as error:  # whatever a damaged folder makes mlx-lm or transformers raise
         folder = resolve(model, "model", None, ["config.json"])
         refuse_pointers(folder)
@@ -47,6 +62,8 @@ def load_model(model: str | None, adapter_path: str | None) -> tuple[nn.Module, 
             raise never_downloaded(model, "its weights were") from None
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise DriftError(f"{model}: mlx-lm cannot load it ({reason})") from error
+    network, tokenizer = model_and_tokenizer
+    return network, tokenizer
 
 
 def load_pair(
@@ -56,6 +73,7 @@ def load_pair(
     console: Console,
     drafter_bits: int | None = None,
     draft_model: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, TokenizerWrapper, Drafter]:
     """Loads a target, its tokenizer and a drafter; the embedded pair for None.
 
@@ -67,10 +85,10 @@ def load_pair(
             raise DriftError("--drafter and --draft-model are both given; give one of them")
         if drafter_bits is not None:
             raise DriftError("--drafter-bits is for EAGLE and MTP heads; leave it out")
-        target, tokenizer = load_model(model, adapter_path)
+        target, tokenizer = load_model(model, adapter_path, trust_remote_code)
         if draft_model is None:
             return target, tokenizer, PromptLookupDrafter(target)
-        small, its_tokenizer = load_model(draft_model, None)
+        small, its_tokenizer = load_model(draft_model, None, trust_remote_code)
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise DriftError(
                 f"{draft_model} has another tokenizer than the target; give a draft model of the "
@@ -86,7 +104,7 @@ def load_pair(
     chosen = choose_drafter(drafter, model, console)
     if existing(chosen) is None:
         find_hub_folder(chosen, None, "drafter")  # a wrong name is told before all the loading
-    target, tokenizer = load_model(model, adapter_path)
+    target, tokenizer = load_model(model, adapter_path, trust_remote_code)
     loaded = load_drafter(chosen, target, drafter_bits=drafter_bits, on_convert=_say_where)
     return target, tokenizer, loaded
 
@@ -97,6 +115,7 @@ def load_drafters(
     adapter_path: str | None,
     console: Console,
     drafter_bits: int | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Drafter]]:
     """Loads a target, its tokenizer and several drafters, by what they are called.
 
@@ -106,6 +125,7 @@ def load_drafters(
         adapter_path: LoRA adapters of the target.
         console: Told which drafter `auto` is.
         drafter_bits: Bits to quantize the drafters to.
+        trust_remote_code: Run the code that the target brings, if it needs its own.
 
     Raises:
         DriftError: If one of them is missing, damaged, does not fit, or is given twice.
@@ -117,7 +137,9 @@ def load_drafters(
         for name in drafters[1:]
     }
     first = drafters[0] if drafters else None
-    target, tokenizer, drafter = load_pair(model, first, adapter_path, console, drafter_bits)
+    target, tokenizer, drafter = load_pair(
+        model, first, adapter_path, console, drafter_bits, trust_remote_code=trust_remote_code
+    )
     loaded = {first or DRAFTERS[0]: drafter}
     for name, source in chosen.items():
         if name == PROMPT_LOOKUP:

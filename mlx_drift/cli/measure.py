@@ -62,6 +62,7 @@ def measure(
     ] = None,
     drafter_bits: options.DrafterBits = None,
     adapter_path: options.AdapterPath = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     limit: Annotated[
         int | None, typer.Option(metavar="N", help="The first N questions of each file.", min=1)
     ] = None,
@@ -141,7 +142,7 @@ def measure(
 
     console = Console(stderr=True)
     target, tokenizer, drafters = load_drafters(
-        model, drafter or [], adapter_path, console, drafter_bits
+        model, drafter or [], adapter_path, console, drafter_bits, trust_remote_code
     )
     same: dict[str, str] = {}
     depends: dict[str, object] = {}
@@ -193,7 +194,7 @@ def measure(
             plot_positions(measured[0], plot)
     if as_json:
         told = {"settings": described, "conditions": [one.to_dict() for one in measured]}
-        typer.echo(json.dumps(told, ensure_ascii=False))
+        typer.echo(json.dumps(told))
         return
     out = Console()
     if not out.is_terminal:

@@ -43,7 +43,15 @@ Window = Annotated[
 ]
 
 Text = Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="The prompt; - reads stdin.")]
-Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; - reads stdin.")]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        "-p",
+        help="The prompt; - reads stdin. Taken as it is: unlike mlx-lm, `\\n` stays two characters "
+        "(a shell's $'…' makes line breaks).",
+    ),
+]
 PromptFile = Annotated[Path | None, typer.Option(help="A file that holds the prompt.")]
 Model = Annotated[
     str | None,
@@ -62,6 +70,13 @@ DraftModel = Annotated[
     typer.Option(help="Draft with a small model that has the target's tokenizer, instead."),
 ]
 AdapterPath = Annotated[str | None, typer.Option(help="LoRA adapters of the target.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the code that the target (or a draft model) brings for its tokenizer or network.",
+    ),
+]
 SystemPrompt = Annotated[str | None, typer.Option(help="System prompt.")]
 IgnoreChatTemplate = Annotated[
     bool, typer.Option("--ignore-chat-template", help="Feed the raw prompt.")

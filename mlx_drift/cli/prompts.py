@@ -1,7 +1,6 @@
 """Prompts on the command line: where the text comes from, and how it becomes token ids."""
 
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import typer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.errors import DriftError
+from mlx_drift.files.text import check_text, read_stdin, read_text
 
 PLACE = "<query>"
 """Stands for a question, to find where a chat template puts it (as in mlx-lm)."""
@@ -19,7 +19,7 @@ def read_prompt(text: str | None, prompt: str | None, prompt_file: Path | None) 
     """Returns the one prompt that was given, `-` read from stdin; None if none was.
 
     Raises:
-        DriftError: If it is empty, or a file cannot be read.
+        DriftError: If it is empty, no text, or a file cannot be read.
         typer.BadParameter: If more than one was given.
     """
     given = [value for value in (text, prompt, prompt_file) if value is not None]
@@ -28,15 +28,12 @@ def read_prompt(text: str | None, prompt: str | None, prompt_file: Path | None) 
     if not given:
         return None
     if prompt_file is not None:
-        try:
-            content = prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DriftError(f"{prompt_file}: cannot be read as text ({error})") from None
+        content = read_text(prompt_file)
     else:
-        content = sys.stdin.read() if given == ["-"] else str(given[0])
+        content = read_stdin() if given == ["-"] else str(given[0])
     if not content.strip():
         raise DriftError("the prompt is empty; give some text")
-    return content
+    return check_text(content, "the prompt")
 
 
 def parse_object(text: str | None, flag: str) -> dict[str, Any]:
@@ -47,7 +44,7 @@ def parse_object(text: str | None, flag: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DriftError(f"{flag} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise DriftError(f"{flag} holds a JSON {type(value).__name__}, expected an object")
@@ -113,5 +110,10 @@ def apply_template(
 
 
 def encode(tokenizer: TokenizerWrapper, prompt: LaidOut) -> list[int]:
-    """Turns a prompt into token ids; special tokens are added unless a template did."""
+    """Turns a prompt into token ids; special tokens are added unless a template did.
+
+    Raises:
+        DriftError: If it is no text.
+    """
+    check_text(prompt.text, "the prompt, as it is laid out,")
     return tokenizer.encode(prompt.text, add_special_tokens=not prompt.by_template)

@@ -23,6 +23,7 @@ def tune_command(
     draft_model: options.DraftModel = None,
     drafter_bits: options.DrafterBits = None,
     adapter_path: options.AdapterPath = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     context: Annotated[
         list[int] | None,
         typer.Option(
@@ -43,7 +44,7 @@ def tune_command(
     """Measure what rounds cost on this machine, for `--num-draft-tokens auto` to start from."""
     console = Console(stderr=True)
     target, tokenizer, loaded = load_pair(
-        model, drafter, adapter_path, console, drafter_bits, draft_model
+        model, drafter, adapter_path, console, drafter_bits, draft_model, trust_remote_code
     )
     bar = Progress(console=console, transient=True, disable=not console.is_terminal)
     with bar:

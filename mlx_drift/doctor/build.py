@@ -25,6 +25,7 @@ from mlx_drift.errors import DriftError, brief
 from mlx_drift.files.hub import find_hub_folder, resolve, split_repository
 from mlx_drift.files.paths import existing
 from mlx_drift.files.tensors import read_safetensors
+from mlx_drift.target.load import code_on_trust
 
 WEIGHTS = "model*.safetensors"
 """The files that mlx-lm loads."""
@@ -147,26 +148,35 @@ def random_state_kept() -> Iterator[None]:
         mx.random.seed(high << 32 | low)
 
 
-def build_model(place: Place, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def build_model(
+    place: Place, config: dict[str, Any], trust_remote_code: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
     """Builds a target as `mlx_lm.load` does, and leaves it lazy.
 
     Returns:
         It, and the config as mlx-lm completes it.
 
     Raises:
-        DriftError: If mlx-lm cannot.
+        DriftError: If mlx-lm cannot, or it would run code that is not trusted.
     """
     for name in place.weights if place.here else ():
         read_safetensors(place.folder / name)  # the header: mlx-lm trusts it
     try:
-        if place.here:
-            return load_model(place.folder, lazy=True)
-        network, loaded = load_model(
-            place.folder, lazy=True, strict=False, get_model_classes=_classes_without_weights
-        )
+        with code_on_trust(place.name):
+            if place.here:
+                return load_model(place.folder, lazy=True, trust_remote_code=trust_remote_code)
+            network, loaded = load_model(
+                place.folder,
+                lazy=True,
+                strict=False,
+                get_model_classes=_classes_without_weights,
+                trust_remote_code=trust_remote_code,
+            )
         if isinstance(config.get("quantization"), dict):
             _quantize(network, config["quantization"])
         return network, loaded
+    except DriftError:
+        raise
     except Exception as error:  # whatever a strange config makes mlx-lm or a model file raise
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise DriftError(f"{place.name}: mlx-lm cannot load it ({reason})") from error

@@ -69,6 +69,7 @@ def doctor(
     kv_group_size: int = KVQuantization.group_size,
     quantized_kv_start: int = KVQuantization.start,
     prefill_step_size: int = 2048,
+    trust_remote_code: bool = False,
 ) -> Diagnosis:
     """Tells what a run would be: caches and how they go back, taps, memory, and what is refused.
 
@@ -85,6 +86,7 @@ def doctor(
         kv_group_size: See `max_kv_size`.
         quantized_kv_start: See `max_kv_size`.
         prefill_step_size: Prompt tokens that are processed at a time.
+        trust_remote_code: Build the network by the code that the folder brings, if it needs it.
 
     Raises:
         DriftError: If the model is missing or damaged, mlx-lm has none of this config, or a number
@@ -106,7 +108,7 @@ def doctor(
     config = read_json(place.folder / "config.json")
     check_config(config, place.folder / "config.json")
     with random_state_kept():
-        network, loaded = build_model(place, config)
+        network, loaded = build_model(place, config, trust_remote_code)
         examination = Examination(network, context, prefill_step_size)
         examination.examine_target(max_kv_size, quantization)
         examination.examine_taps()

@@ -7,6 +7,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_drift.errors import DriftError
 from mlx_drift.files.lfs import POINTER, refuse_pointer
+from mlx_drift.files.text import check_text
 
 MAX_HEADER_BYTES = 8 << 20
 """Of some 80,000 tensors; parsed, a header may take thirty times its size in memory."""
@@ -20,6 +21,7 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
     """
     if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
         raise DriftError(f"{path}: not a regular file; expected safetensors")
+    check_text(str(path), f"{path}: the path")  # mlx takes no other
     try:
         with path.open("rb") as file:
             start = file.read(len(POINTER))

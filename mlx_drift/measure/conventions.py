@@ -26,6 +26,7 @@ from mlx_drift.decode.statistics import LOW_ACCEPTANCE
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.load import cast
 from mlx_drift.errors import DriftError
+from mlx_drift.files.text import check_text
 from mlx_drift.target.model import Target
 
 STEPS = 3
@@ -147,7 +148,9 @@ class ConventionProbe:
             if self.tokenizer.has_chat_template:
                 messages = [{"role": "user", "content": prompt}]
                 text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-            tokens = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+            if isinstance(text, str):
+                text = self.tokenizer.encode(check_text(text, "a prompt of the probe"))
+            tokens = list(text)
             start = len(tokens)
             for response in mlx_lm.stream_generate(
                 self.model, self.tokenizer, tokens.copy(), max_tokens=MOST

@@ -57,7 +57,7 @@ def test_prompt_from_argument_option_file_and_stdin(cli, tmp_path, monkeypatch):
     assert cli("generate", question, "-m", 8)[1] == expected
     assert cli("generate", "--prompt", question, "-m", 8)[1] == expected
     assert cli("generate", "--prompt-file", tmp_path / "prompt.txt", "-m", 8)[1] == expected
-    monkeypatch.setattr(sys, "stdin", io.StringIO(question))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(question.encode())))
     assert cli("generate", "-", "-m", 8)[1] == expected
 
 

@@ -366,7 +366,7 @@ def test_the_known_drafter(hub, tmp_path):
         ({"model_type": "nothing"}, "mlx-lm cannot load it (Model type nothing not supported.)"),
         ({"model_type": "../models/llama"}, "not supported"),
         ({"model_type": "dbrx"}, "cannot be looked at without its weights"),
-        ({"model_file": "evil.py"}, "requires importing and running a custom module"),
+        ({"model_file": "evil.py"}, "add --trust-remote-code"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; expected at most 2048"),
         ({"layer_types": ["full_attention"] * 3000}, "layer_types has a length of 3000"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0; expected at least 1"),
@@ -391,7 +391,7 @@ def test_a_strange_config_gives_one_line(cli, tmp_path, changes, message):
 def test_no_code_of_a_checkpoint_is_run(refuses, tmp_path):
     (tmp_path / "evil.py").write_text("raise SystemExit('code from a checkpoint was run')")
     config = LLAMA_70B | {"model_file": "evil.py", "auto_map": {"AutoModel": "evil.Model"}}
-    refuses("custom module", "doctor", write(tmp_path, config))
+    refuses("needs code of its own", "doctor", write(tmp_path, config))
     config.pop("model_file")
     assert doctor(write(tmp_path, config)).refused == []  # as in mlx-lm, auto_map says nothing
 

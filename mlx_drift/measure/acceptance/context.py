@@ -23,6 +23,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
+from mlx_drift.files.text import read_text
 from mlx_drift.measure.acceptance.answers import Task
 from mlx_drift.measure.acceptance.asking import Answers, Settings, answer, question_seed
 from mlx_drift.measure.acceptance.questions import Question
@@ -34,9 +35,6 @@ user's first words: BoS, what the template puts there, the system prompt."""
 
 WINDOW = 1024
 """Tokens; a longer one gained nothing in the paper."""
-
-MOST_BYTES = 64 << 20
-"""Of a document."""
 
 One = TypeVar("One")
 
@@ -88,14 +86,7 @@ def read_document(path: Path) -> str:
     Raises:
         DriftError: If it cannot be read as text, is too large, or empty.
     """
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise DriftError(f"{path}: larger than {MOST_BYTES >> 20} MiB; give a part of it")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DriftError(f"{path}: the document cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise DriftError(f"{path}: the document is not UTF-8 text ({error.reason})") from None
+    text = read_text(path)
     if not text.strip():
         raise DriftError(f"{path}: the document is empty; expected a text")
     return text

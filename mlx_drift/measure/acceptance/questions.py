@@ -29,6 +29,7 @@ from typing import Any
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.files.hub import dataset_file
 from mlx_drift.files.paths import existing
+from mlx_drift.files.text import decode, lone_surrogate
 
 MOST_BYTES = 4 << 30
 """Of a file that is read line by line: LiveCodeBench's tests weigh more than a gigabyte."""
@@ -162,19 +163,19 @@ def _lines(file: Path, as_json: bool) -> Iterator[tuple[str, Any]]:
                 raise DriftError(f"{file}, {place}: longer than {MOST_AT_ONCE >> 20} MiB")
             if not line:
                 return
-            text = _decode(line, f"{file}, {place}").strip()
+            text = decode(line, f"{file}, {place}").strip()
             if text:
                 yield place, _parse(text, f"{file}, {place}") if as_json else text
 
 
 def _elements(file: Path) -> Iterator[tuple[str, Any]]:
-    text = _decode(_whole(file), str(file))
+    text = decode(_whole(file), str(file))
     for number, record in enumerate(_parse(text, str(file)), 1):
         yield f"record {number}", record
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:
-    text = _decode(_whole(file), str(file))
+    text = decode(_whole(file), str(file))
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         for number, row in enumerate(reader, 1):
@@ -195,13 +196,6 @@ def _whole(file: Path) -> bytes:
             "which is read line by line"
         )
     return file.read_bytes()
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DriftError(f"{where}: not UTF-8 text ({error.reason})") from None
 
 
 def _parse(text: str, where: str) -> Any:
@@ -326,11 +320,8 @@ def _text(value: Any, field: str) -> str:
 
 def _encodable(text: str, field: str) -> str:
     """Returns the text; a ValueError if it has half a surrogate pair, as JSON's escapes can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = brief(text[error.start])
-        raise ValueError(f"{field} has {half} at {error.start}, which is no character") from None
+    if half := lone_surrogate(text):
+        raise ValueError(f"{field} has {half}")
     return text
 
 

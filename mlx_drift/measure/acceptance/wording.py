@@ -14,6 +14,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.errors import DriftError
+from mlx_drift.files.text import check_text, read_text
 
 MOST_BYTES = 1 << 20
 """Of a chat template's file."""
@@ -53,7 +54,7 @@ class Wording:
             system_prompt: What the question says as the system, if anything.
 
         Raises:
-            DriftError: If the template refuses, or nothing is left.
+            DriftError: If the template refuses, or no text is left.
         """
         system = self.system_prompt or system_prompt
         messages = [{"role": "system", "content": system}] if system else []
@@ -64,6 +65,7 @@ class Wording:
             laid_out = "\n\n".join(message["content"] for message in messages)
         else:
             laid_out = self._lay_out(tokenizer, messages)
+        check_text(laid_out, f"{self.name}: a prompt, as it is laid out,")
         tokens: list[int] = tokenizer.encode(laid_out, add_special_tokens=raw)
         bos = tokenizer.bos_token_id
         if self.bos is not None and bos is not None:
@@ -96,13 +98,4 @@ def read_chat_template(path: Path) -> str:
     Raises:
         DriftError: If there is no such file, or it is no text of reasonable size.
     """
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise DriftError(
-                f"{path}: larger than {MOST_BYTES >> 20} MiB; that is no chat template"
-            )
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DriftError(f"{path}: the chat template cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise DriftError(f"{path}: the chat template is not UTF-8 ({error.reason})") from None
+    return read_text(path, MOST_BYTES)

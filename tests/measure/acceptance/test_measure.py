@@ -283,9 +283,9 @@ class TestTheCommand:
 
     def test_what_it_refuses(self, refuses, asked, tmp_path, monkeypatch):
         refuses("no such file", "measure", "--questions", tmp_path / "none.jsonl")
-        refuses("the chat template cannot be read", *asked, "--chat-template", tmp_path / "none")
+        refuses("none: cannot be read", *asked, "--chat-template", tmp_path / "none")
         refuses("beyond the target's 4096", *asked, "--context", "1k,5k")
-        refuses("the document cannot be read", *asked, "--context", "1k", "--document", "none.txt")
+        refuses("none.txt: cannot be read", *asked, "--context", "1k", "--document", "none.txt")
         empty = tmp_path / "empty.txt"
         empty.write_text("")
         refuses("the document is empty", *asked, "--context", "1k", "--document", empty)

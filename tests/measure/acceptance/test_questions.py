@@ -146,7 +146,7 @@ def test_ids_and_sources_are_unique(tmp_path):
 MALFORMED = {
     "line 2: none of the fields turns": {"text": "?"},
     "line 2: a JSON list; expected an object": ["?"],
-    "line 2: prompt has '\\ud800' at 1, which is no character": {"prompt": "A\ud800"},
+    "line 2: prompt has '\\ud800' at 1, which is half a character": {"prompt": "A\ud800"},
     "line 2: turns[0] has '\\udc00' at 0": {"turns": ["\udc00"]},
     "line 2: category has '\\ud800' at 0": {"prompt": "A", "category": "\ud800"},
     "line 2: task_id has '\\ud800' at 0": {"prompt": "A", "task_id": "\ud800"},

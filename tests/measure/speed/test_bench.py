@@ -181,5 +181,5 @@ def test_bad_input(refuses, tmp_path):
 def test_a_baseline_of_another_tokenizer(refuses, monkeypatch):
     model, _, _ = load_demo()
     other = type("Other", (), {"get_vocab": lambda self: {"a": 0}})()
-    monkeypatch.setattr("mlx_drift.cli.bench.load_model", lambda path, adapter: (model, other))
+    monkeypatch.setattr("mlx_drift.cli.bench.load_model", lambda *args: (model, other))
     refuses("has another tokenizer than the target", "bench", "--baseline-draft-model", "x")
