@@ -132,7 +132,8 @@ def stream_generate(
             another model, or the target's caches cannot be rolled back.
 
     Warns:
-        DriftWarning: If hardly any draft is accepted, or a logits processor cannot be copied.
+        DriftWarning: If the drafter's states are not finite, hardly any draft is accepted, or a
+            logits processor cannot be copied.
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
@@ -215,7 +216,7 @@ def stream_generate(
     draft_length = _draft_length(num_draft_tokens, prompt_cache, len(tokens))
     statistics = Statistics(draft_length=draft_length)
     detokenizer = tokenizer.detokenizer
-    count = 0
+    count, told = 0, False
     with wired_limit([model, drafter.network]):
         start = time.perf_counter()
         steps = answer(
@@ -238,7 +239,10 @@ def stream_generate(
             round = step
             if not count:
                 progress(len(tokens), len(tokens))
-            if statistics.rounds == ROUNDS_TO_JUDGE and not round.is_plain:
+            if not round.is_finite and not told:
+                told = True
+                _warn_of_states_that_are_not_finite(prompt_cache.target.dtype)
+            if statistics.rounds == ROUNDS_TO_JUDGE and not round.is_plain and not told:
                 _warn_of_low_acceptance(statistics)
             for row, token in enumerate(round.tokens):
                 count += 1
@@ -336,6 +340,20 @@ def check_num_draft_tokens(num_draft_tokens: int | Literal["auto"]) -> None:
             f"num_draft_tokens is {num_draft_tokens}; expected 1 to {MAX_DRAFT_TOKENS}, "
             "or auto (to generate without drafts, leave the drafter out: --no-draft)"
         )
+
+
+def _warn_of_states_that_are_not_finite(dtype: mx.Dtype) -> None:
+    why = (
+        "they leave the range of float16, in which the target runs: use it in bfloat16 (mlx_lm "
+        "convert --dtype bfloat16)"
+        if dtype == mx.float16
+        else "its weights may hold NaN, which mlx-drift convert tells; convert it again"
+    )
+    warnings.warn(
+        f"the drafter's states are not finite, so that its drafts mean nothing: {why}",
+        DriftWarning,
+        stacklevel=3,
+    )
 
 
 def _warn_of_low_acceptance(statistics: Statistics) -> None:

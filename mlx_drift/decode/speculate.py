@@ -151,10 +151,13 @@ def speculate(
         waited = _start(draft)  # the device drafts while the host goes on
         logits, taps = target.verify(mx.concatenate([text.last, draft]), target_cache)
         decided, log_probabilities = chooser.verify(proposed, logits)
+        if proposed.finite is not None:  # comes along with the verdict
+            decided = mx.concatenate([decided, proposed.finite.astype(decided.dtype)])
         built = clock()
         verdict: Any = decided.tolist()  # the synchronisation
         read = clock()
         accepted, *tokens = verdict
+        is_finite = proposed.finite is None or bool(verdict[-1])
 
         tokens = text.commit(tokens[: accepted + 1])
         rows = len(tokens)
@@ -169,7 +172,15 @@ def speculate(
         seconds = clock() - start
         draft_length.record_round(k, draft.size, tested, accepted, seconds)
         host_seconds = seconds - (read - built) - waited
-        round = Round(tokens, chosen_from, accepted, tested, read - start, host_seconds)
+        round = Round(
+            tokens,
+            chosen_from,
+            accepted,
+            tested,
+            read - start,
+            host_seconds,
+            is_finite=is_finite,
+        )
         start = clock()
         clock.stop()
         yield round

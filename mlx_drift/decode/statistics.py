@@ -26,6 +26,8 @@ class Statistics:
         rounds: Target passes after the prompt.
         tested: For each draft position, how many drafts were tested there.
         accepted: For each draft position, how many were accepted.
+        not_finite: Rounds in which the drafter's states were not finite, so that nothing it
+            drafted meant anything.
         round_seconds: Wall-clock seconds of each round, drafting and verifying.
         host_seconds: Of each round, the seconds spent in Python.
         plain_step_seconds: Seconds of a one-row target step, where it was timed.
@@ -42,6 +44,7 @@ class Statistics:
     rounds: int = 0
     tested: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    not_finite: int = 0
     round_seconds: list[float] = field(default_factory=list)
     host_seconds: list[float] = field(default_factory=list)
     plain_step_seconds: float | None = None
@@ -64,14 +67,18 @@ class Statistics:
             self.plain_seconds += round.seconds
         else:
             self.record(round.tested, round.accepted, round.seconds, round.host_seconds)
+            self.not_finite += not round.is_finite
 
     def record(self, tested: int, accepted: int, seconds: float, host_seconds: float = 0.0) -> None:
         """Adds one round in which `accepted` of the `tested` drafts were accepted."""
-        self.add(Statistics(1, [1] * tested, [1] * accepted, [seconds], [host_seconds]))
+        rounds = Statistics(rounds=1, tested=[1] * tested, accepted=[1] * accepted)
+        rounds.round_seconds, rounds.host_seconds = [seconds], [host_seconds]
+        self.add(rounds)
 
     def add(self, other: "Statistics") -> None:
         """Adds another generation's rounds."""
         self.rounds += other.rounds
+        self.not_finite += other.not_finite
         self.round_seconds += other.round_seconds
         self.host_seconds += other.host_seconds
         self.tested = _sum(self.tested, other.tested)
@@ -110,6 +117,7 @@ class Statistics:
         """Returns the figures for `--json`."""
         return {
             "rounds": self.rounds,
+            "not_finite_rounds": self.not_finite,
             "acceptance_length": self.acceptance_length,
             "tokens_per_round": self.tokens_per_round,
             "conditional_acceptance": self.conditional_acceptance,

@@ -27,6 +27,7 @@ class Round:
     # where a processor keeps a state.
     host_seconds: float
     is_plain: bool = False  # a token of plain decoding: nothing was drafted
+    is_finite: bool = True  # all that the drafter computed for it
     settle: Settle | None = None  # what the caches need until the next round, if they are ahead
 
 

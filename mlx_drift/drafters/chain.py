@@ -191,7 +191,10 @@ class ChainDrafter:
             logits = self._head(normed)
         for layer in cache.layers:
             layer.trim(layer.offset - committed)
-        return Draft(mx.concatenate(tokens), mx.concatenate(drawn_with) if drawn_with else None)
+        # What is not finite stays so along the chain, and makes NaN of itself less itself.
+        finite = mx.all(state - state == 0, axis=-1)
+        log_q = mx.concatenate(drawn_with) if drawn_with else None
+        return Draft(mx.concatenate(tokens), log_q, finite)
 
     def train_time_test_steps(
         self, tokens: mx.array, taps: mx.array, steps: int

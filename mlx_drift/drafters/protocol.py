@@ -20,10 +20,13 @@ class Draft:
         tokens: Target token ids `[k]` int32.
         log_probabilities: What they were drawn with, over the target's vocabulary, `[k, V]`; None
             if there was no chance in it.
+        finite: Whether the drafter's states were finite to the end, `[1]` bool; None if it has
+            none.
     """
 
     tokens: mx.array
     log_probabilities: mx.array | None = None
+    finite: mx.array | None = None
 
 
 class Choose(Protocol):

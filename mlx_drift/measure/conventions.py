@@ -51,6 +51,9 @@ PROMPTS = (
 """Asked in turn until the target has said enough: everyday ones, and ones the embedded pair knows.
 """
 
+UNTHINKABLE = -1e4
+"""Nats of a token by logits that are NaN: such a reading is the last."""
+
 Reading = tuple[TapConvention, Feedback]
 
 
@@ -62,10 +65,12 @@ class Score:
         agrees: Whether the draft is the target's token, `[S, P]`.
         log_likelihood: Nats of the target's token, `[S, P]`; NaN where the draft vocabulary lacks
             it.
+        finite: Whether the drafter's states were finite.
     """
 
     agrees: npt.NDArray[np.bool_]
     log_likelihood: npt.NDArray[np.float64]
+    finite: bool = True
 
     @property
     def likelihood(self) -> float:
@@ -173,6 +178,7 @@ class ConventionProbe:
         else:
             draft_id[candidate.config.target.vocab_size :] = -1
         agrees, likelihood = [], []  # of each text, [S, P]
+        finite = True
         for (text, start), captured in zip(self._texts, taps, strict=True):
             true = np.array(text[start:])
             known = draft_id[true]
@@ -181,9 +187,11 @@ class ConventionProbe:
                 first = start - 2 - step  # the row that drafts the first of the target's tokens
                 logits = logits[first : first + true.size].astype(mx.float32)
                 nats = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True), np.float64)
+                finite &= not np.isnan(nats).any()
+                nats = np.where(np.isnan(nats), UNTHINKABLE, nats)
                 agrees.append(np.array(drafter.choose(logits)) == true)
                 likelihood.append(np.where(known >= 0, nats[np.arange(true.size), known], np.nan))
-        return Score(_by_step(agrees), _by_step(likelihood))
+        return Score(_by_step(agrees), _by_step(likelihood), finite)
 
 
 def _by_step(of_texts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
@@ -199,6 +207,15 @@ def decide(scores: Mapping[Reading, Score]) -> Verdict:
     """
     ranked = sorted(scores, key=lambda reading: -scores[reading].likelihood)
     best = scores[ranked[0]]
+    if not best.finite:
+        return Verdict(
+            None,
+            None,
+            [
+                "the probe: the drafter's states are not finite, whatever the reading: they leave "
+                "the range of float16, or its weights hold NaN; probe on the target in bfloat16"
+            ],
+        )
     if (first := best.agrees[0].mean()) < LOW_ACCEPTANCE:
         return Verdict(
             None,

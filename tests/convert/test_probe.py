@@ -1,6 +1,7 @@
 """The convention probe: finds what the metadata of the embedded drafters was scrambled to hide."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from mlx_drift import DriftError, convert_drafter, generate, load_drafter
 from mlx_drift.cli import main
 from mlx_drift.demo import DEMO, QUESTION, TARGET
 from mlx_drift.errors import DriftWarning
-from mlx_drift.measure.conventions import ConventionProbe, Score, decide
+from mlx_drift.measure.conventions import UNTHINKABLE, ConventionProbe, Score, decide
 
 TRAINED = {"pre": "eagle3", "post": "eagle3.1"}
 
@@ -107,6 +108,26 @@ def test_warns_of_a_drafter_that_is_hardly_ever_right():
     verdict = decide(scores)
     assert (verdict.taps, verdict.feedback) == (None, None)
     assert verdict.notes[0].startswith("the probe: even the best reading agrees with the target on")
+
+
+def test_states_that_are_not_finite_are_told_and_never_win():
+    broken = replace(score(0.0, UNTHINKABLE), finite=False)
+    sound = score(0.8, -1)
+    verdict = decide({("input", "pre"): broken, ("output", "pre"): sound})
+    assert verdict.taps == "output"
+    verdict = decide({("input", "pre"): broken, ("output", "pre"): broken})
+    assert (verdict.taps, verdict.feedback) == (None, None)
+    assert "not finite, whatever the reading" in verdict.notes[0]
+
+
+def test_the_probe_sees_states_that_are_not_finite(tmp_path, pair):
+    head, _ = scrambled(tmp_path / "head", "input", "pre")
+    weights = load_file(head / "model.safetensors")
+    weights["norm.weight"] = weights["norm.weight"] * np.nan
+    save_file(weights, head / "model.safetensors")
+    probe = ConventionProbe(*pair, tokens=20)
+    done = convert_drafter(str(head), tmp_path / "out", target=str(TARGET), probe=probe)
+    assert any("not finite, whatever the reading" in note for note in done.notes)
 
 
 def test_two_names_of_one_reading_are_not_compared():
