@@ -40,7 +40,7 @@ from torch_files import (
     [
         (b"", "neither a zip"),
         (b"\x80", "malformed pickle"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "neither a zip"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         (b"PK\3\4 and no more", "broken zip"),
         (zip_archive({}), "neither a zip"),
         (zip_archive({"archive/version": b"3"}), "0 members named data.pkl"),
