@@ -1,6 +1,7 @@
 """Loads models for the command line: mlx-lm's own loader, its errors in one line."""
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -18,7 +19,8 @@ from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.draft_model import DraftModelDrafter
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.drafters.protocol import Drafter
-from mlx_drift.errors import DriftError
+from mlx_drift.drafters.shared_tokens import difference, shared_ids
+from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.files.hub import find_hub_folder, never_downloaded, resolve
 from mlx_drift.files.json_file import read_json
 from mlx_drift.files.lfs import refuse_pointers
@@ -89,12 +91,11 @@ def load_pair(
         if draft_model is None:
             return target, tokenizer, PromptLookupDrafter(target)
         small, its_tokenizer = load_model(draft_model, None, trust_remote_code)
-        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise DriftError(
-                f"{draft_model} has another tokenizer than the target; give a draft model of the "
-                "same family"
-            )
-        return target, tokenizer, DraftModelDrafter(small, target)
+        same = shared_ids(tokenizer, its_tokenizer, draft_model)
+        if same is not None:
+            told = difference(tokenizer, its_tokenizer, same, draft_model)
+            warnings.warn(told, DriftWarning, stacklevel=2)
+        return target, tokenizer, DraftModelDrafter(small, target, same)
     if model is not None and drafter is None:
         raise DriftError(
             "no drafter given for this model: add --drafter FOLDER, or --drafter auto to "

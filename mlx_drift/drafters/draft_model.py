@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Choose, Draft
 from mlx_drift.errors import DriftError
@@ -59,6 +60,8 @@ class DraftModelDrafter:
     Args:
         draft_model: A model as `mlx_lm.load` returns it.
         model: The target.
+        shared: The token ids that mean the same to both, where some do not
+            (`mlx_drift.drafters.shared_tokens`): only these are drafted. None for all.
 
     Raises:
         DriftError: If the draft model's caches cannot take rows back.
@@ -66,11 +69,21 @@ class DraftModelDrafter:
 
     taps = ()
 
-    def __init__(self, draft_model: nn.Module, model: nn.Module):
+    def __init__(
+        self, draft_model: nn.Module, model: nn.Module, shared: Sequence[int] | None = None
+    ):
         self.model = model
         self.network = draft_model
         self._draft = Target(draft_model)
         self._vocab_size = Target(model).shape.vocab_size
+        self._last_id: int | None = self._draft.shape.vocab_size - 1
+        if self._last_id >= self._vocab_size - 1:
+            self._last_id = None  # it knows all that the target may say
+        self._shared: mx.array | None = None
+        if shared is not None:
+            known = np.isin(np.arange(self._vocab_size), np.array(shared))
+            self._shared = mx.array(known)
+            mx.eval(self._shared)
         self.make_cache()
 
     def make_cache(self) -> DraftModelState:
@@ -109,11 +122,14 @@ class DraftModelDrafter:
 
     def _feed(self, tokens: mx.array, cache: DraftModelState) -> None:
         cache.fed += tokens.size
+        if self._last_id is not None:  # no row of its embedding is another's
+            tokens = mx.minimum(tokens, self._last_id)
         if tokens.size > MAX_DRAFT_TOKENS + 1:  # a prompt: of its logits only the last are wanted
             self._draft(tokens[:-1], cache)
             tokens = tokens[-1:]
         logits, _ = self._draft(tokens, cache)
-        cache.logits = self._of_the_targets_width(logits[-1:])
+        logits = self._of_the_targets_width(logits[-1:])
+        cache.logits = logits if self._shared is None else mx.where(self._shared, logits, -mx.inf)
 
     def _choose(
         self, logits: mx.array | None, chooser: Choose | None, drafted: Sequence[mx.array]
