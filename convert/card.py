@@ -4,7 +4,8 @@ import re
 
 from huggingface_hub import ModelCardData
 
-from mlx_drift.drafters.config import DrafterConfig, Eagle3Config, MTPConfig
+from mlx_drift.drafters.config import Eagle3Config, MTPConfig
+from mlx_drift.drafters.schema import DrafterConfig
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # what may stand in a command to copy
 

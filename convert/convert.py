@@ -20,7 +20,7 @@ from mlx_drift.convert.target import read_target_shape, shared_with_target
 from mlx_drift.convert.understand import understand
 from mlx_drift.convert.vocabulary import note_padding, read_d2t
 from mlx_drift.convert.write import Output, Progress, check_free, write_weights, written_whole
-from mlx_drift.drafters.config import AnyConfig, MTPConfig, Quantization, check_target
+from mlx_drift.drafters.config import MTPConfig, check_target
 from mlx_drift.drafters.load import (
     WEIGHTS,
     build_network,
@@ -31,6 +31,7 @@ from mlx_drift.drafters.load import (
     quantized_layers,
     target_ids,
 )
+from mlx_drift.drafters.schema import DrafterConfig, Quantization
 from mlx_drift.errors import DriftError, printable
 from mlx_drift.files.hub import HubFolder, split_repository, upload_folder
 from mlx_drift.target.model import TargetShape
@@ -50,7 +51,7 @@ class Candidate:
         d2t: Target token id of each draft token id, `[D]` int32; None if they are the same.
     """
 
-    config: AnyConfig
+    config: DrafterConfig
     network: Any
     d2t: mx.array | None
 
@@ -87,7 +88,7 @@ class Conversion:
     """
 
     dialect: str
-    config: AnyConfig
+    config: DrafterConfig
     unknown_keys: list[str]
     notes: list[str]
     url: str | None = None
@@ -215,7 +216,7 @@ def convert_drafter(
 
 def _checked(
     checkpoint: Checkpoint, resolved: Resolved, shape: TargetShape | None
-) -> tuple[AnyConfig, dict[str, StoredTensor], mx.array | None]:
+) -> tuple[DrafterConfig, dict[str, StoredTensor], mx.array | None]:
     """Checks everything that can be wrong; returns the config, the tensors and the offsets."""
     config = resolved.config({})
     if shape is not None:
@@ -263,8 +264,8 @@ def _probe(
 
 
 def _leave_out_shared(
-    config: AnyConfig, tensors: dict[str, StoredTensor], target: str
-) -> tuple[AnyConfig, dict[str, StoredTensor]]:
+    config: DrafterConfig, tensors: dict[str, StoredTensor], target: str
+) -> tuple[DrafterConfig, dict[str, StoredTensor]]:
     """Leaves out the embedding and the head where the target has the same ones."""
     candidates = {"embed_tokens.weight": "own_embedding"}
     same_vocabulary = getattr(config, "draft_vocab_size", None) == config.target.vocab_size
@@ -282,7 +283,7 @@ def _leave_out_shared(
 
 
 def _quantization(
-    config: AnyConfig,
+    config: DrafterConfig,
     checkpoint: Checkpoint,
     group_size: int | None,
     bits: int | None,
@@ -303,7 +304,7 @@ def _quantization(
 
 
 def _outputs(
-    config: AnyConfig,
+    config: DrafterConfig,
     tensors: dict[str, StoredTensor],
     d2t: mx.array | None,
     dtype: mx.Dtype | None,

@@ -5,7 +5,8 @@ from typing import Any
 
 from mlx_drift.convert.conventions import Undecided
 from mlx_drift.convert.read.stored import StoredTensor
-from mlx_drift.drafters.config import AnyConfig, config_from_dict
+from mlx_drift.drafters.config import config_from_dict
+from mlx_drift.drafters.schema import DrafterConfig
 from mlx_drift.errors import DriftError
 
 CONVERTED = "mlx-drift"
@@ -39,7 +40,7 @@ class Resolved:
     undecided: Undecided | None = None
     origin: dict[str, str] = field(default_factory=dict)
 
-    def config(self, source: dict[str, str]) -> AnyConfig:
+    def config(self, source: dict[str, str]) -> DrafterConfig:
         """Makes the config.
 
         Raises:

@@ -9,7 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 from mlx_drift.convert.conventions import Values
-from mlx_drift.drafters.config import MAX_FLOAT
+from mlx_drift.drafters.schema import MAX_FLOAT
 from mlx_drift.errors import DriftError, brief
 
 KINDS: dict[str, set[str]] = {

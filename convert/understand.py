@@ -27,7 +27,8 @@ from mlx_drift.convert.mtp.understand import understand_mtp
 from mlx_drift.convert.read.source import Checkpoint
 from mlx_drift.convert.read.stored import StoredTensor
 from mlx_drift.convert.resolved import CONVERTED, Resolved
-from mlx_drift.drafters.config import CONFIGS, DrafterConfig, config_from_dict
+from mlx_drift.drafters.config import CONFIGS, config_from_dict
+from mlx_drift.drafters.schema import DrafterConfig
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.target.model import TargetShape
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from mlx_drift.convert.read.stored import StoredTensor
 from mlx_drift.convert.resolved import CONVERTED, Resolved
-from mlx_drift.drafters.config import MAX_SIZE
+from mlx_drift.drafters.schema import MAX_SIZE
 from mlx_drift.errors import DriftError
 from mlx_drift.target.model import TargetShape
 

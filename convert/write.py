@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_drift.convert.read.stored import DTYPES, StoredTensor, from_mlx, to_mlx
-from mlx_drift.drafters.config import Quantization
+from mlx_drift.drafters.schema import Quantization
 from mlx_drift.errors import DriftError
 
 NAMES = {dtype: name for name, (_, dtype) in DTYPES.items() if not name.startswith(("F8", "F64"))}

@@ -14,9 +14,9 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_drift.convert.convert import convert_drafter
-from mlx_drift.drafters.chain import ChainDrafter
-from mlx_drift.drafters.config import FORMAT_VERSION
+from mlx_drift.drafters.head import HeadDrafter
 from mlx_drift.drafters.load import WEIGHTS, load_converted
+from mlx_drift.drafters.schema import FORMAT_VERSION
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.files.hub import HubFolder, find_hub_folder
 from mlx_drift.files.json_file import read_json
@@ -35,7 +35,7 @@ def load_drafter(
     drafter_bits: int | None = None,
     on_convert: Callable[[Path], None] | None = None,
     **options: Any,
-) -> ChainDrafter:
+) -> HeadDrafter:
     """Loads a drafter and binds it to a target.
 
     A folder must be a converted one. A Hub repository may be of any dialect that `convert_drafter`

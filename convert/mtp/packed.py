@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from mlx_drift.convert.derive import dequantized
 from mlx_drift.convert.read.stored import StoredTensor
-from mlx_drift.drafters.config import Quantization
+from mlx_drift.drafters.schema import Quantization
 from mlx_drift.errors import DriftError
 
 Tensors = Mapping[str, StoredTensor]

@@ -26,8 +26,9 @@ from mlx_drift.convert.read.source import Checkpoint
 from mlx_drift.convert.read.stored import StoredTensor
 from mlx_drift.convert.resolved import Resolved
 from mlx_drift.drafters.block import block_keys
-from mlx_drift.drafters.config import FORMAT_VERSION, Quantization, config_from_dict
+from mlx_drift.drafters.config import config_from_dict
 from mlx_drift.drafters.load import build_network, linear_layers
+from mlx_drift.drafters.schema import FORMAT_VERSION, Quantization
 from mlx_drift.errors import DriftError, brief
 
 Tensors = dict[str, StoredTensor]

@@ -16,7 +16,7 @@ from mlx_drift.cli import options
 from mlx_drift.cli.bench_tables import about, about_shape, shape_table, table
 from mlx_drift.cli.load import choose_drafter, load_model, load_pair
 from mlx_drift.cli.prompts import apply_template, encode, parse_object
-from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.drafters.head import HeadDrafter
 from mlx_drift.errors import DriftError
 from mlx_drift.generate import check_num_draft_tokens
 from mlx_drift.loading import load_drafter
@@ -184,14 +184,14 @@ def bench_command(
             if network is not None:
                 _to_float32(network)
     quantized = None
-    if isinstance(loaded, ChainDrafter):
+    if isinstance(loaded, HeadDrafter):
         folder = choose_drafter(drafter, model, Console(quiet=True))
         if dequantize:  # a drafter borrows its target's embedding when it is loaded
             loaded = load_drafter(folder, target)
         if drafter_bits is not None:
             quantized = drafter_bits, load_drafter(folder, target, drafter_bits=drafter_bits)
     elif drafter_bits is not None:
-        raise DriftError("--drafter-bits is for EAGLE and MTP heads; leave it out")
+        raise DriftError("--drafter-bits is for trained heads; leave it out")
     tokens = [
         encode(
             tokenizer,

@@ -15,8 +15,8 @@ from rich.console import Console
 from mlx_drift.cli.prompts import LaidOut, encode
 from mlx_drift.convert.target import target_folder
 from mlx_drift.demo import DEMO, DRAFTERS, TARGET
-from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.draft_model import DraftModelDrafter
+from mlx_drift.drafters.head import LayersDrafter
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.drafters.shared_tokens import difference, shared_ids
@@ -86,7 +86,7 @@ def load_pair(
         if draft_model is not None and drafter is not None:
             raise DriftError("--drafter and --draft-model are both given; give one of them")
         if drafter_bits is not None:
-            raise DriftError("--drafter-bits is for EAGLE and MTP heads; leave it out")
+            raise DriftError("--drafter-bits is for trained heads; leave it out")
         target, tokenizer = load_model(model, adapter_path, trust_remote_code)
         if draft_model is None:
             return target, tokenizer, PromptLookupDrafter(target)
@@ -174,8 +174,10 @@ def windowed(
     """
     if window is None and sinks is None:
         return drafter
-    if not isinstance(drafter, ChainDrafter):
-        raise DriftError("--drafter-window and --drafter-sinks are for EAGLE and MTP heads")
+    if not isinstance(drafter, LayersDrafter):
+        raise DriftError(
+            "--drafter-window and --drafter-sinks are for trained heads with layers"
+        )
     wanted = drafter.window if window is None else window or None
     if sinks is None:
         return drafter.windowed(wanted, drafter.sinks)

@@ -218,7 +218,17 @@ class Chooser:
     @property
     def drafts_greedily(self) -> bool:
         """Whether a draft is simply the likeliest token."""
-        return not (self.sampling.is_random or self.sampling.logits_processors)
+        return not (self.sampling.is_random or self.processes)
+
+    @property
+    def processes(self) -> bool:
+        """Whether logits are processed before tokens are chosen."""
+        return bool(self.sampling.logits_processors)
+
+    def likeliest(self, logits: mx.array, drafted: Sequence[mx.array]) -> mx.array:
+        """Chooses the likeliest token `[1]` int32, for certain; arguments as in `draft`."""
+        self._drawn_with = _log_softmax(self._foresee(logits, drafted))
+        return mx.argmax(self._drawn_with, axis=-1).astype(mx.int32)
 
     def draft(
         self, logits: mx.array, drafted: Sequence[mx.array]
@@ -233,20 +243,15 @@ class Chooser:
             The token `[1]` int32, and the log-probabilities it was drawn with, `[1, V]`; None for
             certainty.
         """
-        step = len(drafted)
-        if self.sampling.processors_have_state:
-            self._look_ahead(drafted)
-        logits = self._process(self._ahead, logits, drafted)
         if not self.sampling.is_random:
-            log_q = _log_softmax(logits)
-            token = mx.argmax(log_q, axis=-1).astype(mx.int32)
-        else:
-            if self.sampling.is_filtered:
-                logits = _log_softmax(logits)
-            log_q = self.sampling.log_distribution(logits, self._coins[step : step + 1])
-            token = mx.random.categorical(log_q, key=self._draft_keys[step]).astype(mx.int32)
+            return self.likeliest(logits, drafted), None
+        step = len(drafted)
+        logits = self._foresee(logits, drafted)
+        if self.sampling.is_filtered:
+            logits = _log_softmax(logits)
+        log_q = self.sampling.log_distribution(logits, self._coins[step : step + 1])
         self._drawn_with = log_q
-        return token, log_q if self.sampling.is_random else None
+        return mx.random.categorical(log_q, key=self._draft_keys[step]).astype(mx.int32), log_q
 
     def verify(self, draft: Draft, logits: mx.array) -> tuple[mx.array, mx.array]:
         """Accepts drafts, and draws the token that follows them.
@@ -347,6 +352,12 @@ class Chooser:
             return mx.argmax(log_probabilities, axis=-1)
         rows = range(log_probabilities.shape[0])
         return mx.concatenate([sampler(log_probabilities[i : i + 1]) for i in rows])
+
+    def _foresee(self, logits: mx.array, drafted: Sequence[mx.array]) -> mx.array:
+        """Processes the logits of a draft, as far as processors can follow the drafts before it."""
+        if self.sampling.processors_have_state:
+            self._look_ahead(drafted)
+        return self._process(self._ahead, logits, drafted)
 
     def _look_ahead(self, drafted: Sequence[mx.array]) -> None:
         """Forks the processors for a round's drafts, and lets go of them where they cannot follow.

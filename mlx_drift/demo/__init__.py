@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_lm import load
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.drafters.head import HeadDrafter
 from mlx_drift.drafters.load import load_converted
 
 DEMO = Path(__file__).parent
@@ -24,7 +24,7 @@ QUESTION = "Show me the source of `shlex.quote`."
 
 def load_demo(
     drafter: Literal["eagle3.1", "eagle3", "mtp"] = "eagle3.1",
-) -> tuple[nn.Module, TokenizerWrapper, ChainDrafter]:
+) -> tuple[nn.Module, TokenizerWrapper, HeadDrafter]:
     """Loads the embedded pair.
 
     Args:

@@ -38,10 +38,9 @@ from mlx_drift.doctor.diagnosis import (
     Source,
     Taps,
 )
-from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.config import check_target, read_config
 from mlx_drift.drafters.fold import fold
-from mlx_drift.drafters.load import build_network, cast, check_tensors, target_ids
+from mlx_drift.drafters.load import build_drafter, build_network, cast, check_tensors, target_ids
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.files.hub import find_hub_folder
 from mlx_drift.files.json_file import read_json
@@ -268,7 +267,7 @@ class Examination:
 
         if self.empty is not None:
             verified(Target(self.network, config.taps, lazy=True), self.empty)
-        drafter = ChainDrafter(config, network, target, d2t)
+        drafter = build_drafter(config, network, target, d2t)
         fed, empty = drafter.make_cache(), drafter.make_cache()
         taps = mx.zeros((2, len(config.taps), target.shape.hidden_size), target.dtype)
         drafter.ingest(two_tokens(), taps, fed)
@@ -278,9 +277,9 @@ class Examination:
             drafter_type=config.drafter_type,
             taps=[*config.taps],
             feedback=getattr(config, "feedback", None),
-            window=drafter.window,
-            sinks=drafter.sinks,
-            sliding_window=config.sliding_window,
+            window=getattr(drafter, "window", None),
+            sinks=getattr(drafter, "sinks", 0),
+            sliding_window=getattr(config, "sliding_window", None),
             draft_vocab_size=getattr(config, "draft_vocab_size", config.target.vocab_size),
             nbytes=nbytes_of(network) + (0 if d2t is None else d2t.nbytes),
             caches=cache_kinds(fed, TargetCache(empty), self.context, self.step_size),

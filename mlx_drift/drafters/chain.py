@@ -9,15 +9,13 @@ Notable:
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import mlx.core as mx
 
 from mlx_drift.drafters.cache import ChainCache, TrainTimeTestCache
-from mlx_drift.drafters.config import DrafterConfig
+from mlx_drift.drafters.head import LayersDrafter
 from mlx_drift.drafters.protocol import Choose, Draft
-from mlx_drift.errors import DriftError
-from mlx_drift.target.model import Target
 from mlx_drift.target.rewind import Caches, Snapshot
 
 
@@ -74,63 +72,12 @@ class ChainState(Caches):
         super().from_arrays(arrays, rows)
 
 
-class ChainDrafter:
-    """Proposes tokens from a target's taps. Holds no conversation: share it between them.
+class ChainDrafter(LayersDrafter):
+    """Chains its network: each step reads what the one before recycled."""
 
-    Args:
-        config: The drafter's config.
-        network: Its weights.
-        target: What it drafts for; lends its embedding and head where the drafter has none.
-        d2t: Target token id of each draft token id, `[D]` int32; None if they are the same.
+    network: Network
 
-    Attributes:
-        window: How far back a row sees at most; None as far as the config says. A drafter that
-            sees further than it was trained to collapses (paper §5.3), so it starts as the length
-            of the head's training, where the config tells it.
-        sinks: How many of the first tokens stay visible beyond a window. The first one, unless
-            the head was trained with a window of its own (paper §5.3, "SWA + BoS").
-    """
-
-    def __init__(
-        self,
-        config: DrafterConfig,
-        network: Network,
-        target: Target,
-        d2t: mx.array | None = None,
-    ):
-        self.config = config
-        self.network = network
-        self.taps = config.taps
-        self.model = target.model
-        self.window: int | None = config.max_position_embeddings
-        self.sinks = 1 if config.sliding_window is None else 0
-        self._embed = network.get("embed_tokens", target.embed)
-        self._head = network.get("lm_head", target.head)
-        self._d2t = d2t
-        self._vocab_size = target.shape.vocab_size
-        own, rows = network.get("embed_tokens", None), config.target.vocab_size
-        if own is not None and rows < self._vocab_size:  # padding may be spoken, if it never is
-            self._embed = lambda tokens: own(mx.minimum(tokens, rows - 1))
-
-    def windowed(self, window: int | None, sinks: int = 0) -> "ChainDrafter":
-        """Returns this drafter, its weights shared, with another window over long contexts.
-
-        Args:
-            window: Rows a row sees at most, itself included; None for as many as the config says.
-            sinks: How many of the first tokens stay visible beyond it: a system prompt's, say.
-
-        Raises:
-            DriftError: If a number is out of range.
-        """
-        if (window is not None and window < 1) or sinks < 0:
-            raise DriftError(
-                f"the drafter's window is {window} with {sinks} sinks; expected at least 1 and 0"
-            )
-        other = copy.copy(self)
-        other.window, other.sinks = window, sinks
-        return other
-
-    def through(self, network: Network) -> "ChainDrafter":
+    def through(self, network: Network) -> Self:
         """Returns this drafter with another network in its place: one around its own, say.
 
         Args:
@@ -142,15 +89,8 @@ class ChainDrafter:
 
     def make_cache(self) -> ChainState:
         """Makes the empty state of one conversation."""
-        caches = []
-        for layer in range(self.config.num_layers):
-            windows = self.window, self.config.window_of(layer)
-            narrowest = min((w for w in windows if w is not None), default=None)
-            caches.append(ChainCache(narrowest, self.sinks))
-        return ChainState(caches)
-
-    def start(self, token: mx.array, cache: ChainState) -> None:
-        """Does nothing: the first row is the second token's, with the taps of the first."""
+        layers = range(self.config.num_layers)
+        return ChainState([ChainCache(self._window_of(layer), self.sinks) for layer in layers])
 
     def ingest(self, tokens: mx.array, taps: mx.array, cache: ChainState) -> None:
         """Appends committed rows and leaves the seed of the next draft.
@@ -172,7 +112,7 @@ class ChainDrafter:
             chooser: What tokens are chosen with; None for the likeliest.
         """
         if k == 0 or cache.draft_logits is None or cache.recycled is None:
-            return Draft(mx.zeros((0,), mx.int32))
+            return self._nothing()
         committed = cache.layers[0].offset
         tokens: list[mx.array] = []
         drawn_with: list[mx.array] = []
@@ -232,19 +172,3 @@ class ChainDrafter:
         """
         logits, states = zip(*self.train_time_test_steps(tokens, taps, steps), strict=True)
         return mx.stack(list(logits)), mx.stack(list(states))
-
-    def choose(self, logits: mx.array) -> mx.array:
-        """Picks the likeliest tokens of draft logits `[M, D]`, as target token ids `[M]` int32."""
-        token = mx.argmax(logits, axis=-1).astype(mx.int32)
-        return token if self._d2t is None else self._d2t[token]
-
-    def _spread(self, logits: mx.array) -> mx.array:
-        """Lays draft logits `[M, D]` out over the target's vocabulary, `[M, V]`."""
-        if self._d2t is None:
-            padding = self._vocab_size - logits.shape[-1]
-            if padding == 0:
-                return logits
-            return mx.pad(logits, [(0, 0), (0, padding)], constant_values=-mx.inf)
-        spread = mx.full((logits.shape[0], self._vocab_size), -mx.inf, logits.dtype)
-        spread[:, self._d2t] = logits
-        return spread

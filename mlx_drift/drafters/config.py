@@ -6,152 +6,26 @@ What a source checkpoint left open was decided by `mlx_drift.convert`, which not
 where each value came from.
 """
 
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+from mlx_drift.drafters.schema import (
+    FORMAT_VERSION,
+    MAX_SIZE,
+    DrafterConfig,
+    LayersConfig,
+    LlamaLayersConfig,
+    Quantization,
+    check_mask,
+    strictly,
+)
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.files.json_file import read_json
 from mlx_drift.target.model import TargetShape
 
-Schema = TypeVar("Schema")
-
-FORMAT_VERSION = 1
-
-MAX_SIZE, MAX_LAYERS, MAX_TAP, MAX_FLOAT = 2**24, 256, 10_000, 1e18
-"""No drafter comes near these; a larger number in a file is an error or an attack."""
-
 MOST_PADDING = 1024
 """Rows that a vocabulary is padded with, at most."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quantization:
-    """mlx's parameters of a quantized linear layer, under mlx-lm's names."""
-
-    group_size: int
-    bits: int
-    mode: str = "affine"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrafterConfig:
-    """What the configs of all drafters that chain their own states have in common.
-
-    H is the drafter's hidden size, T the target's, A the number of taps.
-
-    Attributes:
-        taps: Ascending indices into ``[embedding, out_0 … out_{n−1}, final norm]``.
-        max_position_embeddings: The training length, not a limit.
-        sliding_window: Key j is visible to query i while i − j < window; None for all keys.
-        full_attention_layers: Layers that see all keys though there is a window.
-        own_embedding: The checkpoint brings `embed_tokens`; else the target's rows are used.
-        source: Where the drafter came from: `path`, or `repo`, `subfolder` and `revision`; `file`,
-            `sha256`, and the `target` it names.
-        provenance: For each resolved value, where it came from: `file`, `rule: …`, `default`,
-            `override` or `probe`.
-    """
-
-    drafter_type: str
-    format_version: int = FORMAT_VERSION
-    taps: tuple[int, ...]
-    hidden_size: int
-    num_layers: int
-    rms_norm_eps: float
-    max_position_embeddings: int
-    sliding_window: int | None = None
-    full_attention_layers: tuple[int, ...] = ()
-    own_embedding: bool = False
-    target: TargetShape
-    quantization: Quantization | None = None
-    source: dict[str, str] = field(default_factory=dict)
-    provenance: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Refuses what no checkpoint can mean."""
-        if not self.taps or list(self.taps) != sorted(set(self.taps)) or self.taps[0] < 0:
-            raise DriftError(
-                f"taps is {list(self.taps)}; expected distinct layer indices in ascending order, "
-                "since fc's columns follow them"
-            )
-        if self.taps[-1] > MAX_TAP:
-            raise DriftError(f"taps reaches {self.taps[-1]}; expected at most {MAX_TAP}")
-        last = self.target.num_layers
-        if last is not None and self.taps[-1] > last + 1:
-            raise DriftError(
-                f"taps reaches {self.taps[-1]}, but the target has {last} layers: the last tap "
-                f"there can be is {last + 1}, its final norm"
-            )
-        for where in (self, self.target):
-            for f in fields(where):
-                if f.type in (int, int | None) and f.name != "format_version":
-                    _check_size(f.name, getattr(where, f.name))
-        _check_positive(self, "rms_norm_eps")
-        if unknown := sorted(self.provenance.keys() - {f.name for f in fields(self)}):
-            raise DriftError(f"provenance has the unknown key {unknown[0]!r}")
-        for text in (*self.source.values(), *self.provenance.values()):
-            if not text.isprintable():
-                raise DriftError(f"source or provenance holds {brief(text)}; expected one line")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the config as `config_from_dict` reads it."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    def window_of(self, layer: int) -> int | None:
-        """Returns the window of one layer; None if it sees all keys."""
-        return None if layer in self.full_attention_layers else self.sliding_window
-
-
-@dataclass(frozen=True, kw_only=True)
-class LlamaLayersConfig(DrafterConfig):
-    """What the configs of drafters made of Llama layers have in common.
-
-    Attributes:
-        rope_scaling: A RoPE kind of mlx-lm's `initialize_rope`, with its own keys.
-        partial_rotary_factor: The part of each head that is rotated, its first dimensions.
-        attention_bias: Queries, keys and values are projected with a bias.
-        attention_output_bias: So is the attention's output.
-    """
-
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rope_theta: float
-    rope_scaling: dict[str, str | float | list[float]] | None = None
-    partial_rotary_factor: float = 1.0
-    fc_bias: bool = False
-    attention_bias: bool = False
-    attention_output_bias: bool = False
-    mlp_bias: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuses what no checkpoint can mean."""
-        super().__post_init__()
-        _check_positive(self, "rope_theta")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise DriftError(
-                f"num_attention_heads is {self.num_attention_heads}, which "
-                f"num_key_value_heads ({self.num_key_value_heads}) does not divide"
-            )
-        factor = self.partial_rotary_factor
-        if not 0 < factor <= 1 or self.rotated_dims < 2 or self.rotated_dims % 2:
-            raise DriftError(
-                f"partial_rotary_factor is {factor} of a head_dim of {self.head_dim}; expected "
-                "more than 0, at most 1, and an even number of dimensions"
-            )
-        for key, value in (self.rope_scaling or {}).items():
-            if isinstance(value, list) and len(value) > self.head_dim:
-                raise DriftError(
-                    f"rope_scaling has {len(value)} numbers as {key}; expected at most head_dim "
-                    f"({self.head_dim})"
-                )
-
-    @property
-    def rotated_dims(self) -> int:
-        """How many dimensions of each head RoPE rotates, rounded down as in transformers."""
-        return int(self.head_dim * self.partial_rotary_factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,24 +41,17 @@ class Eagle3Config(LlamaLayersConfig):
         norm_before_fc: One RMSNorm over all A·T captured values.
         hidden_norm: The first layer norms the hidden state it reads beside the embedding.
         norm_before_residual: The residual stream starts at the normed hidden state.
-        qk_norm: RMSNorm of queries and keys per head, before RoPE.
-        gated_attention: What a head says is multiplied, element by element, with the sigmoid of a
-            projection of what its queries read, before the output's projection (Qiu et al., arXiv
-            2505.06708; paper, App. A). `attn_output_gate` in Qwen3-Next and Qwen3.5, whose layout
-            it has: for each head, `q_proj` has the queries' rows and then the gate's.
         draft_vocab_size: Rows of the drafter's head; `d2t` maps them if fewer than the target's.
         own_head: The checkpoint brings `lm_head`; else the target's head is used.
     """
 
-    drafter_type: Literal["eagle3"] = "eagle3"
+    drafter_type: Literal["eagle3", "p-eagle"] = "eagle3"
     feedback: Literal["pre", "post"]
     fc: bool = True
     fc_norm: bool
     norm_before_fc: bool
     hidden_norm: bool = True
     norm_before_residual: bool
-    qk_norm: bool = False
-    gated_attention: bool = False
     draft_vocab_size: int
     own_head: bool = True
 
@@ -218,6 +85,29 @@ class Eagle3Config(LlamaLayersConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PEagleConfig(Eagle3Config):
+    """A P-EAGLE drafter: an EAGLE-3 network that drafts in one pass, and feeds nothing back.
+
+    Attributes:
+        mask_token_id: What rows after the first embed.
+        max_drafts: How many drafts a round it was trained for; None if the checkpoint does not say.
+    """
+
+    drafter_type: Literal["p-eagle"] = "p-eagle"
+    mask_token_id: int
+    max_drafts: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what no checkpoint can mean."""
+        super().__post_init__()
+        check_mask(self.mask_token_id, self.target)
+        if not self.fc:
+            raise DriftError("a P-EAGLE drafter fuses its taps by fc, but this has none")
+        if self.feedback != "pre":
+            raise DriftError(f"feedback is {self.feedback}, but a P-EAGLE drafter feeds none back")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EagleConfig(LlamaLayersConfig):
     """An EAGLE-1 or EAGLE-2 drafter (the same weights; EAGLE-2 only drafts a tree).
 
@@ -238,7 +128,7 @@ class EagleConfig(LlamaLayersConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MTPConfig(DrafterConfig):
+class MTPConfig(LayersConfig):
     """A multi-token-prediction head: a projection, one block of the target's own kind, a norm.
 
     Its one tap is the target's final norm or, one less, the last layer's output before it: engines
@@ -273,16 +163,15 @@ class MTPConfig(DrafterConfig):
         _check_block(self.block, "block")
 
 
-AnyConfig = Eagle3Config | EagleConfig | MTPConfig
-
-CONFIGS: dict[str, type[Eagle3Config] | type[EagleConfig] | type[MTPConfig]] = {
+CONFIGS: dict[str, type[DrafterConfig]] = {
     "eagle3": Eagle3Config,
+    "p-eagle": PEagleConfig,
     "eagle": EagleConfig,
     "mtp": MTPConfig,
 }
 
 
-def config_from_dict(values: dict[str, Any]) -> AnyConfig:
+def config_from_dict(values: dict[str, Any]) -> DrafterConfig:
     """Reads a config, strictly.
 
     Raises:
@@ -298,10 +187,10 @@ def config_from_dict(values: dict[str, Any]) -> AnyConfig:
             f"reads {FORMAT_VERSION}: convert the drafter again, or upgrade mlx-drift"
         )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    values["target"] = _from_dict(TargetShape, values.get("target"), "target")
+    values["target"] = strictly(TargetShape, values.get("target"), "target")
     if values.get("quantization") is not None:
-        values["quantization"] = _from_dict(Quantization, values["quantization"], "quantization")
-    return _from_dict(CONFIGS[kind], values, "the config")
+        values["quantization"] = strictly(Quantization, values["quantization"], "quantization")
+    return strictly(CONFIGS[kind], values, "the config")
 
 
 def pads(vocab_size: int, padded: int) -> bool:
@@ -345,7 +234,7 @@ def check_target(config: DrafterConfig, target: TargetShape, where: str) -> None
         )
 
 
-def read_config(folder: Path) -> AnyConfig:
+def read_config(folder: Path) -> DrafterConfig:
     """Reads the config of a converted drafter.
 
     Raises:
@@ -364,18 +253,6 @@ def read_config(folder: Path) -> AnyConfig:
         raise DriftError(f"{path}: {error}") from None
 
 
-def _check_size(name: str, value: int | None) -> None:
-    most = MAX_LAYERS if name == "num_layers" else MAX_SIZE
-    if value is not None and not 1 <= value <= most:
-        none = ", or null for none" if name == "sliding_window" else ""
-        raise DriftError(f"{name} is {value}; expected at least 1 and at most {most}{none}")
-
-
-def _check_positive(config: DrafterConfig, name: str) -> None:
-    if getattr(config, name) <= 0:
-        raise DriftError(f"{name} is {getattr(config, name)}; expected more than 0")
-
-
 def _check_block(value: Any, where: str) -> None:
     """Checks that numbers in a block's keys are no larger than any model's."""
     if isinstance(value, dict):
@@ -387,44 +264,3 @@ def _check_block(value: Any, where: str) -> None:
             _check_block(inner, where)
     elif isinstance(value, int | float) and not abs(value) <= MAX_SIZE:  # false for NaN
         raise DriftError(f"{where} is {value}; expected at most {MAX_SIZE}")
-
-
-def _from_dict(cls: type[Schema], values: Any, where: str) -> Schema:
-    if not isinstance(values, dict):
-        raise DriftError(f"{where} is {brief(values)}; expected an object")
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(values.keys() - known.keys()):
-        raise DriftError(f"{where} has the unknown key {unknown[0]!r}")
-    required = {
-        name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING
-    }
-    if missing := sorted(required - values.keys()):
-        raise DriftError(f"{where} lacks the key {missing[0]!r}")
-    hints = get_type_hints(cls)
-    for name, value in values.items():
-        if not _fits(value, hints[name]):
-            expected = getattr(hints[name], "__name__", hints[name])
-            raise DriftError(f"{where} has {name} = {brief(value)}; expected {expected}")
-    return cls(**values)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Tells whether a JSON value is of the annotated type (sizes are never negative)."""
-    origin = get_origin(hint)
-    if origin is Literal:
-        return value in get_args(hint)
-    if origin is UnionType:
-        return any(_fits(value, choice) for choice in get_args(hint))
-    if origin in (tuple, list):
-        item = get_args(hint)[0]
-        return isinstance(value, origin) and all(_fits(v, item) for v in value)
-    if origin is dict:
-        item = get_args(hint)[1]
-        return isinstance(value, dict) and all(_fits(v, item) for v in value.values())
-    if hint is Any:
-        return True
-    if hint is int:
-        return type(value) is int and value >= 0
-    if hint is float:
-        return type(value) in (int, float) and abs(value) < MAX_FLOAT  # false for NaN
-    return isinstance(value, hint)

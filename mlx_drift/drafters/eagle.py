@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_drift.drafters.cache import ChainCache
 from mlx_drift.drafters.config import EagleConfig
 from mlx_drift.drafters.eagle3 import Layer, LayerCache
 
@@ -63,3 +64,8 @@ class EagleNetwork(nn.Module):
         for layer, cache in zip(self.layers, caches, strict=True):
             hidden = layer(hidden, cache)
         return hidden[0], hidden[0]
+
+    def try_row(self) -> None:
+        """Runs a row, lazily: what a config describes badly fails."""
+        row = mx.zeros((1, self.layers[0].post_attention_layernorm.weight.size))
+        self(row, row, [ChainCache() for _ in self.layers])

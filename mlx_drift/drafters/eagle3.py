@@ -18,7 +18,8 @@ from mlx_lm.models.activations import swiglu
 from mlx_lm.models.rope_utils import initialize_rope
 
 from mlx_drift.drafters.cache import ChainCache, TrainTimeTestCache
-from mlx_drift.drafters.config import Eagle3Config, LlamaLayersConfig
+from mlx_drift.drafters.config import Eagle3Config
+from mlx_drift.drafters.schema import LlamaLayersConfig
 
 LayerCache = ChainCache | TrainTimeTestCache
 
@@ -33,13 +34,13 @@ class Attention(nn.Module):
         self.scale = config.head_dim**-0.5
         width, kv_width = self.num_heads * config.head_dim, self.num_kv_heads * config.head_dim
         bias = config.attention_bias
-        self.gated = isinstance(config, Eagle3Config) and config.gated_attention
+        self.gated = config.gated_attention
 
         self.q_proj = nn.Linear(input_size, 2 * width if self.gated else width, bias=bias)
         self.k_proj = nn.Linear(input_size, kv_width, bias=bias)
         self.v_proj = nn.Linear(input_size, kv_width, bias=bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_output_bias)
-        if isinstance(config, Eagle3Config) and config.qk_norm:
+        if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.rope = initialize_rope(
@@ -193,3 +194,8 @@ class Eagle3Network(nn.Module):
             hidden = layer(hidden, cache)
         normed = self.norm(hidden)
         return normed[0], (normed if self.post_norm_feedback else hidden)[0]
+
+    def try_row(self) -> None:
+        """Runs a row, lazily: what a config describes badly fails."""
+        row = mx.zeros((1, self.norm.weight.size))
+        self(row, row, [ChainCache() for _ in self.layers])

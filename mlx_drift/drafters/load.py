@@ -9,11 +9,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlx_drift.drafters.cache import ChainCache
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.config import (
-    DrafterConfig,
-    Eagle3Config,
     check_target,
     pads,
     read_config,
@@ -21,7 +18,10 @@ from mlx_drift.drafters.config import (
 from mlx_drift.drafters.eagle import EagleNetwork
 from mlx_drift.drafters.eagle3 import Eagle3Network
 from mlx_drift.drafters.fold import fold
+from mlx_drift.drafters.head import HeadDrafter
 from mlx_drift.drafters.mtp import MTPNetwork
+from mlx_drift.drafters.p_eagle import PEagleDrafter, PEagleNetwork
+from mlx_drift.drafters.schema import DrafterConfig
 from mlx_drift.errors import DriftError
 from mlx_drift.files.paths import inside
 from mlx_drift.files.tensors import read_safetensors
@@ -29,7 +29,13 @@ from mlx_drift.target.model import Target
 
 WEIGHTS = "model.safetensors"
 
-NETWORKS: dict[str, Any] = {"eagle3": Eagle3Network, "eagle": EagleNetwork, "mtp": MTPNetwork}
+KINDS: dict[str, tuple[Any, Any]] = {
+    "eagle3": (Eagle3Network, ChainDrafter),
+    "p-eagle": (PEagleNetwork, PEagleDrafter),
+    "eagle": (EagleNetwork, ChainDrafter),
+    "mtp": (MTPNetwork, ChainDrafter),
+}
+"""The network and the drafter of each kind."""
 
 
 class ArrayLike(Protocol):
@@ -44,7 +50,7 @@ class ArrayLike(Protocol):
         """The type of its elements."""
 
 
-def load_converted(folder: Path, model: nn.Module, bits: int | None = None) -> ChainDrafter:
+def load_converted(folder: Path, model: nn.Module, bits: int | None = None) -> HeadDrafter:
     """Loads a converted drafter from its folder and binds it to a target.
 
     All weights are cast to the dtype of the target's activations, folded and packed
@@ -81,7 +87,7 @@ def load_converted(folder: Path, model: nn.Module, bits: int | None = None) -> C
         except ValueError as error:
             raise DriftError(f"{folder}: cannot be quantized to {bits} bits ({error})") from None
     mx.eval(network)
-    return ChainDrafter(config, network, target, target_ids(config, d2t, folder / WEIGHTS))
+    return build_drafter(config, network, target, target_ids(config, d2t, folder / WEIGHTS))
 
 
 def load_network(config: DrafterConfig, weights: dict[str, mx.array], path: Path) -> Any:
@@ -96,6 +102,21 @@ def load_network(config: DrafterConfig, weights: dict[str, mx.array], path: Path
     return network
 
 
+def build_drafter(
+    config: DrafterConfig, network: Any, target: Target, d2t: mx.array | None
+) -> HeadDrafter:
+    """Binds a network to a target, as the drafter of its kind.
+
+    Args:
+        config: The drafter's config.
+        network: Its weights.
+        target: What it drafts for.
+        d2t: Target token id of each draft token id, `[D]` int32; None if they are the same.
+    """
+    _, drafter = KINDS[config.drafter_type]
+    return drafter(config, network, target, d2t)
+
+
 def build_network(config: DrafterConfig, path: Path) -> Any:
     """Builds the network a config describes; nothing is evaluated, so it takes no memory.
 
@@ -104,11 +125,11 @@ def build_network(config: DrafterConfig, path: Path) -> Any:
     """
     where = path.parent / "config.json"
     try:
-        network = NETWORKS[config.drafter_type](config)
+        build, _ = KINDS[config.drafter_type]
+        network = build(config)
         if (q := config.quantization) is not None:
             quantize_linears(network, q.group_size, q.bits, q.mode)
-        row, caches = mx.zeros((1, config.hidden_size)), [ChainCache() for _ in network.layers]
-        network(row, row, caches)  # lazily: not only built
+        network.try_row()  # lazily: not only built
     except KeyError as error:
         raise DriftError(f"{where}: rope_scaling lacks the key {error}") from None
     except (
@@ -230,7 +251,7 @@ def target_ids(config: DrafterConfig, d2t: mx.array | None, path: Path) -> mx.ar
             the vocabulary.
     """
     vocab = config.target.vocab_size
-    rows = config.draft_vocab_size if isinstance(config, Eagle3Config) else vocab
+    rows = getattr(config, "draft_vocab_size", vocab)
     if d2t is None:
         if rows != vocab and not pads(rows, vocab):
             raise DriftError(

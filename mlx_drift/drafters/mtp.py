@@ -83,3 +83,8 @@ class MTPNetwork(nn.Module):
         if self.hidden_first:
             norms.reverse()
         return mx.concatenate([norm(x) for norm, x in zip(norms, both, strict=True)], axis=-1)
+
+    def try_row(self) -> None:
+        """Runs a row, lazily: what a config describes badly fails."""
+        row = mx.zeros((1, self.norm.weight.size))
+        self(row, row, [ChainCache() for _ in self.layers])

@@ -36,6 +36,13 @@ class Choose(Protocol):
     def drafts_greedily(self) -> bool:
         """Whether a draft is simply the likeliest token."""
 
+    @property
+    def processes(self) -> bool:
+        """Whether logits are processed before tokens are chosen."""
+
+    def likeliest(self, logits: mx.array, drafted: Sequence[mx.array]) -> mx.array:
+        """Chooses the likeliest token `[1]`, for certain; arguments as in `draft`."""
+
     def draft(
         self, logits: mx.array, drafted: Sequence[mx.array]
     ) -> tuple[mx.array, mx.array | None]:

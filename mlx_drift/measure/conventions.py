@@ -23,8 +23,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_drift.convert.conventions import TapConvention
 from mlx_drift.convert.convert import Candidate, Feedback, Verdict
 from mlx_drift.decode.statistics import LOW_ACCEPTANCE
-from mlx_drift.drafters.chain import ChainDrafter
-from mlx_drift.drafters.load import cast
+from mlx_drift.drafters.load import build_drafter, cast
 from mlx_drift.errors import DriftError
 from mlx_drift.files.text import check_text
 from mlx_drift.target.model import Target
@@ -169,7 +168,7 @@ class ConventionProbe:
         """Scores the drafts of each chain step at the target's own tokens."""
         columns = mx.array([target.taps.index(tap) for tap in candidate.config.taps])
         cast(candidate.network, target.dtype)
-        drafter = ChainDrafter(candidate.config, candidate.network, target, candidate.d2t)
+        drafter: Any = build_drafter(candidate.config, candidate.network, target, candidate.d2t)
         draft_id = np.arange(target.shape.vocab_size)  # of each target token; -1 for none
         if candidate.d2t is not None:
             ids = np.array(candidate.d2t)

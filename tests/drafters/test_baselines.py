@@ -116,8 +116,8 @@ def test_on_the_command_line(cli, refuses):
         code, out, _ = cli("generate", QUESTION, "-m", 16, *flags)
         assert (code, out) == (0, expected_text(16) + "\n")
     refuses("give one of them", "generate", "--draft-model", TARGET, "--drafter", "eagle3")
-    refuses("for EAGLE and MTP heads", "generate", "--draft-model", TARGET, "--drafter-bits", 4)
-    refuses("for EAGLE and MTP heads", "generate", "--draft-model", TARGET, "--drafter-window", 4)
+    refuses("for trained heads", "generate", "--draft-model", TARGET, "--drafter-bits", 4)
+    refuses("for trained heads", "generate", "--draft-model", TARGET, "--drafter-window", 4)
 
 
 def test_a_draft_model_that_cannot_go_back_is_refused():

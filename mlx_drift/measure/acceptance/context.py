@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.drafters.head import LayersDrafter
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
 from mlx_drift.files.text import read_text
@@ -268,7 +268,7 @@ def windows(drafter: Drafter, window: int, head: int) -> dict[str, Drafter]:
     Raises:
         DriftError: If the window is less than 1.
     """
-    if not isinstance(drafter, ChainDrafter):
+    if not isinstance(drafter, LayersDrafter):
         return {"full": drafter}
     sizes: list[tuple[int | None, int]] = [(None, 0), (window, 0), (window, 1), (window, head)]
     return {

@@ -174,7 +174,7 @@ def test_bad_input(refuses, tmp_path):
     refuses("repeats is 0", "bench", "--repeats", 0)
     refuses("--layers goes with --shape", "bench", "--layers", 2)
     refuses("--prompt does not go with --shape", "bench", "--shape", "Qwen3-8B", "-p", "hello")
-    refuses("is for EAGLE and MTP heads", "bench", "--drafter-bits", 4, "--draft-model", TARGET)
+    refuses("is for trained heads", "bench", "--drafter-bits", 4, "--draft-model", TARGET)
     refuses("no such", "bench", "--baseline-draft-model", tmp_path / "none")
 
 

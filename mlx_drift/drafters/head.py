@@ -1,0 +1,137 @@
+"""What all drafters share that are heads on a target's states, however they draft."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Self
+
+import mlx.core as mx
+
+from mlx_drift.drafters.protocol import Choose, Draft
+from mlx_drift.drafters.schema import DrafterConfig, LayersConfig
+from mlx_drift.errors import DriftError
+from mlx_drift.target.model import Target
+
+
+class HeadDrafter(ABC):
+    """A network of its own, the target's embedding and head where it brings none, a vocabulary.
+
+    Args:
+        config: The drafter's config.
+        network: Its weights.
+        target: What it drafts for; lends its embedding and head where the drafter has none.
+        d2t: Target token id of each draft token id, `[D]` int32; None if they are the same.
+
+    Attributes:
+        max_drafts: How many drafts a round it was made for; None where there is no such number.
+    """
+
+    max_drafts: int | None = None
+
+    def __init__(
+        self, config: DrafterConfig, network: Any, target: Target, d2t: mx.array | None = None
+    ):
+        self.config = config
+        self.network = network
+        self.taps = config.taps
+        self.model = target.model
+        own, rows = network.get("embed_tokens", None), config.target.vocab_size
+        self._embed: Callable[[mx.array], mx.array] = target.embed if own is None else own
+        self._head: Callable[[mx.array], mx.array] = network.get("lm_head", target.head)
+        self._d2t = d2t
+        self._vocab_size = target.shape.vocab_size
+        if own is not None and rows < self._vocab_size:  # padding may be spoken, if it never is
+            self._embed = lambda tokens: own(mx.minimum(tokens, rows - 1))
+
+    @abstractmethod
+    def make_cache(self) -> Any:
+        """Makes the empty state of one conversation."""
+
+    @abstractmethod
+    def ingest(self, tokens: mx.array, taps: mx.array, cache: Any) -> None:
+        """Appends committed tokens `[M]` with the taps `[M, A, T]` of one position earlier."""
+
+    @abstractmethod
+    def propose(self, k: int, cache: Any, chooser: Choose | None = None) -> Draft:
+        """Drafts up to k tokens to follow the committed ones; the likeliest without a chooser."""
+
+    def start(self, token: mx.array, cache: Any) -> None:
+        """Does nothing: the first row is the second token's, with the taps of the first."""
+
+    def _nothing(self) -> Draft:
+        """Drafts nothing: there is nothing to go by yet."""
+        return Draft(mx.zeros((0,), mx.int32))
+
+    def choose(self, logits: mx.array) -> mx.array:
+        """Picks the likeliest tokens of draft logits `[M, D]`, as target token ids `[M]` int32."""
+        token = mx.argmax(logits, axis=-1).astype(mx.int32)
+        return token if self._d2t is None else self._d2t[token]
+
+    def _certain(self, logits: mx.array, chooser: Choose | None) -> Draft:
+        """Drafts the likeliest tokens of draft logits `[k, D]`, with certainty.
+
+        That is how drafts are made that do not know of each other. Drawn each from its own
+        distribution they would be as lossless, but would not fit together: a third of them is
+        accepted (z-lab/dflash #169).
+        """
+        if chooser is None or not chooser.processes:
+            return Draft(self.choose(logits))
+        tokens: list[mx.array] = []
+        for row in mx.split(self._spread(logits), logits.shape[0]):
+            tokens.append(chooser.likeliest(row, tokens))
+        return Draft(mx.concatenate(tokens))
+
+    def _spread(self, logits: mx.array) -> mx.array:
+        """Lays draft logits `[M, D]` out over the target's vocabulary, `[M, V]`."""
+        if self._d2t is None:
+            padding = self._vocab_size - logits.shape[-1]
+            if padding == 0:
+                return logits
+            return mx.pad(logits, [(0, 0), (0, padding)], constant_values=-mx.inf)
+        spread = mx.full((logits.shape[0], self._vocab_size), -mx.inf, logits.dtype)
+        spread[:, self._d2t] = logits
+        return spread
+
+
+class LayersDrafter(HeadDrafter):
+    """A head with decoder layers, which look back at rows of committed tokens.
+
+    Attributes:
+        window: How far back a row sees at most; None as far as the config says. A drafter that
+            sees further than it was trained to collapses (paper §5.3), so it starts as the length
+            of the head's training, where the config tells it.
+        sinks: How many of the first tokens stay visible beyond a window. The first one, unless
+            the head was trained with a window of its own (paper §5.3, "SWA + BoS").
+    """
+
+    config: LayersConfig
+
+    def __init__(
+        self, config: LayersConfig, network: Any, target: Target, d2t: mx.array | None = None
+    ):
+        super().__init__(config, network, target, d2t)
+        self.window: int | None = config.max_position_embeddings
+        self.sinks = 1 if config.sliding_window is None else 0
+
+    def windowed(self, window: int | None, sinks: int = 0) -> Self:
+        """Returns this drafter, its weights shared, with another window over long contexts.
+
+        Args:
+            window: Rows a row sees at most, itself included; None for as many as the config says.
+            sinks: How many of the first tokens it sees beyond it: a system prompt's, say.
+
+        Raises:
+            DriftError: If a number is out of range.
+        """
+        if (window is not None and window < 1) or sinks < 0:
+            raise DriftError(
+                f"the drafter's window is {window} with {sinks} sinks; expected at least 1 and 0"
+            )
+        other = copy.copy(self)
+        other.window, other.sinks = window, sinks
+        return other
+
+    def _window_of(self, layer: int) -> int | None:
+        """Returns the narrower of a layer's two windows; None if it sees all rows."""
+        windows = self.window, self.config.window_of(layer)
+        return min((window for window in windows if window is not None), default=None)

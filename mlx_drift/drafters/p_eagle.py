@@ -1,0 +1,91 @@
+"""P-EAGLE drafters: an EAGLE-3 network that drafts in one pass (arXiv 2602.01469).
+
+Notable:
+- Where a chain's next step would embed the token just drafted and read the state just recycled,
+  every row after the first embeds a mask token and reads a learned vector in place of taps. So all
+  rows of a round are known beforehand and run as one causal block.
+- The first draft comes, as in a chain, from the pass that ingests the committed rows.
+- Causal, hence fewer drafts are a prefix of more. None depends on what another became, so each is
+  the likeliest token, with certainty.
+"""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+
+from mlx_drift.drafters.cache import TrainTimeTestCache
+from mlx_drift.drafters.chain import ChainDrafter, ChainState
+from mlx_drift.drafters.config import PEagleConfig
+from mlx_drift.drafters.eagle3 import Eagle3Network
+from mlx_drift.drafters.protocol import Choose, Draft
+from mlx_drift.target.model import Target
+
+
+class PEagleNetwork(Eagle3Network):
+    """The drafter's own weights, under the names of the canonical checkpoint.
+
+    Attributes:
+        mask_hidden: What stands in the taps' place, `[1, 1, A·T]`, as trainers write it.
+    """
+
+    def __init__(self, config: PEagleConfig):
+        super().__init__(config)
+        self.taps_shape = 1, len(config.taps), config.target.hidden_size
+        self.mask_hidden = mx.zeros((1, 1, len(config.taps) * config.target.hidden_size))
+
+    def fuse_mask(self) -> mx.array:
+        """Fuses what stands in the taps' place, `[1, H]`."""
+        return self.fuse(self.mask_hidden.reshape(self.taps_shape))
+
+
+class PEagleDrafter(ChainDrafter):
+    """Drafts all tokens of a round at once."""
+
+    config: PEagleConfig
+    network: PEagleNetwork
+
+    def __init__(
+        self,
+        config: PEagleConfig,
+        network: PEagleNetwork,
+        target: Target,
+        d2t: mx.array | None = None,
+    ):
+        super().__init__(config, network, target, d2t)
+        self.max_drafts = config.max_drafts
+
+    def propose(self, k: int, cache: ChainState, chooser: Choose | None = None) -> Draft:
+        """Drafts k tokens, or as many as it was trained for; none before anything was ingested."""
+        k = min(k, self.max_drafts or k)
+        if k == 0 or cache.draft_logits is None:
+            return self._nothing()
+        logits = cache.draft_logits
+        if k > 1:
+            normed, _ = self.network(*self._masked(k - 1), cache.layers)
+            for layer in cache.layers:
+                layer.trim(k - 1)
+            logits = mx.concatenate([logits, self._head(normed)])
+        return self._certain(logits, chooser)
+
+    def train_time_test_steps(
+        self, tokens: mx.array, taps: mx.array, steps: int
+    ) -> Iterator[tuple[mx.array, mx.array]]:
+        """Runs the rows of every position at once, step by step, as P-EAGLE trains them.
+
+        Arguments and results as in `ChainDrafter.train_time_test_steps`; of the tokens only those
+        of the first step are read, and the states are nobody's input.
+        """
+        rows = taps.shape[0]
+        layers = range(self.config.num_layers)
+        caches = [TrainTimeTestCache(self.config.window_of(layer)) for layer in layers]
+        embedding, hidden = self._embed(tokens[1 : rows + 1]), self.network.fuse(taps)
+        for _ in range(steps):
+            normed, state = self.network(embedding, hidden, caches)
+            yield self._head(normed), state
+            embedding, hidden = self._masked(rows)
+
+    def _masked(self, rows: int) -> tuple[mx.array, mx.array]:
+        """Returns what rows after the first read: embedding and hidden state, both `[rows, H]`."""
+        embedding = self._embed(mx.array([self.config.mask_token_id]))
+        hidden = self.network.fuse_mask()
+        return mx.repeat(embedding, rows, axis=0), mx.repeat(hidden, rows, axis=0)
