@@ -4,7 +4,13 @@ import re
 
 from huggingface_hub import ModelCardData
 
-from mlx_drift.drafters.config import Eagle3Config, MTPConfig
+from mlx_drift.drafters.config import (
+    DFlashConfig,
+    DSparkConfig,
+    Eagle3Config,
+    MTPConfig,
+    PEagleConfig,
+)
 from mlx_drift.drafters.schema import DrafterConfig
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # what may stand in a command to copy
@@ -38,6 +44,12 @@ def model_card(name: str, config: DrafterConfig) -> str:
         kind, tag = "An EAGLE-3 drafter", "eagle3"
         if config.fc_norm and config.feedback == "post":
             kind = "An EAGLE-3.1 (normalized) drafter"
+    if isinstance(config, PEagleConfig):
+        kind, tag = "A P-EAGLE drafter", "p-eagle"
+    if isinstance(config, DFlashConfig):
+        kind, tag = "A DFlash drafter", "dflash"
+    if isinstance(config, DSparkConfig):
+        kind, tag = "A DSpark drafter", "dspark"
     if isinstance(config, MTPConfig):
         kind, tag = "A multi-token-prediction (MTP) head", "mtp"
     repo = config.source.get("repo", "")

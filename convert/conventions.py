@@ -43,6 +43,7 @@ TAP_KEYS = (
     "eagle_aux_hidden_state_layer_ids",
     "target_layer_ids",  # verl-SpeCo
     "aux_hidden_state_layers",  # JANG
+    "aux_hidden_state_layer_ids",  # speculators' block drafters
 )
 
 
@@ -152,16 +153,9 @@ def resolve_taps(
         DriftError: If the ids do not fit `fc`.
         Undecided: If their meaning cannot be decided.
     """
-    ids = next(filter(None, [values.checked(key, list, name="taps") for key in TAP_KEYS]), None)
-    if not ids:
+    ids = read_tap_ids(values)
+    if ids is None:
         return _default_taps(values, num_taps, num_layers, override)
-    if not all(type(i) is int and 0 <= i < MAX_LAYER_ID for i in ids):
-        raise DriftError(f"{values.file}: the tap layers are {brief(ids)}; expected layer numbers")
-    if ids != sorted(set(ids)):
-        raise DriftError(
-            f"{values.file}: the tap layers are {brief(ids)}; expected distinct ones in ascending "
-            "order, since fc's columns follow them"
-        )
     if len(ids) != num_taps:
         wider = num_layers is None and num_taps % len(ids) == 0
         raise DriftError(
@@ -187,6 +181,25 @@ def resolve_taps(
     else:
         values.provenance["taps"] = f"file; rule: {convention} of layer, since {why}"
     return tuple(ids) if convention == "input" else tuple(i + 1 for i in ids)
+
+
+def read_tap_ids(values: Values) -> list[int] | None:
+    """Takes a checkpoint's layer ids, in whatever key they are; None if there are none.
+
+    Raises:
+        DriftError: If they are no ascending layer numbers.
+    """
+    ids = next(filter(None, [values.checked(key, list, name="taps") for key in TAP_KEYS]), None)
+    if not ids:
+        return None
+    if not all(type(i) is int and 0 <= i < MAX_LAYER_ID for i in ids):
+        raise DriftError(f"{values.file}: the tap layers are {brief(ids)}; expected layer numbers")
+    if ids != sorted(set(ids)):
+        raise DriftError(
+            f"{values.file}: the tap layers are {brief(ids)}; expected distinct ones in ascending "
+            "order, since fc's columns follow them"
+        )
+    return ids
 
 
 def _default_taps(

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from mlx_drift.convert.card import model_card
 from mlx_drift.convert.conventions import TapConvention
-from mlx_drift.convert.layers import Overrides
+from mlx_drift.convert.layers import Overrides, Slots
 from mlx_drift.convert.mtp.source import read_mtp_checkpoint
 from mlx_drift.convert.read.source import Checkpoint, read_checkpoint
 from mlx_drift.convert.read.stored import StoredTensor, from_mlx
@@ -116,6 +116,7 @@ def convert_drafter(
     feedback: Feedback | None = None,
     rope_theta: float | None = None,
     window: int | None = None,
+    slots: Slots | None = None,
     strict: bool = False,
     probe: Probe | None = None,
     upload_repo: str | None = None,
@@ -147,6 +148,8 @@ def convert_drafter(
         feedback: Which state the next chain step gets, where the checkpoint's flag is wrong.
         rope_theta: The base of RoPE, where the checkpoint's is wrong.
         window: The sliding window; 0 for none.
+        slots: Which position a slot of a block predicts, its own (`unshifted`) or the one after
+            (`shifted`), where the checkpoint does not say or is wrong.
         strict: Refuse config keys that are not recognised.
         probe: Settles taps and feedback where you do not, by trying them on the target.
         upload_repo: A Hub repository to upload the result to.
@@ -171,7 +174,7 @@ def convert_drafter(
     if window is not None and window < 0:
         raise DriftError(f"window is {window}; expected at least 1, or 0 for none")
     shape = read_target_shape(target) if isinstance(target, str) else target
-    overrides = Overrides(taps, feedback, rope_theta, window)
+    overrides = Overrides(taps, feedback, rope_theta, window, slots)
     checkpoint = (read_mtp_checkpoint if mtp else read_checkpoint)(source, revision)
     understand(checkpoint, shape, overrides)  # what is refused is refused before it is fetched
     checkpoint = checkpoint.fetched()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mlx_drift.convert.conventions import Undecided, Values
+from mlx_drift.convert.conventions import TapConvention, Undecided, Values
 from mlx_drift.convert.layers import Overrides, Tensors, read_layers, read_target
 from mlx_drift.errors import DriftError
 from mlx_drift.target.model import TargetShape
@@ -12,6 +12,7 @@ def understand_eagle(
     values: Values,
     tensors: Tensors,
     weights: str,
+    tap_ids: TapConvention | None,
     target: TargetShape | None,
     overrides: Overrides,
 ) -> tuple[dict[str, Any], Undecided | None]:

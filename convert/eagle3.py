@@ -58,8 +58,8 @@ def understand_eagle3(
         "norm_before_residual": bool(values.checked("norm_before_residual", bool)),
         "hidden_size": hidden_size,
         "qk_norm": "layers.0.self_attn.q_norm.weight" in tensors,
-        "gated_attention": _gated(values, tensors),
-        "draft_vocab_size": _draft_vocab_size(values, tensors, made_for.vocab_size),
+        "gated_attention": gated(values, tensors),
+        "draft_vocab_size": read_draft_vocab_size(values, tensors, made_for.vocab_size),
         "own_head": own_head,
         "target": vars(made_for),
     }
@@ -150,7 +150,8 @@ def _feedback(values: Values, overrides: Overrides) -> str:
     return "post" if normed else "pre"
 
 
-def _draft_vocab_size(values: Values, tensors: Tensors, vocab_size: int) -> int:
+def read_draft_vocab_size(values: Values, tensors: Tensors, vocab_size: int) -> int:
+    """Takes the rows of the head, which the config may state; DriftError if it states others."""
     values.look("truncated_vocab_size")  # nebius' name for it
     head = tensors.get("lm_head.weight")
     rows = head.shape[0] if head is not None and head.shape else vocab_size
@@ -176,7 +177,7 @@ def _seen(values: Values, tensors: Tensors, switch: str, tensor: str) -> bool:
     return seen
 
 
-def _gated(values: Values, tensors: Tensors) -> bool:
+def gated(values: Values, tensors: Tensors) -> bool:
     """Tells whether `q_proj` has a gate's rows beside the queries', as in Qwen3-Next.
 
     Qwen3.5's `attn_output_gate` alone means nothing: trainers copy configs from targets.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_drift.convert.conventions import TapConvention
-from mlx_drift.convert.layers import Overrides
+from mlx_drift.convert.layers import Overrides, Slots
 from mlx_drift.convert.mtp.source import read_mtp_checkpoint
 from mlx_drift.convert.read.source import Checkpoint, read_checkpoint
 from mlx_drift.convert.resolved import Resolved
@@ -93,6 +93,7 @@ def inspect_drafter(
     feedback: Literal["pre", "post"] | None = None,
     rope_theta: float | None = None,
     window: int | None = None,
+    slots: Slots | None = None,
 ) -> Inspection:
     """Tells what a drafter checkpoint is, and whether it fits a target.
 
@@ -102,17 +103,18 @@ def inspect_drafter(
         target: The target's folder or Hub repository; only its json files are read.
         mtp: Look for the multi-token-prediction head of a model, as in `convert_drafter`.
         revision: Branch, tag or commit on the Hub.
-        taps: These four override conventions as in `convert_drafter`.
+        taps: These five override conventions as in `convert_drafter`.
         feedback: See `taps`.
         rope_theta: See `taps`.
         window: See `taps`.
+        slots: See `taps`.
 
     Raises:
         DriftError: If it is no drafter that mlx-drift knows, or it cannot be read.
     """
     shape = read_target_shape(target) if target is not None else None
     checkpoint = (read_mtp_checkpoint if mtp else read_checkpoint)(source, revision)
-    overrides = Overrides(taps, feedback, rope_theta, window)
+    overrides = Overrides(taps, feedback, rope_theta, window, slots)
     resolved = understand(checkpoint, shape, overrides)
     unsaid = shape and replace(shape, num_layers=None)
     stated = understand(checkpoint, unsaid, overrides).fields["target"]

@@ -14,6 +14,7 @@ from mlx_drift.errors import DriftError, brief
 from mlx_drift.target.model import TargetShape
 
 Tensors = Mapping[str, StoredTensor]
+Slots = Literal["unshifted", "shifted"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Overrides:
         feedback: Which state the next chain step gets.
         rope_theta: The base of RoPE.
         window: The sliding window; 0 for none.
+        slots: Which position a slot of a block predicts: its own, or the one after.
         probed: Which of these the probe says, under the names of the config's fields.
     """
 
@@ -33,6 +35,7 @@ class Overrides:
     feedback: Literal["pre", "post"] | None = None
     rope_theta: float | None = None
     window: int | None = None
+    slots: Slots | None = None
     probed: frozenset[str] = frozenset()
 
 

@@ -9,11 +9,14 @@ import re
 from typing import Any
 
 from mlx_drift.convert.conventions import Values
+from mlx_drift.convert.dflash import understand_dflash, understand_dspark
 from mlx_drift.convert.dialects import Dialect, Names
 from mlx_drift.convert.dialects.angelslim import ANGELSLIM
 from mlx_drift.convert.dialects.automodel import AUTOMODEL
+from mlx_drift.convert.dialects.dflash import DFLASH_DIALECTS
 from mlx_drift.convert.dialects.eagle import EAGLE
 from mlx_drift.convert.dialects.modelopt import MODELOPT
+from mlx_drift.convert.dialects.p_eagle import P_EAGLE_DIALECTS
 from mlx_drift.convert.dialects.refused import REFUSED, is_mtp
 from mlx_drift.convert.dialects.safeailab import SAFEAILAB
 from mlx_drift.convert.dialects.specdrift import SPECDRIFT
@@ -24,6 +27,7 @@ from mlx_drift.convert.eagle import understand_eagle
 from mlx_drift.convert.eagle3 import understand_eagle3
 from mlx_drift.convert.layers import Overrides
 from mlx_drift.convert.mtp.understand import understand_mtp
+from mlx_drift.convert.p_eagle import understand_p_eagle
 from mlx_drift.convert.read.source import Checkpoint
 from mlx_drift.convert.read.stored import StoredTensor
 from mlx_drift.convert.resolved import CONVERTED, Resolved
@@ -34,6 +38,8 @@ from mlx_drift.target.model import TargetShape
 
 # The first that recognises a checkpoint; SpecForge's layout is what most others started from.
 DIALECTS = (
+    *DFLASH_DIALECTS,
+    *P_EAGLE_DIALECTS,
     SPECULATORS,
     EAGLE,
     SPECDRIFT,
@@ -44,6 +50,14 @@ DIALECTS = (
     SAFEAILAB,
     SPECFORGE,
 )
+UNDERSTAND = {
+    "eagle3": understand_eagle3,
+    "p-eagle": understand_p_eagle,
+    "dflash": understand_dflash,
+    "dspark": understand_dspark,
+    "eagle": understand_eagle,
+}
+"""What resolves the fields of each kind."""
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -76,12 +90,9 @@ def understand(
     values = Values(flat, checkpoint.config_file, dialect.defaults, overrides.probed)
     values.look(*dialect.bookkeeping)
     weights = checkpoint.weights
-    if dialect.kind == "eagle":
-        fields, undecided = understand_eagle(values, tensors, weights, target, overrides)
-    else:
-        fields, undecided = understand_eagle3(
-            values, tensors, weights, dialect.tap_ids, target, overrides
-        )
+    fields, undecided = UNDERSTAND[dialect.kind](
+        values, tensors, weights, dialect.tap_ids, target, overrides
+    )
     if "taps" in fields:
         fields["taps"] = list(fields["taps"])
     known = CONFIGS[dialect.kind].__dataclass_fields__

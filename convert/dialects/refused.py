@@ -13,6 +13,9 @@ from mlx_drift.convert.dialects import Config, Names, architecture
 EAGLE3 = "Take an EAGLE-3 head for the same target (`mlx-drift pairs` lists some)"
 
 
+DFLASH = "Take a DFlash, DSpark or EAGLE-3 head for the same target"
+
+
 @dataclass(frozen=True)
 class Refused:
     """A format that is recognised and refused."""
@@ -30,15 +33,28 @@ def _any(names: Names, *parts: str) -> bool:
     return any(part in name for name in names for part in parts)
 
 
-def _dflash(config: Config, names: Names) -> bool:
-    kinds = ("DFlash", "DSpark", "Domino")
+def _domino(config: Config, names: Names) -> bool:
+    return "Domino" in architecture(config) or _any(names, "prefix_gru.")
+
+
+def _dflash2(config: Config, names: Names) -> bool:
     return (
-        any(kind in architecture(config) for kind in kinds)
-        or _model_type(config) in ("dflash", "dflash2", "dspark")
-        or "dflash_config" in config
-        or {"block_size", "mask_token_id"} <= config.keys()
-        or _any(names, "markov_w1", "prefix_gru.")
+        "DFlash2" in architecture(config)
+        or _model_type(config) == "dflash2"
+        or _any(names, "candidate_selector.", "attention_conv.", "mlp_conv.")
     )
+
+
+def _dfly(config: Config, names: Names) -> bool:
+    return _any(names, "layer_fusion_weights", "k_proj_target", "context_proj.")
+
+
+def _xpress(config: Config, names: Names) -> bool:
+    return _model_type(config) == "xpress"
+
+
+def _parallel(config: Config, names: Names) -> bool:
+    return config.get("parallel_drafting") is True and not _any(names, "mask_hidden")
 
 
 def _mla(config: Config, names: Names) -> bool:
@@ -52,15 +68,6 @@ def is_mtp(config: Config, names: Names) -> bool:
         _model_type(config) == "mtp"
         or str(config.get("model_type", "")).endswith("_mtp")
         or _any(names, "mtp.", "mtp_layers.", ".eh_proj.")
-    )
-
-
-def _p_eagle(config: Config, names: Names) -> bool:
-    return (
-        _model_type(config) == "peagle"
-        or architecture(config).startswith("PEagle")
-        or config.get("parallel_drafting") is True
-        or _any(names, "mask_hidden")
     )
 
 
@@ -99,15 +106,14 @@ REFUSED = (
         _whole_model,
         "Give it as the target (--target, --model), and a drafter trained for it as the source",
     ),
+    Refused("a DFlash2 drafter", _dflash2, f"z-lab's dflash runs it. {DFLASH}"),
+    Refused("a Domino drafter", _domino, f"SpecForge and SGLang run it. {DFLASH}"),
+    Refused("a DFly or DFlare drafter", _dfly, f"AngelSlim runs it. {DFLASH}"),
+    Refused("an XPress drafter", _xpress, f"vLLM runs it. {DFLASH}"),
     Refused(
-        "a block-diffusion drafter (DFlash, DSpark, Domino)",
-        _dflash,
-        "It drafts by denoising blocks: dflash-mlx and mlx-vlm run those",
-    ),
-    Refused(
-        "a P-EAGLE drafter",
-        _p_eagle,
-        f"It drafts all tokens in one parallel pass, which vLLM runs. {EAGLE3}",
+        "a P-EAGLE drafter without its mask_hidden",
+        _parallel,
+        "Save it again with what stands in the place of taps in its rows after the first",
     ),
     Refused(
         "an EAGLE-3 drafter with latent attention (MLA)",

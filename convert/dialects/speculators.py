@@ -20,15 +20,17 @@ def flatten(config: Config) -> Config:
     return lift((nested if isinstance(nested, dict) else {}) | own, "eagle_config")
 
 
+BOOKKEEPING = frozenset(
+    "speculators_model_type speculators_version speculators_config algorithm "
+    "embed_requires_grad".split()
+)
+
 SPECULATORS = Dialect(
     "speculators",
     recognises,
     flatten=flatten,
     tap_ids="input",
-    bookkeeping=frozenset(
-        "speculators_model_type speculators_version speculators_config algorithm "
-        "embed_requires_grad".split()
-    ),
+    bookkeeping=BOOKKEEPING,
     defaults={
         "norm_before_residual": (True, "vLLM runs speculators heads without the key so"),
     },

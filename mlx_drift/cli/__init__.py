@@ -20,7 +20,7 @@ COMMANDS = {
     "generate": "Generate text through a drafter, losing nothing by it.",
     "cache-prompt": "Process how prompts begin, once: generate --prompt-cache-file goes on from "
     "there.",
-    "convert": "Convert a PyTorch EAGLE-3 checkpoint, or a model's MTP head, to MLX.",
+    "convert": "Convert a PyTorch drafter checkpoint, or a model's MTP head, to MLX.",
     "inspect": "Tell what a drafter checkpoint is, without downloading its weights.",
     "doctor": "Tell caches, taps, memory and what is refused, before any weights are loaded.",
     "pairs": "List known pairs of target and drafter, from which `generate --drafter auto` picks.",
@@ -48,7 +48,7 @@ class Commands(TyperGroup):
 app = typer.Typer(
     name="mlx-drift",
     cls=Commands,
-    help="Lossless speculative decoding on MLX: EAGLE-3, EAGLE-3.1 and MTP heads.",
+    help="Lossless speculative decoding on MLX: EAGLE-3, EAGLE-3.1, DFlash and MTP heads.",
     no_args_is_help=True,
     add_completion=False,
     context_settings=SETTINGS,

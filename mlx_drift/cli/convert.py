@@ -9,7 +9,17 @@ from rich.console import Console
 
 from mlx_drift.cli import options
 from mlx_drift.cli.load import load_model
-from mlx_drift.cli.options import Feedback, Mtp, Revision, RopeTheta, Source, Taps, Target, Window
+from mlx_drift.cli.options import (
+    Feedback,
+    Mtp,
+    Revision,
+    RopeTheta,
+    Slots,
+    Source,
+    Taps,
+    Target,
+    Window,
+)
 from mlx_drift.cli.show import conventions, conversion_bar, warning
 from mlx_drift.convert import Conversion, convert_drafter
 from mlx_drift.convert.target import read_target_shape
@@ -40,6 +50,7 @@ def convert(
     feedback: Feedback = None,
     rope_theta: RopeTheta = None,
     window: Window = None,
+    slots: Slots = None,
     probe_conventions: Annotated[
         bool,
         typer.Option(
@@ -61,7 +72,7 @@ def convert(
         bool, typer.Option("--json", help="One JSON object on stdout: the resolved config.")
     ] = False,
 ) -> None:
-    """Convert a PyTorch EAGLE-3 checkpoint, or a model's MTP head, to MLX."""
+    """Convert a PyTorch drafter checkpoint, or a model's MTP head, to MLX."""
     console = Console(stderr=True)
     if (q_bits, q_group_size, q_mode) != (None, None, "affine") and not quantize:
         raise typer.BadParameter("--q-bits, --q-group-size and --q-mode need --quantize")
@@ -82,6 +93,7 @@ def convert(
             feedback=feedback,
             rope_theta=rope_theta,
             window=window,
+            slots=slots,
             strict=strict,
             probe=probe,
             upload_repo=upload_repo,

@@ -7,7 +7,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mlx_drift.cli.options import Feedback, Mtp, Revision, RopeTheta, Source, Taps, Target, Window
+from mlx_drift.cli.options import (
+    Feedback,
+    Mtp,
+    Revision,
+    RopeTheta,
+    Slots,
+    Source,
+    Taps,
+    Target,
+    Window,
+)
 from mlx_drift.cli.show import as_is, conventions, warning
 from mlx_drift.convert import Inspection, inspect_drafter
 from mlx_drift.errors import DriftError
@@ -24,6 +34,7 @@ def inspect(
     feedback: Feedback = None,
     rope_theta: RopeTheta = None,
     window: Window = None,
+    slots: Slots = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object on stdout instead of the tables.")
     ] = False,
@@ -38,6 +49,7 @@ def inspect(
         feedback=feedback,
         rope_theta=rope_theta,
         window=window,
+        slots=slots,
     )
     if as_json:
         typer.echo(json.dumps(found.to_dict()))

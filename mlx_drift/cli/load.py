@@ -175,9 +175,7 @@ def windowed(
     if window is None and sinks is None:
         return drafter
     if not isinstance(drafter, LayersDrafter):
-        raise DriftError(
-            "--drafter-window and --drafter-sinks are for trained heads with layers"
-        )
+        raise DriftError("--drafter-window and --drafter-sinks are for trained heads with layers")
     wanted = drafter.window if window is None else window or None
     if sinks is None:
         return drafter.windowed(wanted, drafter.sinks)

@@ -38,6 +38,13 @@ Feedback = Annotated[
 RopeTheta = Annotated[
     float | None, typer.Option(help="The base of RoPE, where the checkpoint's is wrong.")
 ]
+Slots = Annotated[
+    Literal["shifted", "unshifted"] | None,
+    typer.Option(
+        help="Which position a slot of a DFlash or DSpark block predicts: its own (unshifted), or "
+        "the one after it.",
+    ),
+]
 Window = Annotated[
     int | None, typer.Option(metavar="W", help="The sliding window; 0 for none.", min=0)
 ]

@@ -73,8 +73,13 @@ class ChainState(Caches):
 
 
 class ChainDrafter(LayersDrafter):
-    """Chains its network: each step reads what the one before recycled."""
+    """Chains its network: each step reads what the one before recycled.
 
+    Attributes:
+        recycles: Whether it does so in drafting, too: a state that is fed back may drift.
+    """
+
+    recycles = True
     network: Network
 
     def through(self, network: Network) -> Self:

@@ -58,18 +58,7 @@ class Eagle3Config(LlamaLayersConfig):
     def __post_init__(self) -> None:
         """Refuses what no checkpoint can mean."""
         super().__post_init__()
-        if not self.own_head and self.draft_vocab_size != self.target.vocab_size:
-            raise DriftError(
-                f"draft_vocab_size is {self.draft_vocab_size} and the target's vocabulary "
-                f"{self.target.vocab_size}, so the drafter needs an lm_head of its own"
-            )
-        if self.hidden_size != self.target.hidden_size and not (
-            self.own_embedding and self.own_head
-        ):
-            raise DriftError(
-                f"hidden_size is {self.hidden_size} and the target's {self.target.hidden_size}, "
-                "so the drafter needs an embed_tokens and an lm_head of its own"
-            )
+        check_own_parts(self)
         if not self.fc and (self.fc_bias or len(self.taps) > 1):
             raise DriftError(
                 f"a drafter without fc reads one tap as it is, but this has taps {list(self.taps)}"
@@ -105,6 +94,68 @@ class PEagleConfig(Eagle3Config):
             raise DriftError("a P-EAGLE drafter fuses its taps by fc, but this has none")
         if self.feedback != "pre":
             raise DriftError(f"feedback is {self.feedback}, but a P-EAGLE drafter feeds none back")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DFlashConfig(LlamaLayersConfig):
+    """A DFlash drafter: a block of mask tokens, filled in one pass.
+
+    Attributes:
+        block_size: Slots of a block, B.
+        mask_token_id: What the slots after the first embed.
+        slots: Whether a slot predicts the token at its own position (`unshifted`, B − 1 drafts) or
+            the one after it (`shifted`, B drafts).
+        causal_layers: Layers in which a slot sees only the slots before it.
+        window_rule: Whether the window of a sliding layer moves with each slot (`slot`) or is what
+            lies before the block's first slot (`anchor`).
+        draft_vocab_size: Rows of the drafter's head; `d2t` maps them if fewer than the target's.
+        own_head: The checkpoint brings `lm_head`; else the target's head is used.
+    """
+
+    drafter_type: Literal["dflash", "dspark"] = "dflash"
+    block_size: int
+    mask_token_id: int
+    slots: Literal["unshifted", "shifted"] = "unshifted"
+    causal_layers: tuple[int, ...] = ()
+    window_rule: Literal["slot", "anchor"] = "slot"
+    draft_vocab_size: int
+    own_head: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what no checkpoint can mean."""
+        super().__post_init__()
+        check_mask(self.mask_token_id, self.target)
+        check_own_parts(self)
+        if self.block_size < 2 and self.slots == "unshifted":
+            raise DriftError(f"block_size is {self.block_size}; expected at least 2")
+        if any(layer >= self.num_layers for layer in self.causal_layers):
+            raise DriftError(
+                f"causal_layers is {list(self.causal_layers)}, but there are {self.num_layers} "
+                "layers"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DSparkConfig(DFlashConfig):
+    """A DSpark drafter: a DFlash block whose drafts are chosen one after another.
+
+    Attributes:
+        markov: How the bias by the token before is made; None for none.
+        markov_rank: Its rank, R; of no meaning without one.
+        confidence: What the confidence head reads: the slot's state alone (`state`), or the
+            embedding of the token before beside it (`state and token`); None for no such head.
+    """
+
+    drafter_type: Literal["dspark"] = "dspark"
+    markov: Literal["vanilla", "gated", "rnn"] | None
+    markov_rank: int = 1
+    confidence: Literal["state", "state and token"] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what no checkpoint can mean."""
+        super().__post_init__()
+        if self.confidence == "state and token" and self.markov is None:
+            raise DriftError("confidence reads the token before, but there is no markov head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,9 +217,30 @@ class MTPConfig(LayersConfig):
 CONFIGS: dict[str, type[DrafterConfig]] = {
     "eagle3": Eagle3Config,
     "p-eagle": PEagleConfig,
+    "dflash": DFlashConfig,
+    "dspark": DSparkConfig,
     "eagle": EagleConfig,
     "mtp": MTPConfig,
 }
+
+
+def check_own_parts(config: Eagle3Config | DFlashConfig) -> None:
+    """Checks that a drafter brings the embedding and head that the target's cannot stand for.
+
+    Raises:
+        DriftError: If it does not.
+    """
+    if not config.own_head and config.draft_vocab_size != config.target.vocab_size:
+        raise DriftError(
+            f"draft_vocab_size is {config.draft_vocab_size} and the target's vocabulary "
+            f"{config.target.vocab_size}, so the drafter needs an lm_head of its own"
+        )
+    own = config.own_embedding and config.own_head
+    if config.hidden_size != config.target.hidden_size and not own:
+        raise DriftError(
+            f"hidden_size is {config.hidden_size} and the target's {config.target.hidden_size}, "
+            "so the drafter needs an embed_tokens and an lm_head of its own"
+        )
 
 
 def config_from_dict(values: dict[str, Any]) -> DrafterConfig:

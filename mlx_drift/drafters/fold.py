@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_drift.drafters.dflash import DFlashNetwork
 from mlx_drift.drafters.eagle3 import Eagle3Network, FirstLayer
 from mlx_drift.drafters.mtp import MTPNetwork
 
@@ -34,6 +35,10 @@ def fold(network: nn.Module) -> None:
     """
     if isinstance(network, MTPNetwork):
         _fold_projection(network)
+        return
+    if isinstance(network, DFlashNetwork):  # its context reads keys and values alone
+        for layer in network.layers:
+            _pack(layer.mlp, "gate_up_proj", ("gate_proj", "up_proj"))
         return
     if isinstance(network, Eagle3Network):
         _fold_taps(network)

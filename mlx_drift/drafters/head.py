@@ -55,7 +55,7 @@ class HeadDrafter(ABC):
     def propose(self, k: int, cache: Any, chooser: Choose | None = None) -> Draft:
         """Drafts up to k tokens to follow the committed ones; the likeliest without a chooser."""
 
-    def start(self, token: mx.array, cache: Any) -> None:
+    def start(self, token: mx.array, cache: Any) -> None:  # noqa: B027
         """Does nothing: the first row is the second token's, with the taps of the first."""
 
     def _nothing(self) -> Draft:

@@ -15,6 +15,8 @@ from mlx_drift.drafters.config import (
     pads,
     read_config,
 )
+from mlx_drift.drafters.dflash import DFlashDrafter, DFlashNetwork
+from mlx_drift.drafters.dspark import DSparkDrafter, DSparkNetwork
 from mlx_drift.drafters.eagle import EagleNetwork
 from mlx_drift.drafters.eagle3 import Eagle3Network
 from mlx_drift.drafters.fold import fold
@@ -32,6 +34,8 @@ WEIGHTS = "model.safetensors"
 KINDS: dict[str, tuple[Any, Any]] = {
     "eagle3": (Eagle3Network, ChainDrafter),
     "p-eagle": (PEagleNetwork, PEagleDrafter),
+    "dflash": (DFlashNetwork, DFlashDrafter),
+    "dspark": (DSparkNetwork, DSparkDrafter),
     "eagle": (EagleNetwork, ChainDrafter),
     "mtp": (MTPNetwork, ChainDrafter),
 }

@@ -41,6 +41,7 @@ class PEagleNetwork(Eagle3Network):
 class PEagleDrafter(ChainDrafter):
     """Drafts all tokens of a round at once."""
 
+    recycles = False
     config: PEagleConfig
     network: PEagleNetwork
 

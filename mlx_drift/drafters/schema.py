@@ -6,7 +6,7 @@ an error that names it.
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.target.model import TargetShape
@@ -226,7 +226,7 @@ def _fits(value: Any, hint: Any) -> bool:
     origin = get_origin(hint)
     if origin is Literal:
         return value in get_args(hint)
-    if origin is UnionType:
+    if origin in (UnionType, Union):  # the latter of a Literal and None
         return any(_fits(value, choice) for choice in get_args(hint))
     if origin in (tuple, list):
         item = get_args(hint)[0]

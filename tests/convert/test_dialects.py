@@ -298,12 +298,13 @@ def renamed_tensor(name: str):
 
 
 REFUSED = {
-    "P-EAGLE by type": ({"speculators_model_type": "peagle"}, PLAIN.tensors, "P-EAGLE"),
-    "P-EAGLE by tensor": ({}, renamed_tensor("mask_hidden"), "P-EAGLE"),
+    "P-EAGLE without its vector": ({"parallel_drafting": True}, PLAIN.tensors, "P-EAGLE"),
     "MLA": ({"architectures": ["Eagle3DeepseekV2ForCausalLM"]}, PLAIN.tensors, "(MLA)"),
     "MLA by tensor": ({}, renamed_tensor("layers.0.self_attn.q_a_proj.weight"), "(MLA)"),
-    "DFlash": ({"architectures": ["DFlashDraftModel"]}, PLAIN.tensors, "DFlash"),
-    "DSpark": ({"speculators_model_type": "dspark"}, PLAIN.tensors, "DSpark"),
+    "DFlash2": ({"architectures": ["DFlash2DraftModel"]}, PLAIN.tensors, "DFlash2"),
+    "DFlash2 by tensor": ({}, renamed_tensor("layers.0.mlp_conv.base_kernel"), "DFlash2"),
+    "DFly": ({}, renamed_tensor("layer_fusion_weights"), "DFly"),
+    "XPress": ({"speculators_model_type": "xpress"}, PLAIN.tensors, "XPress"),
     "Domino": ({}, renamed_tensor("prefix_gru.weight_ih"), "Domino"),
     "Medusa": ({"medusa_num_heads": 5}, PLAIN.tensors, "Medusa"),
     "Hydra": ({"hydra_num_heads": 4}, PLAIN.tensors, "Hydra"),

@@ -40,6 +40,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from block_dialects import BLOCK_VARIANTS
 from dialects import LAYERS, VARIANTS
 from mlx_drift.convert import convert_drafter, inspect_drafter
 from mlx_drift.convert.read.source import read_checkpoint
@@ -108,7 +109,7 @@ class Input:
 def bases() -> dict[str, tuple[Config, Tensors]]:
     found = {}
     with tempfile.TemporaryDirectory() as root:
-        for name, variant in VARIANTS.items():
+        for name, variant in (VARIANTS | BLOCK_VARIANTS).items():
             variant.spell(variant.made, Path(root, name))
             found[name] = read_back(Path(root, name))
         heads = (
@@ -116,6 +117,9 @@ def bases() -> dict[str, tuple[Config, Tensors]]:
             "specforge with embedding",
             "modelopt no aux state",
             "eagle-1 bin",
+            "p-eagle speculators",
+            "dflash z-lab sliding",
+            "dspark speculators",
         )
         for name, quantize in itertools.product(heads, (False, True)):
             out = Path(root, f"converted {name}{' -q' * quantize}")

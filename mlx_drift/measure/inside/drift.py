@@ -193,10 +193,15 @@ def drift(
     settings = settings or Settings()
     if not drafters or not prompts:
         raise DriftError("there is nothing to measure: give a drafter and a prompt")
-    chained = {name: one for name, one in drafters.items() if isinstance(one, ChainDrafter)}
+    chained = {
+        name: one
+        for name, one in drafters.items()
+        if isinstance(one, ChainDrafter) and one.recycles
+    }
     if others := drafters.keys() - chained.keys():
         raise DriftError(
-            f"{min(others)} recycles no state that could drift; give an EAGLE or MTP head"
+            f"{min(others)} recycles no state that could drift: no step reads what another made. "
+            "Give an EAGLE or MTP head"
         )
     treatments: dict[str | None, Intervention] = {None: lambda drafter, seed: drafter}
     treatments |= {text: intervention(text) for text in interventions}

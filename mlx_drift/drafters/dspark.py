@@ -1,0 +1,110 @@
+"""DSpark drafters: a DFlash block whose drafts are chosen one after another (arXiv 2607.05147).
+
+Notable:
+- To the logits of each slot a bias is added that depends on the token chosen for the slot before,
+  the last committed one at first: low-rank, from an embedding of *target* ids to *draft* ids. So a
+  draft's distribution is conditional on the drafts before it, and rejection sampling is exact with
+  what was really drawn from.
+- `gated` scales the embedding by what the slot's state says of it; `rnn` keeps a state that runs
+  along the block. What runs along is started anew each round: nothing is fed back over rounds.
+- The confidence head tells how likely a slot's draft is to be accepted.
+- Equations: vllm-project/speculators `models/dspark/model_definitions.py`.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_drift.drafters.config import DSparkConfig
+from mlx_drift.drafters.dflash import BlockState, DFlashDrafter, DFlashNetwork
+from mlx_drift.drafters.protocol import Choose, Draft
+
+
+class Markov(nn.Module):
+    """The bias of a slot by the token before it."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        size, rank = config.hidden_size, config.markov_rank
+        self.w1 = nn.Embedding(config.target.vocab_size, rank)
+        self.w2 = nn.Linear(rank, config.draft_vocab_size, bias=False)
+        if config.markov == "gated":
+            self.gate = nn.Linear(size + rank, rank)
+        if config.markov == "rnn":
+            self.joint = nn.Linear(size + 2 * rank, 3 * rank)
+
+    def __call__(
+        self, token: mx.array, hidden: mx.array, state: mx.array | None
+    ) -> tuple[mx.array, mx.array | None]:
+        """Returns a slot's bias, and the state to go on with.
+
+        Args:
+            token: The token before the slot, `[1]`.
+            hidden: The slot's state, `[1, H]`.
+            state: What runs along the block, `[1, R]`; None at its start, and where nothing does.
+
+        Returns:
+            The bias `[1, D]` and the state `[1, R]`.
+        """
+        embedding = self.w1(token)
+        if "gate" in self:
+            gate = mx.sigmoid(self.gate(mx.concatenate([hidden, embedding], axis=-1)))
+            return self.w2(gate * embedding), None
+        if "joint" in self:
+            state = mx.zeros_like(embedding) if state is None else state
+            joined = self.joint(mx.concatenate([state, embedding, hidden], axis=-1))
+            gate, candidate, output = mx.split(joined, 3, axis=-1)
+            gate = mx.sigmoid(gate)
+            state = gate * state + (1 - gate) * mx.tanh(candidate)
+            return self.w2(mx.tanh(output)), state
+        return self.w2(embedding), None
+
+
+class DSparkNetwork(DFlashNetwork):
+    """The drafter's own weights, under the names of the canonical checkpoint.
+
+    Attributes:
+        unquantized: The last names of linear layers that stay as they are when it is quantized.
+    """
+
+    unquantized = ("confidence",)
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__(config)
+        size = config.hidden_size
+        if config.markov is not None:
+            self.markov = Markov(config)
+        if config.confidence is not None:
+            markov = config.markov_rank if config.confidence == "state and token" else 0
+            self.confidence = nn.Linear(size + markov, 1)
+
+
+class DSparkDrafter(DFlashDrafter):
+    """Fills a block in one pass, and chooses its tokens one after another."""
+
+    config: DSparkConfig
+    network: DSparkNetwork
+
+    def propose(self, k: int, cache: BlockState, chooser: Choose | None = None) -> Draft:
+        """Drafts k tokens, or as many as a block has; none before anything was ingested."""
+        if self.config.markov is None:
+            return super().propose(k, cache, chooser)
+        k = min(k, self.max_drafts or k)
+        if k == 0 or cache.last is None:
+            return self._nothing()
+        hidden = self._fill(k, cache)
+        logits = self._head(hidden)
+        tokens: list[mx.array] = []
+        drawn_with: list[mx.array] = []
+        token, state = cache.last, None
+        for slot in range(k):
+            row = slice(slot, slot + 1)
+            bias, state = self.network.markov(token, hidden[row], state)
+            biased = logits[row] + bias
+            if chooser is None or chooser.drafts_greedily:
+                token, log_probabilities = self.choose(biased), None
+            else:
+                token, log_probabilities = chooser.draft(self._spread(biased), tokens)
+            tokens.append(token)
+            if log_probabilities is not None:
+                drawn_with.append(log_probabilities)
+        return Draft(mx.concatenate(tokens), mx.concatenate(drawn_with) if drawn_with else None)
