@@ -23,7 +23,7 @@ from mlx_drift.files.json_file import read_json
 from mlx_drift.files.paths import existing
 from mlx_drift.target.model import Target, TargetShape
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Raised when the converter's result changes for the same checkpoint, so that caches start anew."""
 
 

@@ -15,7 +15,14 @@ from checkpoints import embedded_checkpoint
 from dialects import HIDDEN, LAYERS, PLAIN, specforge
 from families import BASE, BUILT, CONFIGS, LEFT_OUT, REFUSED, build
 from hub_stub import StubHub, set_endpoint, settle
-from mlx_drift import DriftError, DriftWarning, load_demo, load_drafter, make_prompt_cache
+from mlx_drift import (
+    DriftError,
+    DriftWarning,
+    convert_drafter,
+    load_demo,
+    load_drafter,
+    make_prompt_cache,
+)
 from mlx_drift.demo import DEMO, TARGET
 from mlx_drift.doctor import doctor
 from mlx_drift.target.caches import KVQuantization
@@ -314,6 +321,15 @@ def test_a_drafter_to_be_converted_first(tmp_path):
     assert found.drafter.taps == [2, 6, 9]
     found = doctor(str(tmp_path / "t"), str(tmp_path / "head" / "model.safetensors"))
     assert "is a file; expected a converted drafter's folder" in found.refused[0]
+
+
+def test_a_drafter_for_fewer_ids_than_a_padded_target_has(tmp_path):
+    specforge(PLAIN, tmp_path / "head")
+    convert_drafter(str(tmp_path / "head"), tmp_path / "out")
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "vocab_size": VOCAB + 3}
+    found = doctor(family(tmp_path / "t", "qwen3", **sizes), str(tmp_path / "out"))
+    assert found.refused == []
+    assert any(f"made for {VOCAB} of the target's {VOCAB + 3} ids" in n for n in found.notes)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 from families import build
 from mlx_drift import convert_drafter, stream_generate
 from mlx_drift.drafters.load import load_converted
+from mlx_drift.target.model import Target
 from mtp_heads import FAMILIES, config_of, head, write_repository, written
 from tiny import NoText, plain_greedy
 
@@ -48,3 +49,22 @@ def test_greedy_text_is_the_target_s(name, converted):
             model, NoText(), PROMPT, LENGTH, drafter=drafter, num_draft_tokens=k
         )
         assert [response.token for response in responses] == plain
+
+
+@pytest.mark.filterwarnings("ignore:only .* of the first drafts")
+@pytest.mark.parametrize("name", ["mimo", "qwen3_5"])
+@pytest.mark.parametrize("temp", [0.0, 1.0])
+def test_a_target_that_is_padded_since(name, temp, tmp_path):
+    """Its config names a few ids less than the target has; the target's own head is used."""
+    model = build(FAMILIES[name].target)
+    shape = Target(model).shape
+    sizes = {"vocab_size": shape.vocab_size - 3}
+    write_repository(tmp_path / "source", config_of(name, **sizes), written(name, head(name)))
+    done = convert_drafter(str(tmp_path / "source"), tmp_path / "out", mtp=True, target=shape)
+    assert "others are taken for padding" in done.notes[-1]
+    drafter = load_converted(tmp_path / "out", model)
+    responses = stream_generate(model, NoText(), PROMPT, LENGTH, drafter=drafter, temp=temp, seed=0)
+    said = [response.token for response in responses]
+    assert len(said) == LENGTH
+    if temp == 0.0:
+        assert said == plain_greedy(model, PROMPT, LENGTH)
