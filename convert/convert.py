@@ -165,6 +165,8 @@ def convert_drafter(
     try:
         path = Path(mlx_path).expanduser()
         check_free(path)
+    except DriftError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:
         raise DriftError(f"{mlx_path}: cannot be written ({error})") from None
     if dtype is not None and dtype not in DTYPES:

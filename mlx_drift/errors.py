@@ -5,8 +5,10 @@ from typing import Any
 _LONGEST = 1000
 
 
-class DriftError(Exception):
+class DriftError(ValueError):
     """One line that a user can act on: what was found, what was expected, what to do.
+
+    A `ValueError`, which is what mlx-lm raises for what it refuses.
 
     Names and values of untrusted files end up in messages, so characters that would break the line
     or steer a terminal are escaped, and a very long message is cut.

@@ -15,6 +15,17 @@ import mlx_lm
 from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_drift.arguments import (
+    Prompt,
+    check_loaded,
+    check_vocabulary,
+    encode,
+    function,
+    functions,
+    takes_numbers,
+    token_ids,
+    without_defaults,
+)
 from mlx_drift.decode.answer import Chunk, answer
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.fork import LogitsProcessor, unforkable
@@ -26,8 +37,8 @@ from mlx_drift.decode.statistics import LOW_ACCEPTANCE, Statistics
 from mlx_drift.decode.tuned import remember, tuned_costs
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError, DriftWarning
-from mlx_drift.files.text import check_text
 from mlx_drift.target.caches import KVQuantization
+from mlx_drift.target.model import vocabulary_size
 
 ROUNDS_TO_JUDGE = 32
 """Rounds after which a drafter that is hardly ever right is spoken of."""
@@ -43,11 +54,12 @@ class DriftResponse(GenerationResponse):
     statistics: Statistics = field(default_factory=Statistics)
 
 
+@takes_numbers
 @one_thread_at_a_time
 def stream_generate(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
-    prompt: str | list[int] | mx.array,
+    prompt: Prompt,
     max_tokens: int = 256,
     *,
     drafter: Drafter | None = None,
@@ -81,7 +93,7 @@ def stream_generate(
     Args:
         model: The target, as `mlx_lm.load` returns it.
         tokenizer: Its tokenizer.
-        prompt: Text, or token ids.
+        prompt: Text, or token ids: a list, an array, a batch of one, a tokenizer's result.
         max_tokens: Tokens to generate at most; −1 for no limit.
         drafter: A drafter loaded for this target; None for mlx-lm's own generation.
         num_draft_tokens: Drafts a round, K; or `"auto"`: what pays, learned from the rounds and
@@ -120,7 +132,8 @@ def stream_generate(
         prompt_progress_callback: Called with the prompt tokens processed so far, and all of them.
         compare_plain: After the last token, time a few one-row target steps, rolled back again,
             so that `statistics` tells whether plain decoding would have been faster.
-        kwargs: Further keywords of `mlx_lm.stream_generate`, without a drafter only.
+        kwargs: Further keywords of `mlx_lm.stream_generate`, without a drafter only; those that
+            say what it does without them are let through.
 
     Yields:
         One `DriftResponse` a token, as soon as it is accepted. As in mlx-lm, an end-of-text token
@@ -128,19 +141,27 @@ def stream_generate(
         from the end of the prompt, since the first round may bring several tokens.
 
     Raises:
-        DriftError: If the prompt is empty, a number is out of range, the drafter was loaded for
-            another model, or the target's caches cannot be rolled back.
+        DriftError: If the prompt is empty or has an id outside the vocabulary, a number is out of
+            range, the drafter was loaded for another model, or the target's caches cannot be rolled
+            back. It is a `ValueError`, as mlx-lm's are.
 
     Warns:
         DriftWarning: If the drafter's states are not finite, hardly any draft is accepted, or a
             logits processor cannot be copied.
     """
+    check_loaded(model, tokenizer, drafter)
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
-    tokens = _encode(tokenizer, prompt)
+    kwargs = without_defaults(kwargs)
+    sizes = map(vocabulary_size, [model, *filter(None, [kwargs.get("draft_model")])])
+    vocab_size = min((size for size in sizes if size is not None), default=None)
+    tokens = encode(tokenizer, prompt, vocab_size)
+    special_tokens = token_ids(xtc_special_tokens, "xtc_special_tokens")
+    check_vocabulary(special_tokens, vocab_size, "xtc_special_tokens")
     if max_tokens == 0 or max_tokens < -1:
         raise DriftError(f"max_tokens is {max_tokens}; expected at least 1, or -1 for no limit")
-    progress = prompt_progress_callback or (lambda done, total: None)
+    told = function("prompt_progress_callback", prompt_progress_callback)
+    progress = told or (lambda done, total: None)
     sampling = Sampling(
         temp=temp,
         top_p=top_p,
@@ -149,9 +170,9 @@ def stream_generate(
         top_k=top_k,
         xtc_probability=xtc_probability,
         xtc_threshold=xtc_threshold,
-        xtc_special_tokens=tuple(xtc_special_tokens),
-        logits_processors=tuple(logits_processors or ()),
-        sampler=sampler,
+        xtc_special_tokens=tuple(special_tokens),
+        logits_processors=functions("logits_processors", logits_processors),
+        sampler=function("sampler", sampler),
     )
     if seed is not None and not 0 <= seed < 1 << 64:
         raise DriftError(f"seed is {seed}; expected a whole number from 0 to 2**64 - 1")
@@ -281,7 +302,7 @@ def stream_generate(
 def generate(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
-    prompt: str | list[int] | mx.array,
+    prompt: Prompt,
     verbose: bool = False,
     **kwargs: Any,
 ) -> str:
@@ -373,6 +394,11 @@ def _warn_of_low_acceptance(statistics: Statistics) -> None:
 def _own(prompt_cache: PromptCache | list[Any], model: nn.Module, drafter: Drafter) -> PromptCache:
     """Checks that a prompt cache is one of ours, of this model and drafter."""
     if not isinstance(prompt_cache, PromptCache):
+        if not isinstance(prompt_cache, list | tuple):
+            raise DriftError(
+                f"prompt_cache is of type {type(prompt_cache).__name__}; expected a loaded one: "
+                "prompt_cache = load_prompt_cache(path, model, drafter)"
+            )
         kinds = sorted({type(cache).__name__ for cache in prompt_cache})
         raise DriftError(
             f"prompt_cache is mlx-lm's ({', '.join(kinds)}), which knows neither its tokens nor "
@@ -385,16 +411,3 @@ def _own(prompt_cache: PromptCache | list[Any], model: nn.Module, drafter: Draft
             "make one with make_prompt_cache(model, drafter)"
         )
     return prompt_cache
-
-
-def _encode(tokenizer: TokenizerWrapper, prompt: str | list[int] | mx.array) -> list[int]:
-    """Turns a prompt into token ids, as mlx-lm does: BoS is added unless the text has it."""
-    if isinstance(prompt, str):
-        bos = tokenizer.bos_token
-        has_bos = bos is not None and prompt.startswith(bos)
-        check_text(prompt, "the prompt")
-        prompt = tokenizer.encode(prompt, add_special_tokens=not has_bos) if prompt else []
-    tokens: list[int] = mx.array(prompt, dtype=mx.int32).tolist()  # type: ignore[assignment]
-    if not tokens:
-        raise DriftError("the prompt is empty; give some text")
-    return tokens

@@ -29,6 +29,8 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
         data = path.read_bytes()
         refuse_pointer(data, path)
         values = parse_json(data.decode("utf-8"))
+    except DriftError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not valid JSON ({error})"
         raise DriftError(f"{path}: {reason}; expected a JSON object") from None

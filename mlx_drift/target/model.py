@@ -288,6 +288,16 @@ class Target:
                     _swap(norm, tap, _call_that_reports(tap, _output))
 
 
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Returns how many rows a model's embedding has; None if it is not where others have it."""
+    try:
+        backbone, _ = _backbone(model)
+    except DriftError:
+        return None
+    rows: int = _part(backbone, EMBEDDINGS).weight.shape[0]
+    return rows
+
+
 def remove_taps(model: nn.Module) -> None:
     """Gives every tapped module of `model` its own class back."""
     for module in model.modules():
