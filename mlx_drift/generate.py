@@ -153,7 +153,8 @@ def stream_generate(
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
     kwargs = without_defaults(kwargs)
-    sizes = map(vocabulary_size, [model, *filter(None, [kwargs.get("draft_model")])])
+    models = [m for m in (model, kwargs.get("draft_model")) if isinstance(m, nn.Module)]
+    sizes = map(vocabulary_size, models)
     vocab_size = min((size for size in sizes if size is not None), default=None)
     tokens = encode(tokenizer, prompt, vocab_size)
     special_tokens = token_ids(xtc_special_tokens, "xtc_special_tokens")

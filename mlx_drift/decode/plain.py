@@ -88,8 +88,8 @@ def decode_plain(
                 missed.clear()
                 mx.async_eval(drafter_cache.state)
             seconds = clock() - start
-            # The first one of a stretch waits for a step that was not under way.
-            draft_length.record_plain(None if is_first else seconds)
+            # The first of a stretch waits for a step that was not under way, the last starts none.
+            draft_length.record_plain(seconds if more and not is_first else None)
             is_first = False
             start = clock()
             clock.stop()

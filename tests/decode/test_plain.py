@@ -172,3 +172,20 @@ def test_a_conversation_goes_on_though_an_old_answer_was_never_closed(
     assert [response.token for response in rest] == said[3:]
     save_prompt_cache(tmp_path / "cache.safetensors", cache)
     assert load_prompt_cache(tmp_path / "cache.safetensors", model, drafter).tokens == cache.tokens
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_only_tokens_that_overlap_with_the_next_step_are_timed(model, count):
+    """The first of a stretch waits for its whole step, the last starts no other: neither is one."""
+
+    class Timed(Scripted):
+        def record_plain(self, seconds):
+            told.append(seconds)
+
+    told = []
+    drafter = tiny_drafter(model)
+    cache = make_prompt_cache(model, drafter)
+    cache.draft_length = Timed([0])
+    keywords = {"drafter": drafter, "prompt_cache": cache, "num_draft_tokens": "auto"}
+    assert len(list(stream_generate(model, NoText(), PROMPT, count, **keywords))) == count
+    assert [seconds is not None for seconds in told] == [0 < i < count - 1 for i in range(count)]
