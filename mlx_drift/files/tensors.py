@@ -33,6 +33,8 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
         with safe_open(path, framework="numpy"):
             pass
         return mx.load(str(path), format="safetensors")  # type: ignore[return-value]
+    except DriftError:
+        raise
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DriftError(
