@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors",
     "files target",
-    "drafters",
+    "arguments drafters",
     "convert.read",
     "convert demo",  # convert: with dialects and mtp
     "pairs loading",
