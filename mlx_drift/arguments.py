@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -23,7 +22,8 @@ Prompt = (
 )
 """Text; or token ids, as a sequence, an array, a batch of one row, or a tokenizer's result."""
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def encode(tokenizer: TokenizerWrapper, prompt: Prompt, vocab_size: int | None) -> list[int]:
@@ -209,7 +209,7 @@ def _token_id(value: Any, which: str) -> int:
         if isinstance(value, Mapping):
             kind = "a message: give tokenizer.apply_chat_template(messages, ...)"
         raise DriftError(f"{which} (counted from 0) is {_named(value)}, {kind}")
-    return operator.index(number)
+    return int(number)
 
 
 def _number(value: Any) -> int | float | None:
