@@ -203,13 +203,13 @@ def _is_listed(ids: Any) -> bool:
 
 
 def _token_id(value: Any, which: str) -> int:
-    number = None if isinstance(value, float) else _number(value)
-    if number is None:
+    number = _number(value)
+    if not isinstance(number, int):
         kind = "the tokens of several texts" if _is_listed(value) else "no token id"
         if isinstance(value, Mapping):
             kind = "a message: give tokenizer.apply_chat_template(messages, ...)"
         raise DriftError(f"{which} (counted from 0) is {_named(value)}, {kind}")
-    return int(number)
+    return number
 
 
 def _number(value: Any) -> int | float | None:
