@@ -51,12 +51,14 @@ class Turn:
     """The caches' state at the start or end of a turn, `tokens` tokens into the conversation.
 
     Attributes:
+        seed: Of the drafter's next draft.
         keep: It is of a mark, where other prompts may branch off: turns to come do not displace it.
     """
 
     tokens: int
     target: Snapshot
     drafter: Snapshot
+    seed: Any
     keep: bool = False
 
 
@@ -108,7 +110,7 @@ class PromptCache:
     @property
     def nbytes(self) -> int:
         """The bytes of the caches and the snapshots."""
-        arrays = tree_flatten([[turn.target, turn.drafter] for turn in self._turns])
+        arrays = tree_flatten([[turn.target, turn.drafter, turn.seed] for turn in self._turns])
         snapshots = sum(array.nbytes for _, array in arrays if array is not None)
         return self.target_cache.nbytes + self.drafter_cache.nbytes + snapshots
 
@@ -188,8 +190,9 @@ class PromptCache:
         Args:
             prompt: Token ids of the whole conversation.
             cut: Says where a chunk ends.
-            marks: Numbers of tokens after which another prompt may branch off. Where trimming would
-                not bring them back, a snapshot of each is taken, and kept while others go.
+            marks: Numbers of tokens after which another prompt may branch off; they may grow. Where
+                trimming would not bring them back, a snapshot of each is taken, and kept while
+                others go.
             number: What `begin` returned; None to begin here.
 
         Yields:
@@ -199,7 +202,6 @@ class PromptCache:
             DriftError: If another prompt was read since, or another thread is in a step.
         """
         number = self.begin() if number is None else number
-        ends = sorted(mark - 1 for mark in marks)
         was_whole = self.whole
         with self.under_way(number):
             self._go_back(prompt, was_whole)
@@ -207,7 +209,7 @@ class PromptCache:
         self.reused = max(0, len(self.tokens) - 1)
 
         def cut_at_marks(start: int) -> int:
-            return min([cut(start), *(end for end in ends if end > start)])
+            return min([cut(start), *(mark - 1 for mark in marks if mark - 1 > start)])
 
         chunks = prefill(
             self.target,
@@ -224,10 +226,19 @@ class PromptCache:
                 done = next(chunks, None)
                 if done is not None:
                     self.tokens = prompt[: done + 1]
-                if done is None or done in ends:
+                if done is None or done + 1 in marks:
                     self._remember(keep=done is not None)
             if done is not None:
                 yield done
+
+    def reach(self, shared: int) -> int:
+        """Tells how many tokens would stay for a prompt whose first `shared` tokens are its own."""
+        if self.whole and shared == len(self.tokens) > 1:
+            return shared
+        caches = self.target_cache, self.drafter_cache
+        if shared > 1 and all(cache.can_rewind(shared - 1) for cache in caches):
+            return shared
+        return max((turn.tokens for turn in self._turns if turn.tokens <= shared), default=0)
 
     def follow(self, rounds: Generator[Round], number: int) -> Iterator[Round]:
         """Passes the rounds of the answer of that number on, and keeps their tokens.
@@ -313,11 +324,14 @@ class PromptCache:
         shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         shared = min(len(self.tokens), len(prompt)) if shared is None else shared
         self._tell_if_begun_anew(shared)
-        if whole and shared == len(self.tokens) > 1:
+        # A prompt that is held whole has no row left to be fed, which would bring the first draft.
+        # As what is drawn depends on the drafts, it must be there as it would be anew.
+        is_seeded = shared < len(prompt) or self.drafter_cache.seed is not None
+        if whole and is_seeded and shared == len(self.tokens) > 1:
             self.reuse = "extended"
             self._remember()
-        elif shared > 1 and self._rewind(shared - 1):
-            self.reuse = "trimmed"
+        elif (trimmed := min(shared, len(prompt) - 1)) > 1 and self._rewind(trimmed - 1):
+            self.reuse, shared = "trimmed", trimmed
         elif turn := next((t for t in reversed(self._turns) if self._restore(t, shared)), None):
             self.reuse, shared = "snapshot", turn.tokens
         else:
@@ -347,9 +361,15 @@ class PromptCache:
         count = len(self.tokens)
         known = next((t for t in self._turns if t.tokens == count), None)
         keep = keep or (known is not None and known.keep)
-        turn = Turn(count, self.target_cache.snapshot(), self.drafter_cache.snapshot(), keep)
+        turn = Turn(
+            count,
+            self.target_cache.snapshot(),
+            self.drafter_cache.snapshot(),
+            self.drafter_cache.seed,
+            keep,
+        )
         if any(arrays for arrays in (*turn.target, *turn.drafter)):
-            mx.eval(turn.target, turn.drafter)
+            mx.eval(turn.target, turn.drafter, turn.seed)
             turns = [*(t for t in self._turns if t.tokens != count), turn]
             kept = [t for t in turns if t.keep][-MOST_KEPT:]
             passing = [t for t in turns if not t.keep][-self.max_snapshots :]
@@ -362,14 +382,18 @@ class PromptCache:
         return target_cache, self.drafter.make_cache()
 
     def _rewind(self, rows: int) -> bool:
-        return self.target_cache.rewind(rows) and self.drafter_cache.rewind(rows)
+        caches = self.target_cache, self.drafter_cache
+        return all(c.can_rewind(rows) for c in caches) and all(c.rewind(rows) for c in caches)
 
     def _restore(self, turn: Turn, shared: int) -> bool:
-        return (
+        restored = (
             turn.tokens <= shared
             and self.target_cache.restore(turn.target, turn.tokens - 1)
             and self.drafter_cache.restore(turn.drafter, turn.tokens - 1)
         )
+        if restored:
+            self.drafter_cache.seed = turn.seed
+        return restored
 
 
 def make_prompt_cache(

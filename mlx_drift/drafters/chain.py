@@ -56,6 +56,17 @@ class ChainState(Caches):
         """All arrays, for `mx.eval`."""
         return [super().state, self.draft_logits, self.recycled]
 
+    @property
+    def seed(self) -> tuple[mx.array, mx.array] | None:
+        """What the next chain starts from; None before anything was ingested."""
+        if self.draft_logits is None or self.recycled is None:
+            return None
+        return self.draft_logits, self.recycled
+
+    @seed.setter
+    def seed(self, seed: tuple[mx.array, mx.array] | None) -> None:
+        self.draft_logits, self.recycled = seed or (None, None)
+
     def rewind(self, rows: int) -> bool:
         """Goes back to when `rows` rows had been fed; the seed comes with the next row."""
         self.draft_logits = self.recycled = None

@@ -36,6 +36,19 @@ class DraftModelState(TargetCache):
         """All arrays, for `mx.eval`."""
         return [super().state, self.logits]
 
+    @property
+    def seed(self) -> mx.array | None:
+        """What the next chain starts from; None before anything was ingested."""
+        return self.logits
+
+    @seed.setter
+    def seed(self, seed: mx.array | None) -> None:
+        self.logits = seed
+
+    def can_rewind(self, rows: int) -> bool:
+        """Tells whether it can go back to when the target had been fed `rows` rows."""
+        return super().can_rewind(rows + 1)
+
     def rewind(self, rows: int) -> bool:
         """Goes back to when the target had been fed `rows` rows: one less than are held here."""
         return self._at(rows, super().rewind(rows + 1))

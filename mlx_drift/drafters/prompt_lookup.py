@@ -25,6 +25,7 @@ class LookupState:
     """
 
     state: tuple[()] = ()
+    seed: tuple[()] = ()
     nbytes = 0
 
     def __init__(self, longest: int):
@@ -47,9 +48,13 @@ class LookupState:
         other.tokens, other.ends = self.tokens.copy(), self.ends.copy()
         return other
 
+    def can_rewind(self, rows: int) -> bool:
+        """Tells whether the target has been fed `rows` rows."""
+        return rows < len(self.tokens)
+
     def rewind(self, rows: int) -> bool:
         """Goes back to when the target had been fed `rows` rows."""
-        if rows + 1 > len(self.tokens):
+        if not self.can_rewind(rows):
             return False
         tokens, self.tokens, self.ends = self.tokens[: rows + 1], [], {}
         self.append(tokens)

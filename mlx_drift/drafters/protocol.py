@@ -59,6 +59,9 @@ class DrafterCache(Protocol):
     `mlx_drift.target.rewind.Caches` has it all.
     """
 
+    seed: Any
+    """What the next draft starts from, beside the rows; None if there is nothing yet."""
+
     @property
     def state(self) -> Any:
         """Its arrays, as a tree for `mx.eval`."""
@@ -69,6 +72,9 @@ class DrafterCache(Protocol):
 
     def fork(self) -> Self:
         """Copies it: neither sees what the other is fed from then on."""
+
+    def can_rewind(self, rows: int) -> bool:
+        """Tells whether `rewind` can go back to when `rows` rows had been fed."""
 
     def rewind(self, rows: int) -> bool:
         """Goes back to when `rows` rows had been fed, if it can."""

@@ -57,9 +57,13 @@ class Caches(list[Any]):
         """Tells whether what is held is still of the kind that it was at `rows` rows."""
         return True
 
+    def can_rewind(self, rows: int) -> bool:
+        """Tells whether every cache still has what going back to `rows` rows takes."""
+        return self.can_return_to(rows) and all(_can_trim(part, rows) for part in self.parts())
+
     def rewind(self, rows: int) -> bool:
         """Goes back to when `rows` rows had been fed, if every cache still has what that takes."""
-        if not self.can_return_to(rows) or not all(_can_trim(p, rows) for p in self.parts()):
+        if not Caches.can_rewind(self, rows):
             return False
         for part in self.parts():
             part.trim(part.offset - rows)

@@ -117,6 +117,23 @@ def test_a_branch_is_trimmed_where_it_can_be(fed):
     assert statistics.reused_tokens == len(prompt) + 4
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_next"])
+def test_a_seed_draws_the_same_from_a_prompt_that_is_held_whole(family):
+    """What is drawn depends on the drafts, so the first round must have its own as well."""
+    model = tiny_llama() if family == "llama" else build(family)
+    drafter = tiny_drafter(model)
+    cache = make_prompt_cache(model, drafter)
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+    drawing = {"temp": 0.8, "top_p": 0.9, "seed": 7}
+    expected, _ = say(model, drafter, prompt, **drawing)
+    ways = []
+    for _ in range(3):
+        tokens, statistics = say(model, drafter, prompt, cache, **drawing)
+        assert tokens == expected
+        ways.append(statistics.reuse)
+    assert ways == ["nothing", *[{"llama": "trimmed"}.get(family, "snapshot")] * 2]
+
+
 @pytest.mark.parametrize("family", ["qwen3_next", "gpt_oss"])
 def test_what_cannot_be_trimmed_goes_back_to_a_turn(family, fed):
     model = build(family)

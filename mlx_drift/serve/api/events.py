@@ -1,0 +1,18 @@
+"""Server-sent events, as OpenAI's API has them."""
+
+import json
+from typing import Any
+
+DONE = "data: [DONE]\n\n"
+KEEPALIVE = ": keepalive\n\n"
+"""A comment: clients that count silent seconds hear it, parsers do not."""
+
+
+def data(value: dict[str, Any]) -> str:
+    """Returns one event."""
+    return f"data: {dumps(value)}\n\n"
+
+
+def dumps(value: Any) -> str:
+    """Writes JSON."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

@@ -1,0 +1,302 @@
+"""The three tables of every endpoint: keys that are honoured, accepted, refused.
+
+Honoured keys change the answer. Accepted ones are those without which the answer is the same, so
+nothing is lost by reading over them. Every other key is refused by name: a key that is ignored in
+silence is a wrong answer. Null stands for a key that is not there, as in OpenAI's own API.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_drift.decode.sampling import COLDEST
+from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS
+from mlx_drift.errors import brief, printable
+from mlx_drift.serve.api.kinds import (
+    Kind,
+    anything,
+    boolean,
+    choice,
+    either,
+    integer,
+    list_of,
+    mapping,
+    number,
+    text,
+)
+
+MOST_CHARACTERS = 1 << 24
+MOST_MESSAGES = 4096
+MOST_CHOICES = 16
+MOST_STOPS = 16
+MOST_TOKENS = 1 << 24
+
+NAME = text(512)
+STOP = text(512)
+
+
+class BadRequest(Exception):
+    """A request that cannot be answered as it stands.
+
+    Args:
+        message: What was found, what was expected, and what to do.
+        param: The field it is about.
+        status: The HTTP status.
+        code: A word for programs.
+        retry_after: Seconds after which to try again.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ):
+        super().__init__(message)
+        self.message = printable(message)
+        self.param = None if param is None else printable(param)[:200]
+        self.status = status
+        self.code = code
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Honoured:
+    """A key that changes the answer: what it may hold, and what it does."""
+
+    kind: Kind
+    what: str
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A key that is read over: what it may hold, and why the answer is the same without it."""
+
+    kind: Kind
+    why: str
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The keys of one endpoint.
+
+    Attributes:
+        path: The endpoint.
+        honoured: Keys that change the answer.
+        accepted: Keys without which it is the same.
+        refused: Why some of the others are refused; all of them are.
+    """
+
+    path: str
+    honoured: Mapping[str, Honoured]
+    accepted: Mapping[str, Accepted]
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def read(self, body: Any) -> dict[str, Any]:
+        """Returns the honoured keys of a request's body that were given.
+
+        Raises:
+            BadRequest: Naming the first key that is unknown, missing, or holds something else.
+        """
+        if not isinstance(body, dict):
+            raise BadRequest(f"the body is a JSON {type(body).__name__}; expected an object")
+        given = {}
+        for name, value in body.items():
+            if value is None and (name in self.honoured or name in self.accepted):
+                continue
+            known = self.honoured.get(name) or self.accepted.get(name)
+            if known is None:
+                why = self.refused.get(name, "this server does not know it")
+                shown = printable(name[:80])
+                raise BadRequest(f"{shown}: {why}; leave it out", shown, code="unsupported")
+            try:
+                known.kind(value)
+            except ValueError as error:
+                raise BadRequest(f"{name} is {brief(value)}; {error}", name) from None
+            if name in self.honoured:
+                given[name] = value
+        for name, honoured in self.honoured.items():
+            if honoured.required and name not in given:
+                raise BadRequest(f"{name} is missing; expected {honoured.kind.expected}", name)
+        return given
+
+    def tables(self) -> str:
+        """Returns the three tables in Markdown, for the documentation."""
+        rows = ["| honoured | holds | what it does |", "|---|---|---|"]
+        rows += [f"| `{n}` | {f.kind.expected} | {f.what} |" for n, f in self.honoured.items()]
+        if self.accepted:
+            rows += ["", "| accepted | holds | why the answer is the same without it |"]
+            rows += ["|---|---|---|"]
+            rows += [f"| `{n}` | {f.kind.expected} | {f.why} |" for n, f in self.accepted.items()]
+        rows += ["", "| refused | why |", "|---|---|"]
+        rows += [f"| `{name}` | {why} |" for name, why in self.refused.items()]
+        rows += ["| every other key | this server does not know it |"]
+        return "\n".join(rows)
+
+
+def _is_bias(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) <= 1024
+        and all(
+            key.isascii() and key.isdecimal() and len(key) < 10 and number(-100, 100).passes(bias)
+            for key, bias in value.items()
+        )
+    )
+
+
+def _is_stream_options(value: Any) -> bool:
+    known = {"include_usage", "include_obfuscation"}
+    return isinstance(value, dict) and all(
+        key in known and (item is None or isinstance(item, bool)) for key, item in value.items()
+    )
+
+
+CONTEXT_SIZE = integer(1, MOST_TOKENS)
+
+SAMPLING: dict[str, Honoured] = {
+    "model": Honoured(NAME, "which model answers; the default one if it is left out"),
+    "max_tokens": Honoured(integer(1, MOST_TOKENS), "tokens of the answer at most"),
+    "temperature": Honoured(
+        number(0, 2), f"0 for greedy decoding, else at least {COLDEST:g}; default: the server's"
+    ),
+    "top_p": Honoured(number(0, 1), "the likeliest tokens that make up this mass; 0 or 1 for all"),
+    "top_k": Honoured(integer(0, 1 << 31), "so many of the likeliest tokens; 0 for all"),
+    "min_p": Honoured(number(0, 1), "tokens at least this likely, in parts of the likeliest"),
+    "xtc_probability": Honoured(number(0, 1), "how often XTC removes the likeliest tokens but one"),
+    "xtc_threshold": Honoured(number(0, 0.5), "what a token must reach for XTC to see it"),
+    "seed": Honoured(
+        integer(0, (1 << 63) - 1),
+        "makes what is drawn reproducible; drafts are then of fixed length",
+    ),
+    "n": Honoured(integer(1, MOST_CHOICES), "answers to give"),
+    "stop": Honoured(either(STOP, list_of(STOP, MOST_STOPS)), "texts before which the answer ends"),
+    "stream": Honoured(boolean, "send the answer in pieces, as it is accepted"),
+    "stream_options": Honoured(
+        Kind("an object: `include_usage`, `include_obfuscation`", _is_stream_options),
+        "`include_usage`: a last piece that holds the usage; `include_obfuscation`: accepted",
+    ),
+    "presence_penalty": Honoured(number(-2, 2), "as mlx-lm's"),
+    "presence_context_size": Honoured(CONTEXT_SIZE, "last tokens it looks at; default 20"),
+    "frequency_penalty": Honoured(number(-2, 2), "as mlx-lm's"),
+    "frequency_context_size": Honoured(CONTEXT_SIZE, "last tokens it looks at; default 20"),
+    "repetition_penalty": Honoured(number(0.01, 100), "as mlx-lm's"),
+    "repetition_context_size": Honoured(CONTEXT_SIZE, "last tokens it looks at; default 20"),
+    "logit_bias": Honoured(
+        Kind("an object of token ids with a number from -100 to 100 each", _is_bias),
+        "added to the logits of tokens",
+    ),
+    "num_draft_tokens": Honoured(
+        integer(1, MAX_DRAFT_TOKENS), "drafts a round; default: the server's"
+    ),
+}
+"""What the completions of all kinds have in common."""
+
+HINT = "a hint about speed"
+ABOUT_THE_CALLER = "about who asks, not what"
+
+ACCEPTED: dict[str, Accepted] = {
+    "user": Accepted(NAME, ABOUT_THE_CALLER),
+    "safety_identifier": Accepted(NAME, ABOUT_THE_CALLER),
+    "metadata": Accepted(mapping, ABOUT_THE_CALLER),
+    "store": Accepted(choice(False), "nothing is stored; `true` is refused"),
+    "service_tier": Accepted(NAME, "there is one"),
+    "prompt_cache_key": Accepted(NAME, HINT),
+    "prompt_cache_retention": Accepted(NAME, HINT),
+    "prompt_cache_options": Accepted(mapping, HINT),
+}
+
+MESSAGE = Kind("an object", lambda value: isinstance(value, dict))
+
+NOT_LOADED = "models are loaded by the server's operator alone"
+
+REFUSED: dict[str, str] = {
+    "draft_model": NOT_LOADED,
+    "adapters": NOT_LOADED,
+}
+
+CHAT = Fields(
+    "/v1/chat/completions",
+    {
+        "messages": Honoured(
+            list_of(MESSAGE, MOST_MESSAGES, 1), "the conversation so far", required=True
+        ),
+        **SAMPLING,
+        "max_completion_tokens": Honoured(integer(1, MOST_TOKENS), "the same as `max_tokens`"),
+        "logprobs": Honoured(boolean, "give the log-probability of every token"),
+        "top_logprobs": Honoured(integer(0, 20), "and those of so many of the likeliest"),
+        "chat_template_kwargs": Honoured(mapping, "keywords of the chat template"),
+    },
+    {
+        **ACCEPTED,
+        "prediction": Accepted(anything, HINT),
+        "modalities": Accepted(
+            Kind('["text"]', lambda value: value == ["text"]), "text is what there is"
+        ),
+        "response_format": Accepted(
+            Kind('{"type": "text"}', lambda value: value == {"type": "text"}),
+            "text is what there is; other formats are refused",
+        ),
+        "tools": Accepted(list_of(anything, 0), "an empty list asks for nothing"),
+        "tool_choice": Accepted(choice("none", "auto"), "there are no tools to choose from"),
+        "parallel_tool_calls": Accepted(boolean, "there are no tools to call"),
+    },
+    {
+        **REFUSED,
+        "functions": "this server calls no tools",
+        "function_call": "this server calls no tools",
+        "moderation": "this server judges nothing",
+        "audio": "this server speaks text only",
+        "web_search_options": "this server searches nothing",
+        "reasoning_effort": "what a model takes is in its template: chat_template_kwargs",
+        "verbosity": "no model here was trained to it",
+        "role_mapping": "roles are the template's",
+    },
+)
+
+TOKEN = integer(0, MOST_TOKENS)
+TOKENS = list_of(TOKEN, MOST_TOKENS, 1)
+PROMPT = text(MOST_CHARACTERS)
+
+COMPLETIONS = Fields(
+    "/v1/completions",
+    {
+        "prompt": Honoured(
+            either(
+                PROMPT,
+                TOKENS,
+                list_of(PROMPT, MOST_CHOICES, 1),
+                list_of(TOKENS, MOST_CHOICES, 1),
+            ),
+            "texts or token ids to go on from",
+            required=True,
+        ),
+        **SAMPLING,
+        "logprobs": Honoured(integer(0, 5), "log-probabilities, and of so many of the likeliest"),
+    },
+    {
+        **ACCEPTED,
+        "echo": Accepted(choice(False), "`true` is refused"),
+        "best_of": Accepted(choice(1), "more than one is refused"),
+    },
+    {**REFUSED, "suffix": "a decoder cannot see what comes after"},
+)
+
+TOKENIZE = Fields(
+    "/tokenize",
+    {
+        "model": SAMPLING["model"],
+        "prompt": Honoured(PROMPT, "a text"),
+        "messages": Honoured(list_of(MESSAGE, MOST_MESSAGES, 1), "or a conversation"),
+        "chat_template_kwargs": CHAT.honoured["chat_template_kwargs"],
+        "add_generation_prompt": Honoured(boolean, "end where the answer begins; default true"),
+        "add_special_tokens": Honoured(boolean, "of a text: as the tokenizer does; default true"),
+        "return_token_strs": Honoured(boolean, "give the text of each token too"),
+    },
+    {},
+)
+
+EVERY = (CHAT, COMPLETIONS, TOKENIZE)

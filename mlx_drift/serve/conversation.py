@@ -1,0 +1,194 @@
+"""One answer under way: a request, its place in the caches, and who hears of it."""
+
+import secrets
+import time
+from collections.abc import Callable, Collection, Generator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import mlx.core as mx
+from mlx_lm.sample_utils import make_logits_processors
+
+from mlx_drift.decode.answer import Chunk, answer
+from mlx_drift.decode.clock import Clock
+from mlx_drift.decode.draft_length import DraftLength
+from mlx_drift.decode.prompt_cache import PromptCache
+from mlx_drift.decode.statistics import Statistics
+from mlx_drift.decode.text import Round
+from mlx_drift.serve.model import LoadedModel
+from mlx_drift.serve.request import Ended, Event, Piece, Reading, Request, Scored, Usage
+from mlx_drift.serve.wording import Wording
+
+Sink = Callable[[Event], None]
+"""Hears what happens, on the device's thread; it must not wait."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """What the caller holds of a request: with it, it may leave.
+
+    Attributes:
+        request: What was asked.
+        sink: Who hears of it.
+        model: Who answers.
+        deadline: When it is given up, in seconds of `time.monotonic`.
+        cancelled: The caller left.
+        asked_at: When it came.
+    """
+
+    request: Request
+    sink: Sink
+    model: LoadedModel
+    deadline: float
+    cancelled: bool = False
+    asked_at: float = field(default_factory=time.monotonic)
+
+
+class Conversation:
+    """Runs one request, a step at a time.
+
+    Args:
+        ticket: The request.
+        holds_up: Says whether answers of others wait for its chunks.
+
+    Attributes:
+        cache: Its caches, once it has them.
+        is_reading: It has not read its prompt yet.
+        rows: Tokens that its last step read or added.
+        statistics: Of its rounds.
+    """
+
+    def __init__(self, ticket: Ticket, holds_up: Callable[[], bool]):
+        self.ticket = ticket
+        self.request = ticket.request
+        self.model = ticket.model
+        self.cache: PromptCache | None = None
+        self.is_reading = True
+        self.rows = 0
+        self.statistics = Statistics()
+        self.clock = Clock()
+        self.clock.stop()
+        self._holds_up = holds_up
+        self._steps: Generator[Chunk | Round] | None = None
+        self._draft_length: DraftLength | None = None
+        self._wording = Wording(self.model.tokenizer, self.request.stop)
+        self._done = 0
+        self._count = 0
+
+    def begin(self, cache: PromptCache, marks: Collection[int]) -> None:
+        """Takes its caches.
+
+        Args:
+            cache: Its caches, which may hold some of the prompt.
+            marks: After how many tokens others may branch off; it may grow.
+        """
+        request = self.request
+        self.cache = cache
+        is_seeded = request.seed is not None and request.sampling.is_random
+        draft_length = self.model.draft_length(request.num_draft_tokens, is_seeded)
+        self._draft_length = draft_length
+        self.statistics.draft_length = draft_length
+        sampling = request.sampling
+        if request.penalties:
+            processors = tuple(make_logits_processors(**request.penalties))
+            sampling = replace(sampling, logits_processors=processors)
+        self._steps = answer(
+            cache,
+            request.tokens,
+            cut=lambda start: self.model.cut(start, self._holds_up()),
+            marks=marks,
+            draft_length=draft_length,
+            max_tokens=request.max_tokens,
+            stop_tokens=set(self.model.tokenizer.eos_token_ids),
+            sampling=sampling,
+            key=_key(request.seed) if sampling.is_random else None,
+            statistics=self.statistics,
+            clock=self.clock,
+        )
+
+    def step(self) -> list[Event]:
+        """Takes one step: a chunk of the prompt, or a round.
+
+        Returns:
+            What came of it; the last one is `Ended` if nothing more is wanted.
+        """
+        assert self._steps is not None, "it has not begun"
+        self.clock.go()
+        try:
+            step = next(self._steps)
+        finally:
+            self.clock.stop()
+        if isinstance(step, Chunk):
+            self.rows, self._done = step.done - self._done, step.done
+            self.is_reading = step.done < step.total - 1
+            return [Reading(step.done, step.total)]
+        self.rows = len(step.tokens)
+        return self._events(step)
+
+    def wait(self) -> None:
+        """Waits until the device has done all that was begun, on this conversation's account."""
+        self.clock.go()
+        mx.synchronize()
+        self.clock.stop()
+
+    def close(self) -> None:
+        """Ends it, whole or not; its caches are as after its last step."""
+        if self._steps is not None:
+            self._steps.close()
+        if self._draft_length is not None and self.statistics.rounds:
+            self.model.acceptance = self._draft_length.acceptance
+
+    @property
+    def usage(self) -> Usage:
+        """What it took so far."""
+        s = self.statistics
+        return Usage(
+            prompt_tokens=len(self.request.tokens),
+            cached_tokens=s.reused_tokens,
+            completion_tokens=self._count,
+            rounds=s.rounds,
+            tested=tuple(s.tested),
+            accepted=tuple(s.accepted),
+            plain_tokens=s.plain_tokens,
+        )
+
+    def _events(self, round: Round) -> list[Event]:
+        """Returns what a round added; the answer may end within it."""
+        ends = self.model.tokenizer.eos_token_ids
+        text = ""
+        reason: Literal["stop", "length"] | None = None
+        scored: list[Scored] = []
+        for token, log_probabilities in zip(round.tokens, round.log_probabilities, strict=True):
+            self._count += 1
+            if token in ends:
+                reason = "stop"
+                break
+            text += self._wording.add(token)
+            if self.request.top_logprobs is not None:
+                scored.append(_score(token, log_probabilities, self.request.top_logprobs))
+            if self._wording.stopped or self._count == self.request.max_tokens:
+                reason = "length"
+                break
+        if reason is not None:
+            text += self._wording.end()
+        events: list[Event] = [Piece(text, scored)] if text or scored else []
+        if reason is not None:
+            reason = "stop" if self._wording.stopped else reason
+            events.append(Ended(reason, self.usage))
+        return events
+
+
+def _score(token: int, log_probabilities: mx.array, count: int) -> Scored:
+    """Reads a token's log-probability and the likeliest ones."""
+    own: Any = log_probabilities[token].astype(mx.float32).item()
+    top: list[tuple[int, float]] = []
+    if count := min(count, log_probabilities.size):
+        likeliest = mx.argpartition(-log_probabilities, count - 1)[:count]
+        values: Any = log_probabilities[likeliest].astype(mx.float32).tolist()
+        tokens: Any = likeliest.tolist()
+        top = sorted(zip(tokens, values, strict=True), key=lambda pair: -pair[1])
+    return Scored(token, own, top)
+
+
+def _key(seed: int | None) -> mx.array:
+    return mx.random.key(secrets.randbits(63) if seed is None else seed)

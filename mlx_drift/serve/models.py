@@ -1,0 +1,157 @@
+"""The models that are served: a default one, and those that are allowed beside it.
+
+Only names that the operator gave are ever loaded: a request names one of them, or gets a 404, and
+what is loaded stays loaded. All loading is done by the device's thread, between two turns.
+"""
+
+import fnmatch
+import gc
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_drift.errors import DriftError
+from mlx_drift.files.paths import existing
+from mlx_drift.serve.engine import Engine
+from mlx_drift.serve.model import LoadedModel
+
+ALIASES = ("default_model", "default")
+"""What mlx-lm's server calls the model it was started with."""
+
+FULL = 0.9
+"""The part of the machine's memory that weights and caches may take before a model is unloaded."""
+
+
+@dataclass(eq=False)
+class Known:
+    """A model that may be asked for.
+
+    Attributes:
+        name: What it is called in answers.
+        load: Loads it, on the device's thread.
+        weights: Bytes of its weights, as far as they are on this machine already.
+        names: What it is called in requests.
+        loaded: It, if it is.
+        used_at: When it was asked for last, in seconds of `time.monotonic`.
+        created: When the server came to know it, in seconds since 1970.
+    """
+
+    name: str
+    load: Callable[[], LoadedModel]
+    weights: Callable[[], int]
+    names: frozenset[str]
+    loaded: LoadedModel | None = None
+    used_at: float = 0.0
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+class NotServed(Exception):
+    """A request names a model that is not served."""
+
+
+class Models:
+    """Finds and loads models.
+
+    Args:
+        engine: Who loads and unloads.
+        known: All that may be asked for, the default one first.
+        patterns: Other names that the default one answers to, as of a shell.
+        memory: Bytes that the machine has for all.
+        idle_seconds: After how long without a request a model is unloaded; None for never.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        known: Sequence[Known],
+        *,
+        patterns: Sequence[str] = (),
+        memory: int,
+        idle_seconds: float | None = None,
+    ):
+        self.engine = engine
+        self.known = list(known)
+        self.patterns = list(patterns)
+        self.memory = memory
+        self.idle_seconds = idle_seconds
+
+    def find(self, name: str | None) -> Known:
+        """Finds a model by the name of a request; the default one for None.
+
+        Raises:
+            NotServed: If there is none.
+        """
+        default = self.known[0]
+        if name is None or name in ALIASES:
+            return default
+        for known in self.known:
+            if name in known.names:
+                return known
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns):
+            return default
+        raise NotServed(
+            f"the model {name!r} is not served; GET /v1/models lists those that are. Serve it with "
+            "--model or --allow-models, or let the default answer with --any-model-name"
+        )
+
+    def get(self, known: Known) -> "Future[LoadedModel]":
+        """Returns a model, loaded by the device's thread if it is not."""
+        known.used_at = time.monotonic()
+        if known.loaded is not None:
+            done: Future[LoadedModel] = Future()
+            done.set_result(known.loaded)
+            return done
+        return self.engine.call(lambda: self._load(known))
+
+    def unload_idle(self) -> bool:
+        """Unloads what nobody asked for lately; on the device's thread, when nothing runs."""
+        if self.idle_seconds is None:
+            return False
+        before = time.monotonic() - self.idle_seconds
+        idle = [k for k in self.known if k.loaded is not None and k.used_at < before]
+        for known in idle:
+            self._unload(known)
+        return bool(idle)
+
+    def _load(self, known: Known) -> LoadedModel:
+        if known.loaded is not None:
+            return known.loaded
+        weights = known.weights()
+        others = sorted((k for k in self.known if k.loaded), key=lambda k: k.used_at)
+        for other in others:
+            if mx.get_active_memory() + weights <= FULL * self.memory:
+                break
+            if other.loaded in self.engine.models_in_use():
+                continue
+            self._unload(other)
+        if weights and mx.get_active_memory() + weights > self.memory:
+            raise DriftError(
+                f"{known.name} needs {weights} bytes, and with what is loaded that is more than "
+                f"the machine's {self.memory}; try again when the other models are not answering"
+            )
+        known.loaded = known.load()
+        return known.loaded
+
+    def _unload(self, known: Known) -> None:
+        if known.loaded is not None:
+            self.engine.store.forget(known.loaded)
+        known.loaded = None
+        gc.collect()
+        mx.clear_cache()
+
+
+def called(source: str) -> str:
+    """Returns what a model is called: a repository as it is, a folder by its last part."""
+    path = existing(source)
+    return source if path is None else path.resolve().name
+
+
+def weight_bytes(source: str) -> int:
+    """Returns the bytes of a model's weights on this machine; 0 if they are not there yet."""
+    path = existing(source)
+    folder = Path(source) if path is None else path
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -1,0 +1,127 @@
+"""What the engine is asked, and what it tells meanwhile. Nothing here is of an API or of HTTP."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mlx_drift.decode.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to one prompt.
+
+    Attributes:
+        tokens: Token ids of the whole conversation.
+        max_tokens: Tokens of the answer at most.
+        sampling: What tokens are drawn from, but for the logits processors.
+        penalties: Keywords of mlx-lm's `make_logits_processors`.
+        seed: Makes what is drawn reproducible.
+        num_draft_tokens: Drafts a round; None for the server's.
+        stop: Texts before which the answer ends.
+        top_logprobs: How many of the likeliest tokens to tell with each token; None for not even
+            its own log-probability.
+        marks: Numbers of tokens after which other prompts may branch off: the system prompt's.
+    """
+
+    tokens: list[int]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    penalties: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    num_draft_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+    marks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token, its log-probability, and the likeliest ones in its place with theirs."""
+
+    token: int
+    log_probability: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """So many of the prompt's tokens are processed."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a round added to the answer.
+
+    Attributes:
+        text: Its text; what may be the start of a stop text is held back.
+        scored: Its tokens, where log-probabilities were asked for.
+    """
+
+    text: str
+    scored: list[Scored]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an answer took.
+
+    Attributes:
+        prompt_tokens: Of the prompt.
+        cached_tokens: Those of them that were in a cache.
+        completion_tokens: Of the answer, an end-of-text token included.
+        rounds: Rounds with drafts.
+        tested: Drafts that were tested, by their position in a round.
+        accepted: Drafts that were accepted, likewise.
+        plain_tokens: Tokens of plain decoding, between the rounds.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    rounds: int = 0
+    tested: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+    plain_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The answer is whole: a stop token or text came, or `max_tokens`."""
+
+    reason: Literal["stop", "length"]
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Failed:
+    """There will be no more of the answer.
+
+    Attributes:
+        kind: What ended it.
+        message: What happened, and what to do.
+    """
+
+    kind: Literal["timeout", "shutdown", "refused", "error", "cancelled"]
+    message: str
+
+
+Event = Reading | Piece | Ended | Failed
+
+
+class Busy(Exception):
+    """Nothing more is taken on.
+
+    Args:
+        message: Why, and what to do.
+        retry_after: Seconds after which to try again.
+        is_closing: The engine is closing; else the queue is full.
+    """
+
+    def __init__(self, message: str, retry_after: int, is_closing: bool = False):
+        super().__init__(message)
+        self.retry_after = retry_after
+        self.is_closing = is_closing

@@ -1,0 +1,156 @@
+"""The three tables of keys: what the documentation says is what the endpoints do."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+from openai.resources.chat.completions import Completions as Chat
+from openai.resources.completions import Completions
+
+import mlx_drift.serve
+from mlx_drift.serve.api.fields import ACCEPTED, CHAT, COMPLETIONS, EVERY, BadRequest
+
+README = Path(mlx_drift.serve.__file__).parent / "README.md"
+
+GOOD = {
+    "model": "m",
+    "messages": [{"role": "user", "content": "a"}],
+    "prompt": "a",
+    "max_tokens": 1,
+    "max_completion_tokens": 1,
+    "temperature": 0.5,
+    "top_p": 0.5,
+    "top_k": 4,
+    "min_p": 0.1,
+    "xtc_probability": 0.1,
+    "xtc_threshold": 0.2,
+    "seed": 1,
+    "n": 2,
+    "stop": ["a"],
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "presence_penalty": 1,
+    "presence_context_size": 5,
+    "frequency_penalty": -1.5,
+    "frequency_context_size": 5,
+    "repetition_penalty": 1.1,
+    "repetition_context_size": 5,
+    "logit_bias": {"5": -100},
+    "num_draft_tokens": 2,
+    "logprobs": None,
+    "top_logprobs": 2,
+    "chat_template_kwargs": {"a": 1},
+    "add_generation_prompt": False,
+    "add_special_tokens": False,
+    "return_token_strs": True,
+    "user": "u",
+    "safety_identifier": "u",
+    "metadata": {"a": "b"},
+    "store": False,
+    "service_tier": "auto",
+    "prompt_cache_key": "k",
+    "prompt_cache_retention": "24h",
+    "prompt_cache_options": {"mode": "explicit"},
+    "prediction": {"type": "content", "content": "a"},
+    "modalities": ["text"],
+    "response_format": {"type": "text"},
+    "tools": [],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "echo": False,
+    "best_of": 1,
+}
+BAD = {
+    "model": 5,
+    "messages": [],
+    "prompt": [[]],
+    "max_tokens": 0,
+    "max_completion_tokens": 1.5,
+    "temperature": 2.1,
+    "top_p": -0.1,
+    "top_k": 1.0,
+    "min_p": True,
+    "xtc_probability": "0.1",
+    "xtc_threshold": 0.6,
+    "seed": -1,
+    "n": 17,
+    "stop": [5],
+    "stream": "true",
+    "stream_options": {"include": True},
+    "presence_penalty": 3,
+    "presence_context_size": 0,
+    "frequency_penalty": 10**400,
+    "frequency_context_size": -1,
+    "repetition_penalty": 0,
+    "repetition_context_size": 1e9,
+    "logit_bias": {"five": 1},
+    "num_draft_tokens": 65,
+    "logprobs": 21,
+    "top_logprobs": 21,
+    "chat_template_kwargs": [],
+    "add_generation_prompt": 1,
+    "add_special_tokens": 0,
+    "return_token_strs": "",
+    "user": ["u"],
+    "safety_identifier": "u" * 1000,
+    "metadata": "a",
+    "store": True,
+    "service_tier": 5,
+    "prompt_cache_key": {},
+    "prompt_cache_retention": 24,
+    "prompt_cache_options": "explicit",
+    "modalities": ["audio"],
+    "response_format": {"type": "json_object"},  # serving.md 3.15: mlx-lm answers 200
+    "tools": [{"type": "function"}],
+    "tool_choice": "required",
+    "parallel_tool_calls": "yes",
+    "echo": True,
+    "best_of": 2,
+}
+
+
+def least(fields):
+    return {name: GOOD[name] for name, field in fields.honoured.items() if field.required}
+
+
+@pytest.mark.parametrize("fields", EVERY, ids=lambda fields: fields.path)
+def test_the_documentation_has_the_tables(fields):
+    assert f"### `POST {fields.path}`\n\n{fields.tables()}\n" in README.read_text()
+
+
+@pytest.mark.parametrize("fields", EVERY, ids=lambda fields: fields.path)
+def test_keys_are_honoured_accepted_or_refused_by_name(fields):
+    for name in fields.honoured:
+        assert name in fields.read(least(fields) | {name: GOOD[name]}) or GOOD[name] is None
+    for name in fields.accepted:
+        assert fields.read(least(fields) | {name: GOOD[name]}) == least(fields)
+    for name in (*fields.refused, "suffixes", "x" * 500, "a\nb"):
+        with pytest.raises(BadRequest) as refused:
+            fields.read(least(fields) | {name: "a"})
+        assert refused.value.param.startswith(name[:1])
+        assert name[:80].replace("\n", "\\n") in refused.value.message
+        assert "\n" not in refused.value.message
+    for name in (*fields.honoured, *fields.accepted):
+        if name in BAD:
+            with pytest.raises(BadRequest, match=name) as refused:
+                fields.read(least(fields) | {name: BAD[name]})
+            assert refused.value.param == name
+            assert fields.read(least(fields) | {name: None} | least(fields)) == least(fields)
+    for name in least(fields):
+        with pytest.raises(BadRequest, match=f"{name} is missing"):
+            fields.read({})
+
+
+def test_every_key_has_an_example():
+    for fields in EVERY:
+        assert {*fields.honoured, *fields.accepted} <= GOOD.keys()
+        assert {*fields.honoured, *fields.accepted} - {"prediction"} <= BAD.keys()
+
+
+def test_what_openai_knows_is_decided():
+    """Every key of OpenAI's own client is in one of the tables."""
+    transport = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+    for create, fields in ((Chat.create, CHAT), (Completions.create, COMPLETIONS)):
+        keys = {*inspect.signature(create).parameters} - transport
+        assert keys <= {*fields.honoured, *fields.accepted, *fields.refused}, fields.path
+    assert ACCEPTED.keys() <= CHAT.accepted.keys() & COMPLETIONS.accepted.keys()
