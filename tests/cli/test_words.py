@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 
@@ -119,7 +120,7 @@ def random_bytes(seed):
 def test_random_bytes_as_prompts(count, cli, tmp_path, monkeypatch):
     """As an argument, in a file and on stdin: what is text is answered, what is not is refused."""
     pair = load_demo()
-    command = sys.modules["mlx_drift.cli.generate"]  # the name is the command's, too
+    command = import_module("mlx_drift.cli.generate")  # the name is the command's, too
     monkeypatch.setattr(command, "load_pair", lambda *args: pair)
     path = tmp_path / "prompt"
     refused = 0
@@ -153,7 +154,7 @@ def narrow_stdout(encoding, monkeypatch):
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_an_answer_that_stdout_cannot_show_comes_through(encoding, monkeypatch):
     narrow = narrow_stdout(encoding, monkeypatch)
-    generate = sys.modules["mlx_drift.cli.generate"]  # the name is the command's, too
+    generate = import_module("mlx_drift.cli.generate")  # the name is the command's, too
     real = generate.stream_generate
 
     def with_snow(*args, **keywords):
