@@ -1,19 +1,24 @@
 """The model card of a converted drafter."""
 
 import re
+from collections.abc import Sequence
 
 from huggingface_hub import ModelCardData
 
-from mlx_drift.drafters.config import (
-    DFlashConfig,
-    DSparkConfig,
-    Eagle3Config,
-    MTPConfig,
-    PEagleConfig,
-)
+from mlx_drift.drafters.config import Eagle3Config
 from mlx_drift.drafters.schema import DrafterConfig
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # what may stand in a command to copy
+
+KINDS = {
+    "eagle": ("An EAGLE-1/2 drafter", "eagle"),
+    "eagle3": ("An EAGLE-3 drafter", "eagle3"),
+    "p-eagle": ("A P-EAGLE drafter", "p-eagle"),
+    "dflash": ("A DFlash drafter", "dflash"),
+    "dspark": ("A DSpark drafter", "dspark"),
+    "mtp": ("A multi-token-prediction (MTP) head", "mtp"),
+}
+"""What each type of drafter is, in words and as a tag."""
 
 BODY = """
 # {name}
@@ -39,21 +44,8 @@ def model_card(name: str, config: DrafterConfig) -> str:
         config: Its config.
     """
     values = config.to_dict()
-    kind, tag = "An EAGLE-1/2 drafter", "eagle"
-    if isinstance(config, Eagle3Config):
-        kind, tag = "An EAGLE-3 drafter", "eagle3"
-        if config.fc_norm and config.feedback == "post":
-            kind = "An EAGLE-3.1 (normalized) drafter"
-    if isinstance(config, PEagleConfig):
-        kind, tag = "A P-EAGLE drafter", "p-eagle"
-    if isinstance(config, DFlashConfig):
-        kind, tag = "A DFlash drafter", "dflash"
-    if isinstance(config, DSparkConfig):
-        kind, tag = "A DSpark drafter", "dspark"
-    if isinstance(config, MTPConfig):
-        kind, tag = "A multi-token-prediction (MTP) head", "mtp"
-    repo = config.source.get("repo", "")
-    source = repo if _REPOSITORY.fullmatch(repo) else None
+    kind, tag = kind_of(config)
+    source = repository_of(config)
     data = ModelCardData(
         library_name="mlx",
         base_model=source,
@@ -61,15 +53,8 @@ def model_card(name: str, config: DrafterConfig) -> str:
         tags=["mlx", "mlx-drift", "speculative-decoding", tag],
     )
     target = config.source.get("target", "")
-    num_layers = config.target.num_layers
     body = BODY.format(
-        name=name,
-        what=kind,
-        hidden=config.target.hidden_size,
-        vocab=config.target.vocab_size,
-        layers="" if num_layers is None else f" and {num_layers} layers",
-        source=source or config.source.get("path"),
-        sha256=config.source.get("sha256"),
+        **_sizes(name, kind, config, source),
         target=target if _REPOSITORY.fullmatch(target) else "TARGET",
         conventions="\n".join(
             f"| `{key}` | `{in_short(values[key])}` | {origin} |"
@@ -77,6 +62,65 @@ def model_card(name: str, config: DrafterConfig) -> str:
         ),
     )
     return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+EXPORTED = """
+# {name}
+
+{what} for a target of hidden size {hidden} and a vocabulary of {vocab}{layers}, as a
+PyTorch checkpoint in the format of {form}, exported with `mlx-drift export` from `{source}`
+(sha256 of the weights it was converted from: `{sha256}`).
+
+`mlx-drift convert` reads it back as the same drafter.
+{notes}
+"""
+
+
+def export_card(name: str, config: DrafterConfig, form: str, notes: Sequence[str]) -> str:
+    """Writes the `README.md` of an exported drafter.
+
+    Args:
+        name: The drafter's repository, or else its folder's name.
+        config: The config of the drafter that was exported.
+        form: The name of the format.
+        notes: What the user should know, a line each.
+    """
+    kind, tag = kind_of(config)
+    source = repository_of(config)
+    data = ModelCardData(base_model=source, tags=["speculative-decoding", tag, "mlx-drift"])
+    body = EXPORTED.format(
+        **_sizes(name, kind, config, source),
+        form=form,
+        notes="".join(f"\n- {note}" for note in notes),
+    )
+    return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def kind_of(config: DrafterConfig) -> tuple[str, str]:
+    """Says what a drafter is, in words and as a tag."""
+    what, tag = KINDS[config.drafter_type]
+    if type(config) is Eagle3Config and config.fc_norm and config.feedback == "post":
+        what = "An EAGLE-3.1 (normalized) drafter"
+    return what, tag
+
+
+def repository_of(config: DrafterConfig) -> str | None:
+    """Returns the repository a drafter came from, if it is one."""
+    repo = config.source.get("repo", "")
+    return repo if _REPOSITORY.fullmatch(repo) else None
+
+
+def _sizes(name: str, kind: str, config: DrafterConfig, source: str | None) -> dict[str, object]:
+    num_layers = config.target.num_layers
+    return {
+        "name": name,
+        "what": kind,
+        "hidden": config.target.hidden_size,
+        "vocab": config.target.vocab_size,
+        "layers": "" if num_layers is None else f" and {num_layers} layers",
+        "source": source or config.source.get("path"),
+        "sha256": config.source.get("sha256"),
+    }
 
 
 def in_short(value: object) -> object:

@@ -46,6 +46,9 @@ TAP_KEYS = (
     "aux_hidden_state_layer_ids",  # speculators' block drafters
 )
 
+TAPS_KEY = "mlx_drift_taps"
+"""What `mlx_drift.convert.export` writes beside a tool's ids: the taps that they mean."""
+
 
 class Undecided(DriftError):
     """What the taps are cannot be told from the checkpoint alone: the user, or a probe, must."""
@@ -154,15 +157,13 @@ def resolve_taps(
         Undecided: If their meaning cannot be decided.
     """
     ids = read_tap_ids(values)
+    meant = values.checked(TAPS_KEY, list)
+    if meant and override is None:
+        values.provenance["taps"] = f"file: {TAPS_KEY}"
+        return _fitting(values, meant, num_taps, num_layers)
     if ids is None:
         return _default_taps(values, num_taps, num_layers, override)
-    if len(ids) != num_taps:
-        wider = num_layers is None and num_taps % len(ids) == 0
-        raise DriftError(
-            f"{values.file} names {len(ids)} tap layers {brief(ids)}, but fc was made for "
-            f"{num_taps}"
-            + (", or for a target wider than the drafter: give it, --target MODEL" if wider else "")
-        )
+    _fitting(values, ids, num_taps, num_layers)
     convention, why = tap_convention(ids, num_layers, producer)
     if override == "output" and num_layers in ids:
         raise DriftError(
@@ -181,6 +182,20 @@ def resolve_taps(
     else:
         values.provenance["taps"] = f"file; rule: {convention} of layer, since {why}"
     return tuple(ids) if convention == "input" else tuple(i + 1 for i in ids)
+
+
+def _fitting(
+    values: Values, ids: list[Any], num_taps: int, num_layers: int | None
+) -> tuple[Any, ...]:
+    """Returns the ids, of which there must be as many as `fc` was made for."""
+    if len(ids) != num_taps:
+        wider = num_layers is None and num_taps % len(ids) == 0
+        raise DriftError(
+            f"{values.file} names {len(ids)} tap layers {brief(ids)}, but fc was made for "
+            f"{num_taps}"
+            + (", or for a target wider than the drafter: give it, --target MODEL" if wider else "")
+        )
+    return tuple(ids)
 
 
 def read_tap_ids(values: Values) -> list[int] | None:

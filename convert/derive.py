@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from mlx_drift.convert.read.stored import StoredTensor, from_mlx, to_mlx
 
+FLOATS = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}
+
 FP8_BLOCK = 128
 """Rows and columns that share a scale in DeepSeek's fp8 checkpoints."""
 
@@ -87,9 +89,13 @@ def scaled_by_blocks(tensor: StoredTensor, scales: StoredTensor) -> StoredTensor
 
 
 def dequantized(
-    parts: Sequence[StoredTensor], group_size: int, bits: int, mode: str
+    parts: Sequence[StoredTensor],
+    group_size: int,
+    bits: int,
+    mode: str,
+    dtype: mx.Dtype = mx.bfloat16,
 ) -> StoredTensor:
-    """Unpacks a matrix, or a stack of them, that mlx quantized, to bfloat16.
+    """Unpacks a matrix, or a stack of them, that mlx quantized.
 
     Args:
         parts: The packed weights `[…, packed]`, the scales `[…, groups]`, and the biases if the
@@ -97,6 +103,7 @@ def dequantized(
         group_size: Weights that share a scale.
         bits: Of a weight.
         mode: mlx's quantization mode.
+        dtype: Of the result.
     """
     packed, scales, *_ = parts
 
@@ -104,10 +111,10 @@ def dequantized(
         weight, of_groups, *rest = (to_mlx(t.read(start, stop), t.dtype) for t in parts)
         biases = rest[0] if rest else None
         floats = mx.dequantize(weight, of_groups, biases, group_size, bits, mode)
-        return from_mlx(floats.astype(mx.bfloat16))
+        return from_mlx(floats.astype(dtype))
 
     shape = (*packed.shape[:-1], scales.shape[-1] * group_size)
-    return StoredTensor(shape, "BF16", read, packed.file_format)
+    return StoredTensor(shape, FLOATS[dtype], read, packed.file_format)
 
 
 def _floats(tensor: StoredTensor, start: int, stop: int) -> npt.NDArray[np.float32]:

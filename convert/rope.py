@@ -171,6 +171,11 @@ def _of_one_kind(values: Values, parameters: dict[str, Any] | None) -> dict[str,
     return dict(one)
 
 
+def attention_factor(mscale: float, factor: float) -> float:
+    """Returns what mlx-lm's YaRN scales queries and keys by, where `mscale` stands alone."""
+    return 0.1 * mscale * math.log(factor) + 1
+
+
 def _as_mlx_yarn(scaling: dict[str, Any]) -> None:
     """Says in mlx-lm's keys what transformers says in another.
 
@@ -183,7 +188,9 @@ def _as_mlx_yarn(scaling: dict[str, Any]) -> None:
     if attention is None:
         scaling.pop("attention_factor", None)
     elif numbers and factor > 1 and scaling.get("mscale_all_dim") in (None, 0):
-        scaling["mscale"] = (attention - 1) / (0.1 * math.log(factor))
+        said = scaling.get("mscale")  # by our export, beside what transformers reads of it
+        if type(said) is not float or attention_factor(said, factor) != attention:
+            scaling["mscale"] = (attention - 1) / (0.1 * math.log(factor))
         del scaling["attention_factor"]
     if scaling.get("truncate") is True:
         del scaling["truncate"]  # mlx-lm rounds the range of frequencies outward too

@@ -8,7 +8,7 @@ target or the probe settles it.
 import re
 from typing import Any
 
-from mlx_drift.convert.conventions import Values
+from mlx_drift.convert.conventions import TAPS_KEY, Values
 from mlx_drift.convert.dflash import understand_dflash, understand_dspark
 from mlx_drift.convert.dialects import Dialect, Names
 from mlx_drift.convert.dialects.angelslim import ANGELSLIM
@@ -96,7 +96,8 @@ def understand(
     if "taps" in fields:
         fields["taps"] = list(fields["taps"])
     known = CONFIGS[dialect.kind].__dataclass_fields__
-    traps = [t for t in dialect.traps if getattr(overrides, t.field) is None and t.applies(flat)]
+    doubted = () if TAPS_KEY in flat else dialect.traps  # what mlx-drift wrote says what it means
+    traps = [t for t in doubted if getattr(overrides, t.field) is None and t.applies(flat)]
     return Resolved(
         dialect=dialect.name,
         config_file=checkpoint.config_file,

@@ -83,18 +83,21 @@ class Output:
         return [name, module + "scales", *([module + "biases"] if affine else [])]
 
 
-def write_weights(path: Path, outputs: Mapping[str, Output], progress: Progress) -> dict[str, int]:
+def write_weights(
+    path: Path, outputs: Mapping[str, Output], progress: Progress, file_format: str = "mlx"
+) -> dict[str, int]:
     """Writes a safetensors file; the same input, the same bytes.
 
     Args:
         path: The file, which must not exist.
         outputs: What to write, by name.
         progress: Told after each block.
+        file_format: Whose conventions the tensors follow: `mlx`, or `pt` for PyTorch.
 
     Returns:
         For each tensor that has any, how many of its values are NaN or infinite.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    header: dict[str, Any] = {"__metadata__": {"format": file_format}}
     size = 0
     for name, output in sorted(outputs.items()):
         rows = output.source.shape[:1]
@@ -146,14 +149,18 @@ def _count_not_finite(data: npt.NDArray[Any], dtype: str) -> int:
     return int(np.count_nonzero(exponents == mask))
 
 
-def check_free(path: Path) -> None:
+def check_free(path: Path, flag: str = "--mlx-path") -> None:
     """Checks that nothing stands where a folder is to be written.
+
+    Args:
+        path: The folder.
+        flag: What names it on the command line.
 
     Raises:
         DriftError: If something does.
     """
     if path.exists() or path.is_symlink():
-        raise DriftError(f"{path} exists already; choose another --mlx-path, or remove it first")
+        raise DriftError(f"{path} exists already; choose another {flag}, or remove it first")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The public names of mlx-drift, all of which `mlx_drift` itself has too."""
 
-from mlx_drift.convert import convert_drafter, inspect_drafter
+from mlx_drift.convert import convert_drafter, export_drafter, inspect_drafter
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
 from mlx_drift.decode.prompt_cache_file import load_prompt_cache, save_prompt_cache
 from mlx_drift.decode.statistics import Statistics
@@ -24,6 +24,7 @@ __all__ = [
     "Statistics",
     "convert_drafter",
     "doctor",
+    "export_drafter",
     "generate",
     "inspect_drafter",
     "load",

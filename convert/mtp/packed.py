@@ -33,9 +33,15 @@ class Packed:
     parts: tuple[StoredTensor, ...]
     how: Quantization
 
-    def unpacked(self) -> StoredTensor:
-        """The weights in bfloat16."""
-        return dequantized(self.parts, self.how.group_size, self.how.bits, self.how.mode)
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of what was packed: that of its scales, where they are floats."""
+        scales = self.parts[1].dtype
+        return scales if mx.issubdtype(scales, mx.floating) else mx.bfloat16
+
+    def unpacked(self, dtype: mx.Dtype) -> StoredTensor:
+        """The weights."""
+        return dequantized(self.parts, self.how.group_size, self.how.bits, self.how.mode, dtype)
 
 
 def packed_layers(tensors: Tensors, widths: Mapping[str, int], where: str) -> dict[str, Packed]:
@@ -77,8 +83,17 @@ def _packed(tensors: Tensors, layer: str, width: int, where: str) -> Packed:
     )
 
 
-def unpack(tensors: Tensors, layers: Mapping[str, Packed]) -> dict[str, StoredTensor]:
-    """Unpacks some layers."""
+def unpack(
+    tensors: Tensors, layers: Mapping[str, Packed], dtype: mx.Dtype | None = mx.bfloat16
+) -> dict[str, StoredTensor]:
+    """Unpacks some layers.
+
+    Args:
+        tensors: A head's, under canonical names.
+        layers: Which of its layers.
+        dtype: What they become; None for the dtype of each one's scales.
+    """
     floats = {name: t for name, t in tensors.items() if name.rpartition(".")[0] not in layers}
     biases = {name: t for name, t in tensors.items() if name.endswith(".bias")}
-    return floats | biases | {f"{name}.weight": one.unpacked() for name, one in layers.items()}
+    unpacked = {f"{name}.weight": p.unpacked(dtype or p.dtype) for name, p in layers.items()}
+    return floats | biases | unpacked

@@ -2,6 +2,10 @@
 
     python tests/speculators_reference/make_references.py           # write everything here
     python tests/speculators_reference/make_references.py --check   # recompute, compare instead
+    python tests/speculators_reference/make_references.py --exported FOLDER
+
+The last runs the package on these heads as `mlx-drift export` gives them back, which
+`tests/convert/test_export.py FOLDER` writes, and compares with the same committed logits.
 
 The tests read the files alone; the package is needed only to make them. Its environment, from the
 root of the repository (the package's full requirements pull gigabytes of CUDA builds, so these are
@@ -423,11 +427,13 @@ def valid_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b)[valid].abs().max())
 
 
-def answer(name: str, tokens: torch.Tensor, taps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def answer(
+    name: str, tokens: torch.Tensor, taps: torch.Tensor, heads: Path = HERE
+) -> tuple[torch.Tensor, ...]:
     """What a committed head answers: logits [steps, L, D] and the embedding it used [V, H]."""
-    model = load_head(HERE / name, "eager")
+    model = load_head(heads / name, "eager")
     logits = run_head(model, tokens, taps, LENGTH)
-    flex = run_head(load_head(HERE / name, "simple_flex_attention"), tokens, taps, FLEX_ROWS)
+    flex = run_head(load_head(heads / name, "simple_flex_attention"), tokens, taps, FLEX_ROWS)
     if not (error := valid_difference(logits, flex)) <= TOLERANCE:
         raise SystemExit(f"{name}: eager and flex attention differ by {error}")
     return logits, model.embed_tokens.weight.detach()
@@ -477,13 +483,13 @@ def write() -> None:
     print(f"{len(SPECS)} cases, {size} bytes")
 
 
-def check() -> None:
-    """Recompute every committed case from what the files hold, and compare."""
+def check(heads: Path = HERE) -> None:
+    """Recompute every committed case from what the files of some heads hold, and compare."""
     tensors = load_file(TENSORS_FILE)
     worst = 0.0
     for entry in json.loads(CASES_FILE.read_text(encoding="utf-8"))["cases"]:
         name = entry["name"]
-        logits, embed = answer(name, tensors[f"{name}/tokens"], tensors[f"{name}/taps"])
+        logits, embed = answer(name, tensors[f"{name}/tokens"], tensors[f"{name}/taps"], heads)
         error = valid_difference(logits, tensors[f"{name}/logits"])
         worst = max(worst, error)
         if error > TOLERANCE:
@@ -497,11 +503,16 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="write or check the speculators references")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    parser.add_argument("--exported", type=Path, help="a folder of heads that were exported")
     arguments = parser.parse_args()
+    heads = (arguments.exported or HERE).resolve()
     # The package finds a target by its path, which it also writes into the config: a relative one.
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
         write_targets()
-        (check if arguments.check else write)()
+        if arguments.check or arguments.exported:
+            check(heads)
+        else:
+            write()
 
 
 if __name__ == "__main__":
