@@ -82,6 +82,9 @@ def serve_command(
     running: Annotated[int, typer.Option(help="Answers that take turns.", min=1)] = 8,
     queue: Annotated[int, typer.Option(help="Requests that wait; 429 past it.", min=0)] = 64,
     timeout: Annotated[float, typer.Option(help="Seconds of a request in all.", min=0.1)] = 600.0,
+    body_timeout: Annotated[
+        float, typer.Option(help="Seconds in which a request's body must have come.", min=0.1)
+    ] = 30.0,
     shutdown_timeout: Annotated[
         float, typer.Option(help="Seconds in which answers may end after SIGTERM.", min=0.1)
     ] = 10.0,
@@ -181,6 +184,7 @@ def serve_command(
             cache_dir=cache_dir,
             cache_dir_bytes=cache_dir_bytes,
             idle_seconds=None if idle_unload is None else idle_unload * 60,
+            body_seconds=body_timeout,
             shutdown_seconds=shutdown_timeout,
             keepalive=keepalive,
             defaults=Defaults(

@@ -44,6 +44,7 @@ class Options:
         cache_dir: Where caches are kept on disk.
         cache_dir_bytes: Bytes of those.
         idle_seconds: After how long without a request a model is unloaded.
+        body_seconds: In which a request's body must have come.
         shutdown_seconds: In which answers may end once the server is told to.
         keepalive: Seconds of silence after which a stream says something.
         defaults: What holds for a request that does not say.
@@ -61,6 +62,7 @@ class Options:
     cache_dir: Path | None = None
     cache_dir_bytes: int = 20 << 30
     idle_seconds: float | None = None
+    body_seconds: float = 30.0
     shutdown_seconds: float = 10.0
     keepalive: float = 5.0
     defaults: Defaults = field(default_factory=Defaults)
@@ -112,6 +114,7 @@ def serve(
             guard=Guard(options.host, options.api_key, options.hosts),
             defaults=options.defaults,
             keepalive=options.keepalive,
+            body_seconds=options.body_seconds,
             log_prompts=options.log_prompts,
             origins=options.origins,
         )
