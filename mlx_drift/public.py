@@ -6,6 +6,7 @@ from mlx_drift.decode.prompt_cache_file import load_prompt_cache, save_prompt_ca
 from mlx_drift.decode.statistics import Statistics
 from mlx_drift.demo import load_demo
 from mlx_drift.doctor import doctor
+from mlx_drift.drafters.copying import CopyingDrafter
 from mlx_drift.drafters.draft_model import DraftModelDrafter
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.errors import DriftError, DriftWarning
@@ -15,6 +16,7 @@ from mlx_drift.target.load import load
 from mlx_drift.target.model import remove_taps
 
 __all__ = [
+    "CopyingDrafter",
     "DraftModelDrafter",
     "DriftError",
     "DriftResponse",

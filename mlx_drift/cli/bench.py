@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import mlx.core as mx
@@ -13,15 +14,25 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mlx_drift.cli import options
-from mlx_drift.cli.bench_tables import about, about_shape, shape_table, table
+from mlx_drift.cli.bench_tables import (
+    about,
+    about_replay,
+    about_shape,
+    replay_table,
+    shape_table,
+    table,
+)
 from mlx_drift.cli.load import choose_drafter, load_model, load_pair
 from mlx_drift.cli.prompts import apply_template, encode, parse_object
+from mlx_drift.cli.transcripts import read_transcripts
 from mlx_drift.drafters.head import HeadDrafter
+from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.errors import DriftError
 from mlx_drift.generate import check_num_draft_tokens
 from mlx_drift.loading import load_drafter
 from mlx_drift.measure.speed.arms import Length
 from mlx_drift.measure.speed.bench import LENGTHS, PROMPTS, Bench, bench
+from mlx_drift.measure.speed.replay import Replay, measure_costs, replay
 from mlx_drift.measure.speed.rounds import TURNS
 from mlx_drift.measure.speed.shape_costs import (
     ACCEPTANCES,
@@ -31,7 +42,7 @@ from mlx_drift.measure.speed.shape_costs import (
 )
 from mlx_drift.measure.speed.shapes import SHAPES, UNQUANTIZED, random_pair
 
-Found = TypeVar("Found", Bench, ShapeCosts)
+Found = TypeVar("Found", Bench, ShapeCosts, Replay)
 
 CONTEXT, TARGET_BITS = 128, 4
 """What `--shape` measures with, if nothing else is said."""
@@ -75,6 +86,15 @@ def bench_command(
     ] = False,
     ignore_chat_template: options.IgnoreChatTemplate = False,
     chat_template_config: options.ChatTemplateConfig = None,
+    replay_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--replay",
+            metavar="FILE",
+            help="Replay recorded answers instead, with and without lookup: JSON lines of "
+            '{"messages": […]} or {"prompt": …, "text": …}.',
+        ),
+    ] = None,
     shape: Annotated[
         str | None,
         typer.Option(
@@ -116,6 +136,7 @@ def bench_command(
         "--adapter-path": adapter_path,
         "--baseline-draft-model": baseline_draft_model,
         "--prompt": prompt,
+        "--replay": replay_file,
     }
     of_a_shape = {
         "--layers": layers,
@@ -192,6 +213,17 @@ def bench_command(
             quantized = drafter_bits, load_drafter(folder, target, drafter_bits=drafter_bits)
     elif drafter_bits is not None:
         raise DriftError("--drafter-bits is for trained heads; leave it out")
+    if replay_file is not None:
+        if isinstance(loaded, PromptLookupDrafter):
+            raise DriftError("--replay has lookup beside a head or draft model; give one of them")
+        recorded = read_transcripts(replay_file, tokenizer, keywords)
+        with bar:
+            measured = measure_costs(target, loaded, recorded[0].prompt)
+            replayed = replay(
+                target, loaded, recorded, measured, lengths=lengths, progress=progress
+            )
+        _tell(replayed, replay_table, about_replay, as_json)
+        return
     tokens = [
         encode(
             tokenizer,

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from mlx_drift.measure.speed.arithmetic import device_name
 from mlx_drift.measure.speed.bench import Arm, Bench
+from mlx_drift.measure.speed.replay import Replay
 from mlx_drift.measure.speed.shape_costs import SAMPLED, LengthCost, ShapeCosts
 
 NOTHING = "–"
@@ -112,6 +114,35 @@ alone     round efficiency: the passes, timed alone, over the round;
           of greedy rounds, then of sampled ones (temperature {found.temp or SAMPLED:g})
 pays at   the acceptance of every draft from which rounds of this length pay
 a=…       tokens a second over plain decoding's, if every draft were accepted so often"""
+
+
+def replay_table(found: Replay) -> Table:
+    """Returns the arms of a replay, a row each."""
+    shown = _new_table(("", "× plain", "tokens/round", "rounds", "plain", "drafted", "copied"))
+    plain, *_ = found.arms
+    for arm in found.arms:
+        share = {name: one["share"] for name, one in arm.statistics.sources.items()}
+        shown.add_row(
+            arm.name,
+            f"{plain.seconds / plain.tokens * arm.tokens / arm.seconds:.2f}",
+            _number(arm.statistics.tokens_per_round) if arm.statistics.rounds else NOTHING,
+            str(arm.statistics.rounds),
+            str(arm.statistics.plain_tokens or NOTHING),
+            *(f"{share[name]:.0%}" if name in share else NOTHING for name in ("drafter", "copy")),
+        )
+    return shown
+
+
+def about_replay(found: Replay) -> str:
+    """Says what was replayed and what the columns are."""
+    return f"""
+{found.arms[0].tokens} tokens of recorded answers. Acceptance is exact, greedily; what a round takes
+was measured on {device_name()}, once for each length.
+K=…           mlx-drift with so many drafts a round; lookup copies, alone or beside
+auto          what pays, with lookup and by the drafter alone
+× plain       tokens a second over plain decoding's
+plain         tokens of plain decoding, between the rounds
+drafted       share of the text that the drafter's accepted drafts are, and copied ones"""
 
 
 def _number(value: float | None) -> str:

@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
 
 from mlx_drift.cli import options
-from mlx_drift.cli.load import load_model, load_pair, windowed
+from mlx_drift.cli.load import copying, load_model, load_pair, windowed
 from mlx_drift.cli.prompts import (
     PLACE,
     LaidOut,
@@ -65,6 +65,7 @@ def generate(
         bool, typer.Option("--no-draft", help="Generate with mlx-lm alone.")
     ] = False,
     draft_model: options.DraftModel = None,
+    lookup: options.Lookup = None,
     drafter_bits: options.DrafterBits = None,
     drafter_window: options.DrafterWindow = None,
     drafter_sinks: options.DrafterSinks = None,
@@ -125,6 +126,7 @@ def generate(
     )
     if loaded is not None:
         loaded = windowed(loaded, drafter_window, drafter_sinks, tokenizer, lay_out(PLACE))
+        loaded = copying(loaded, lookup, default=k == "auto")
     if prompt_cache_file is not None and loaded is not None:
         cache = load_prompt_cache(prompt_cache_file, target, loaded)
         rest = lay_out(PLACE, prefill_response=prefill_response).after_place()

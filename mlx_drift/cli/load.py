@@ -15,6 +15,7 @@ from rich.console import Console
 from mlx_drift.cli.prompts import LaidOut, encode
 from mlx_drift.convert.target import target_folder
 from mlx_drift.demo import DEMO, DRAFTERS, TARGET
+from mlx_drift.drafters.copying import CopyingDrafter
 from mlx_drift.drafters.draft_model import DraftModelDrafter
 from mlx_drift.drafters.head import LayersDrafter
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
@@ -184,6 +185,22 @@ def windowed(
     if not sinks.isdecimal():
         raise DriftError(f"--drafter-sinks is {sinks}; expected a number of tokens, or system")
     return drafter.windowed(wanted, int(sinks))
+
+
+def copying(drafter: Drafter, lookup: bool | None, default: bool) -> Drafter:
+    """Lets a drafter copy beside its own drafts, if that is wanted.
+
+    Raises:
+        DriftError: If it does nothing but copy.
+    """
+    if isinstance(drafter, PromptLookupDrafter):
+        if lookup is not None:
+            raise DriftError(
+                f"--drafter {PROMPT_LOOKUP} does nothing but copy; leave --lookup and --no-lookup "
+                "out"
+            )
+        return drafter
+    return CopyingDrafter(drafter) if (default if lookup is None else lookup) else drafter
 
 
 def choose_drafter(drafter: str | None, model: str | None, console: Console) -> str:

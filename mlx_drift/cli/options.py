@@ -68,13 +68,22 @@ Drafter = Annotated[
     str | None,
     typer.Option(
         help="A converted drafter's folder, or a Hub repository, converted on first use; auto "
-        "picks a known one (`mlx-drift pairs`); prompt-lookup drafts what followed before. With "
-        "the embedded target: eagle3.1 or eagle3."
+        "picks a known one (`mlx-drift pairs`); prompt-lookup only copies what followed before. "
+        "With the embedded target: eagle3.1 or eagle3."
     ),
 ]
 DraftModel = Annotated[
     str | None,
     typer.Option(help="Draft with a small model that has the target's tokenizer, instead."),
+]
+Lookup = Annotated[
+    bool | None,
+    typer.Option(
+        "--lookup/--no-lookup",
+        help="Beside a head or draft model, copy what followed the last tokens where they stood "
+        "before. Default: with --num-draft-tokens auto.",
+        show_default=False,
+    ),
 ]
 AdapterPath = Annotated[str | None, typer.Option(help="LoRA adapters of the target.")]
 TrustRemoteCode = Annotated[

@@ -53,6 +53,12 @@ def table(last: DriftResponse, interrupted: bool) -> Table:
             "  ".join(f"{rate:.2f}" for rate in statistics.conditional_acceptance)
             + "  (draft 1, 2, …, if all before were accepted)",
         )
+    if statistics.copy_rounds:
+        told = [
+            f"{name}: {one['accepted']} drafts in {one['rounds']} rounds, {one['share']:.0%} of all"
+            for name, one in statistics.sources.items()
+        ]
+        rows.add_row("accepted from", "; ".join(told))
     if statistics.speedup is not None and statistics.plain_step_seconds is not None:
         faster = statistics.speedup >= 1
         is_auto = statistics.draft_length is not None and statistics.draft_length.fixed is None

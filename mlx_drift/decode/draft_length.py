@@ -12,14 +12,19 @@ Notable:
 - A length that was never tried is taken for cheaper than the line through the costs known, so that
   it is tried if it might be best: lengths are climbed one by one while that pays.
 - Costs are the lower medians of the last few rounds: other work on the machine only ever adds.
+- What is copied has an acceptance of its own for every length of the match, and costs of its own:
+  no chain is run for it. Of the sources that a round may draft from the one that is expected to
+  give most tokens a second is picked.
 """
 
 import itertools
 import operator
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from mlx_drift.drafters.protocol import NETWORK, Source
 
 PLAIN = 0
 """The draft length that stands for plain decoding, a token at a time."""
@@ -30,9 +35,18 @@ MOST_DRAFTS = 16
 MEMORY, ENOUGH = 9, 2  # measurements of a cost that are kept, and that make it known
 OPTIMISM = 0.7  # of the last known slope, for a length that was never tried
 GUESS, GUESS_WEIGHT = 0.7, 3.0  # an untested drafter's acceptance, and the rounds it counts for
-FADING = 0.99  # what is left of the past after a token
+FADING, COPY_FADING = 0.99, 0.999  # what is left of the past after a token; copies are rarer
 LOOK_AROUND, NEAR_BEST = 64, 0.9  # rounds after which a neighbour that is near best is timed again
 HORIZON = 64  # tokens in which rows that the drafter missed must have paid for themselves
+
+COPIED = 1, 2, 4, 8, MOST_DRAFTS
+"""Lengths of a copy: few, so that each is soon known."""
+
+COPY_GUESS = {0: 0.0, 3: 0.5, 5: 0.7, 8: 0.8, 16: 0.9, 32: 0.95}
+"""An untested copy's acceptance, by how many tokens agree before it."""
+
+SURE = 5
+"""Tokens that must agree for a copy to be preferred, where the number of drafts is fixed."""
 
 
 class Costs:
@@ -46,17 +60,25 @@ class Costs:
     def __init__(self, known: Mapping[int, float] | None = None):
         self._before = dict(sorted((known or {}).items()))
         self._now: dict[int, deque[float]] = {}
+        self._known: dict[int, float] | None = None
 
     def add(self, k: int, seconds: float) -> None:
         """Notes one measurement."""
+        self._known = None
         self._now.setdefault(k, deque(maxlen=MEMORY)).append(seconds)
 
     def know(self, k: int, seconds: float) -> None:
         """Notes what was measured elsewhere."""
+        self._known = None
         self._before = dict(sorted((self._before | {k: seconds}).items()))
 
     def known(self) -> dict[int, float]:
         """Returns what rounds take by their draft length, as far as enough was measured."""
+        if self._known is None:
+            self._known = self._sum_up()
+        return self._known
+
+    def _sum_up(self) -> dict[int, float]:
         now = {k: _lower_median(v) for k, v in self._now.items() if len(v) >= ENOUGH}
         lines = {k: estimate(k, self._before) for k in self._now}
         scales = [_lower_median(self._now[k]) / line for k, line in lines.items() if line]
@@ -88,9 +110,14 @@ def estimate(k: int, known: Mapping[int, float]) -> float | None:
 
 
 class Acceptance:
-    """How often each draft is accepted if all before it were, recent rounds counting most."""
+    """How often each draft is accepted if all before it were, recent rounds counting most.
 
-    def __init__(self) -> None:
+    Args:
+        guess: What is believed of the first one before it was tested.
+    """
+
+    def __init__(self, guess: float = GUESS) -> None:
+        self._guess = guess
         self._tested: list[float] = []
         self._accepted: list[float] = []
 
@@ -107,9 +134,9 @@ class Acceptance:
             self._tested[i] += 1
             self._accepted[i] += i < accepted
 
-    def fade(self, tokens: int) -> None:
+    def fade(self, tokens: int, fading: float = FADING) -> None:
         """Lets the past count for less: `tokens` tokens went by."""
-        kept = FADING**tokens
+        kept = fading**tokens
         self._tested = [x * kept for x in self._tested]
         self._accepted = [x * kept for x in self._accepted]
 
@@ -118,7 +145,7 @@ class Acceptance:
 
         One that was hardly tested is believed to fare as the one before it.
         """
-        rates, belief = [], GUESS
+        rates, belief = [], self._guess
         for i in range(k):
             tested = self._tested[i] if i < len(self._tested) else 0.0
             accepted = self._accepted[i] if i < len(self._accepted) else 0.0
@@ -173,47 +200,71 @@ class DraftLength:
     ):
         self.fixed = fixed
         self.costs = costs if isinstance(costs, Costs) else Costs(costs)
+        self.copy_costs = Costs()
         self.acceptance = acceptance or Acceptance()
         self.tuned = bool(costs)
         self.rounds = 0
-        self._timed_at: dict[int, int] = {}
+        self._copies = {match: Acceptance(guess) for match, guess in COPY_GUESS.items()}
+        self._sources: Sequence[Source] = (NETWORK,)
+        self._source = NETWORK
+        self._timed_at: dict[tuple[bool, int], int] = {}
         self._catch_up_seconds = 0.0  # a row
         self._is_plain = False
 
+    def pick(self, sources: Sequence[Source]) -> Source:
+        """Returns what to draft from next.
+
+        Args:
+            sources: What there is, a copy before what a network drafts.
+        """
+        self._sources, self._source = sources, sources[-1]
+        if len(sources) > 1 and self.fixed is not None:
+            self._source = next((one for one in sources if one.match >= SURE), sources[-1])
+        elif len(sources) > 1 and {PLAIN, 1} <= self.costs.known().keys():
+            self._source = max(sources, key=lambda one: self._best(one).tokens_per_second)
+        return self._source
+
     def choose(self, pending: int = 0) -> int:
-        """Returns how many tokens to draft next.
+        """Returns how many tokens to draft next, from the source that was picked last.
 
         Args:
             pending: Rows that the drafter missed, which it would have to catch up with first.
         """
-        if self.fixed is not None:
-            return self.fixed
-        known = self.costs.known()
+        source = self._source
+        if self.fixed is not None:  # a copy beside a network may be as long as its match
+            return max(self.fixed, min(source.match, MOST_DRAFTS) * (len(self._sources) > 1))
+        known = self._known(source)
         for k in (PLAIN, 1):
             if k not in known:
-                return k
-        candidates = self.candidates()
-        best = max(candidates, key=lambda c: c.tokens_per_second)
+                return PLAIN if source.is_empty else k
+        candidates = self.candidates(source)
+        best = self._best(source)
         if best.num_draft_tokens == PLAIN:
             return PLAIN
-        if self._is_plain and self._is_overdue(PLAIN):
+        if self._is_plain and self._is_overdue(source, PLAIN):
             return PLAIN  # it was turned to for its time's sake
         if self._is_plain:
             a_token_saves = known[PLAIN] - 1 / best.tokens_per_second
             pays = a_token_saves * HORIZON >= pending * self._catch_up_seconds
             return best.num_draft_tokens if pays else PLAIN
-        for candidate in candidates:
-            k = candidate.num_draft_tokens
+        place = candidates.index(best)
+        for candidate in candidates[max(1, place - 1) : place + 2]:
             if (
-                abs(k - best.num_draft_tokens) == 1
-                and self._is_overdue(k)
+                candidate != best
+                and self._is_overdue(source, candidate.num_draft_tokens)
                 and candidate.tokens_per_second > NEAR_BEST * best.tokens_per_second
             ):
-                return k
+                return candidate.num_draft_tokens
         return best.num_draft_tokens
 
     def record_round(
-        self, asked: int, drafted: int, tested: int, accepted: int, seconds: float
+        self,
+        asked: int,
+        drafted: int,
+        tested: int,
+        accepted: int,
+        seconds: float,
+        source: Source = NETWORK,
     ) -> None:
         """Learns from a round.
 
@@ -224,62 +275,100 @@ class DraftLength:
             tested: How many of them were tested.
             accepted: How many were accepted.
             seconds: What the round took.
+            source: What was drafted from.
         """
         self._is_plain = False
         self.rounds += 1
-        self.acceptance.fade(accepted + 1)
+        # However long a copy was, it says nothing of the network.
+        self._fade(1 if source.is_copy else accepted + 1)
         fell_short = drafted < asked and accepted == drafted
-        self.acceptance.record(tested + fell_short, accepted)
+        self._acceptance_of(source).record(tested + fell_short, accepted)
         if asked:  # not so at the end of the text
-            self._time(asked, seconds)
+            self._time(source, asked, seconds)
 
     def record_plain(self, seconds: float | None) -> None:
         """Learns from a token of plain decoding; None if it was not timed."""
         self._is_plain = True
         self.rounds += 1
-        self.acceptance.fade(1)
+        self._fade(1)
         if seconds is not None:
-            self._time(PLAIN, seconds)
+            self._time(NETWORK, PLAIN, seconds)
 
     def record_catch_up(self, rows: int, seconds: float) -> None:
         """Learns what the rows cost that the drafter had missed."""
         self._catch_up_seconds = seconds / rows
 
-    def candidates(self) -> list[Candidate]:
-        """Returns plain decoding and every length up to one more than was tried."""
-        known = self.costs.known()
-        tokens = self.acceptance.tokens(min(max(known, default=0) + 1, MOST_DRAFTS))
-        costs = [estimate(k, known) for k in range(len(tokens))]
+    def candidates(self, source: Source = NETWORK) -> list[Candidate]:
+        """Returns plain decoding and the lengths that may be tried, the shortest first.
+
+        Of a network's drafts every length up to one more than was tried; of a copy `COPIED`.
+        """
+        known = self._known(source)
+        tokens = self._acceptance_of(source).tokens(MOST_DRAFTS)
+        lengths: Sequence[int] = range(min(max(known, default=0) + 1, MOST_DRAFTS) + 1)
+        if source.is_copy:
+            lengths = (PLAIN,) if source.is_empty else (PLAIN, *COPIED)
+        costs = [(k, estimate(k, known)) for k in lengths]
         return [
             Candidate(k, seconds, k in known, tokens[k])
-            for k, seconds in enumerate(costs)
+            for k, seconds in costs
             if seconds is not None
         ]
 
     def best(self) -> Candidate | None:
         """Returns the candidate of most tokens a second, if there is one."""
-        return max(self.candidates(), key=lambda c: c.tokens_per_second, default=None)
+        source = self._sources[-1]
+        return self._best(source) if self.candidates(source) else None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the decision and its numbers, for `--json` and `--explain`."""
         best = self.best()
+        source = self._sources[-1]
+        acceptance = self._acceptance_of(source)
         return {
             "fixed": self.fixed,
             "auto": best.num_draft_tokens if best else None,
             "tuned": self.tuned,
             "catch_up_seconds": self._catch_up_seconds,
-            "conditional_acceptance": self.acceptance.rates(max(1, len(self.acceptance))),
+            "conditional_acceptance": acceptance.rates(max(1, len(acceptance))),
+            "copy_acceptance": {
+                match: one.rates(len(one)) for match, one in self._copies.items() if len(one)
+            },
             "candidates": [
-                asdict(c) | {"tokens_per_second": c.tokens_per_second} for c in self.candidates()
+                asdict(c) | {"tokens_per_second": c.tokens_per_second}
+                for c in self.candidates(source)
             ],
         }
 
-    def _is_overdue(self, k: int) -> bool:
-        return self.rounds - self._timed_at.get(k, 0) > LOOK_AROUND
+    def _best(self, source: Source) -> Candidate:
+        return max(self.candidates(source), key=lambda c: c.tokens_per_second)
 
-    def _time(self, k: int, seconds: float) -> None:
-        self.costs.add(k, seconds)
-        self._timed_at[k] = self.rounds
+    def _known(self, source: Source) -> dict[int, float]:
+        """Returns what rounds from a source take; of a copy at most what a chain's would."""
+        if not source.is_copy:
+            return self.costs.known()
+        return dict(sorted((self.costs.known() | self.copy_costs.known()).items()))
+
+    def _acceptance_of(self, source: Source) -> Acceptance:
+        return self._copies[source.match] if source.is_copy else self.acceptance
+
+    def _fade(self, tokens: int) -> None:
+        self.acceptance.fade(tokens)
+        for acceptance in self._copies.values():
+            acceptance.fade(tokens, COPY_FADING)
+
+    def _is_overdue(self, source: Source, k: int) -> bool:
+        return self.rounds - self._timed_at.get(_place(source, k), 0) > LOOK_AROUND
+
+    def _time(self, source: Source, k: int, seconds: float) -> None:
+        is_copy, _ = place = _place(source, k)
+        (self.copy_costs if is_copy else self.costs).add(k, seconds)
+        self._timed_at[place] = self.rounds
+
+
+def _place(source: Source, k: int) -> tuple[bool, int]:
+    """Tells which costs rounds of a source belong to; plain decoding is no copy."""
+    return source.is_copy and k != PLAIN, k
 
 
 def _lower_median(values: Any) -> float:

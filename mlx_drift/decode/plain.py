@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_drift.decode.clock import Clock
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.text import Round, Text
-from mlx_drift.drafters.protocol import Draft, Drafter, DrafterCache
+from mlx_drift.drafters.protocol import Draft, Drafter, DrafterCache, sources_of
 from mlx_drift.target.caches import TargetCache
 from mlx_drift.target.model import Target
 
@@ -59,6 +59,7 @@ def decode_plain(
         A `Round` for each token.
     """
     missed: list[tuple[mx.array, mx.array]] = []  # tokens and taps that the drafter has not seen
+    unseen: list[int] = []  # the same tokens
     following: Step | None = None
     step = _step(target, text.last, target_cache)
     is_first = True
@@ -73,6 +74,7 @@ def decode_plain(
         while True:
             token, log_probabilities = _choose(text, step)
             target.rollback(target_cache, 0)  # the step's own row stays
+            draft_length.pick([*sources_of(drafter, drafter_cache, unseen)])
             more = text.remaining != 1 and draft_length.choose(len(missed) + 1) == PLAIN
             following = _step(target, token, target_cache) if more else None
             built = clock()
@@ -83,9 +85,11 @@ def decode_plain(
                 target.rollback(target_cache, 1)
                 following = None
             missed.append((text.fresh, step.taps))
+            unseen += tokens
             if len(missed) == MOST_PENDING:
                 _catch_up(drafter, drafter_cache, missed)
                 missed.clear()
+                unseen.clear()
                 mx.async_eval(drafter_cache.state)
             seconds = clock() - start
             # The first of a stretch waits for a step that was not under way, the last starts none.

@@ -21,7 +21,7 @@ from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.plain import decode_plain
 from mlx_drift.decode.sampling import GREEDY, Sampling
 from mlx_drift.decode.text import Round, Text
-from mlx_drift.drafters.protocol import Drafter, DrafterCache
+from mlx_drift.drafters.protocol import Drafter, DrafterCache, sources_of
 from mlx_drift.errors import DriftError
 from mlx_drift.target.caches import TargetCache
 from mlx_drift.target.model import Target
@@ -133,6 +133,8 @@ def speculate(
     clock = clock or Clock()
     start = clock()
     for count in itertools.count(1):
+        sources = sources_of(drafter, drafter_cache)
+        source = draft_length.pick([*sources])
         k = draft_length.choose()
         if k == PLAIN:
             yield from decode_plain(
@@ -146,7 +148,7 @@ def speculate(
             k = min(k, text.remaining - 1)
         k = min(k, target_cache.room - 1)  # keys and values that are about to be quantized
         chooser = text.chooser(k)
-        proposed = drafter.propose(k, drafter_cache, chooser)
+        proposed = sources[source](k, drafter_cache, chooser)
         draft = proposed.tokens
         waited = _start(draft)  # the device drafts while the host goes on
         logits, taps = target.verify(mx.concatenate([text.last, draft]), target_cache)
@@ -170,7 +172,7 @@ def speculate(
         # the next round or read the probabilities: what is lazy belongs to this thread's stream.
         waited += _start(drafter_cache.state, target_cache.state, chosen_from, text.state)
         seconds = clock() - start
-        draft_length.record_round(k, draft.size, tested, accepted, seconds)
+        draft_length.record_round(k, draft.size, tested, accepted, seconds, source)
         host_seconds = seconds - (read - built) - waited
         round = Round(
             tokens,
@@ -179,6 +181,7 @@ def speculate(
             tested,
             read - start,
             host_seconds,
+            source.is_copy,
             is_finite=is_finite,
         )
         start = clock()

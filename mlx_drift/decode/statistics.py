@@ -28,6 +28,8 @@ class Statistics:
         accepted: For each draft position, how many were accepted.
         not_finite: Rounds in which the drafter's states were not finite, so that nothing it
             drafted meant anything.
+        copy_rounds: Rounds whose drafts were copied from further back.
+        copy_accepted: Drafts accepted in those.
         round_seconds: Wall-clock seconds of each round, drafting and verifying.
         host_seconds: Of each round, the seconds spent in Python.
         plain_step_seconds: Seconds of a one-row target step, where it was timed.
@@ -45,6 +47,8 @@ class Statistics:
     tested: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     not_finite: int = 0
+    copy_rounds: int = 0
+    copy_accepted: int = 0
     round_seconds: list[float] = field(default_factory=list)
     host_seconds: list[float] = field(default_factory=list)
     plain_step_seconds: float | None = None
@@ -68,6 +72,8 @@ class Statistics:
         else:
             self.record(round.tested, round.accepted, round.seconds, round.host_seconds)
             self.not_finite += not round.is_finite
+            self.copy_rounds += round.is_copy
+            self.copy_accepted += round.accepted * round.is_copy
 
     def record(self, tested: int, accepted: int, seconds: float, host_seconds: float = 0.0) -> None:
         """Adds one round in which `accepted` of the `tested` drafts were accepted."""
@@ -79,6 +85,8 @@ class Statistics:
         """Adds another generation's rounds."""
         self.rounds += other.rounds
         self.not_finite += other.not_finite
+        self.copy_rounds += other.copy_rounds
+        self.copy_accepted += other.copy_accepted
         self.round_seconds += other.round_seconds
         self.host_seconds += other.host_seconds
         self.tested = _sum(self.tested, other.tested)
@@ -98,6 +106,21 @@ class Statistics:
     def tokens_per_round(self) -> float:
         """The same plus one: drafts and the target's own token (vLLM's, SGLang's figure)."""
         return self.acceptance_length + 1.0
+
+    @property
+    def sources(self) -> dict[str, dict[str, float]]:
+        """Where the drafts came from: rounds, accepted drafts, and their share of all tokens."""
+        tokens = self.plain_tokens + sum(self.accepted) + self.rounds
+        copied = {"rounds": self.copy_rounds, "accepted": self.copy_accepted}
+        others = {
+            "rounds": self.rounds - self.copy_rounds,
+            "accepted": sum(self.accepted) - self.copy_accepted,
+        }
+        return {
+            name: {**counts, "share": counts["accepted"] / max(1, tokens)}
+            for name, counts in (("drafter", others), ("copy", copied))
+            if counts["rounds"]
+        }
 
     @property
     def conditional_acceptance(self) -> list[float]:
@@ -121,6 +144,7 @@ class Statistics:
             "acceptance_length": self.acceptance_length,
             "tokens_per_round": self.tokens_per_round,
             "conditional_acceptance": self.conditional_acceptance,
+            "sources": self.sources,
             "round_seconds": statistics.median(self.round_seconds) if self.rounds else None,
             "host_seconds": statistics.median(self.host_seconds) if self.rounds else None,
             "plain_step_seconds": self.plain_step_seconds,

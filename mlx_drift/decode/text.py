@@ -26,6 +26,7 @@ class Round:
     # Of the whole round, spent in Python: building graphs, reading results; and waiting for rows,
     # where a processor keeps a state.
     host_seconds: float
+    is_copy: bool = False  # the drafts were copied from further back
     is_plain: bool = False  # a token of plain decoding: nothing was drafted
     is_finite: bool = True  # all that the drafter computed for it
     settle: Settle | None = None  # what the caches need until the next round, if they are ahead

@@ -1,8 +1,8 @@
 """What the decoding loop asks of a drafter, whatever its kind."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import mlx.core as mx
 
@@ -51,6 +51,32 @@ class Choose(Protocol):
         Returns:
             It, and the log-probabilities it was drawn with, `[1, V]`; None for certainty.
         """
+
+
+Propose = Callable[[int, Any, Choose | None], Draft]
+"""`Drafter.propose`, or what drafts in its place."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the drafts of a round come from.
+
+    Attributes:
+        is_copy: They are what followed the last tokens before; else what a network drafts.
+        match: Of a copy, how many of the last tokens agree, rounded down to one of a few lengths;
+            0 where there is nothing to copy.
+    """
+
+    is_copy: bool = False
+    match: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to draft."""
+        return self.is_copy and not self.match
+
+
+NETWORK = Source()
 
 
 class DrafterCache(Protocol):
@@ -124,3 +150,23 @@ class Drafter(Protocol):
 
     def propose(self, k: int, cache: Any, chooser: Choose | None = None) -> Draft:
         """Drafts up to k tokens to follow the committed ones; the likeliest without a chooser."""
+
+
+@runtime_checkable
+class Copies(Protocol):
+    """A drafter that does not, or not only, draft with a network."""
+
+    def sources(self, cache: Any, missed: Sequence[int]) -> dict[Source, Propose]:
+        """Tells what the next drafts may come from, copies first, and what drafts from it.
+
+        Args:
+            cache: The conversation's state.
+            missed: Committed tokens that have yet to be ingested.
+        """
+
+
+def sources_of(drafter: Drafter, cache: Any, missed: Sequence[int] = ()) -> dict[Source, Propose]:
+    """Tells what a drafter's next drafts may come from (`Copies.sources`)."""
+    if isinstance(drafter, Copies):
+        return drafter.sources(cache, missed)
+    return {NETWORK: drafter.propose}

@@ -3,13 +3,15 @@
 What is expected is computed apart from the package: mlx-lm's filters written anew in numpy, and
 from them the joint distribution of the first three tokens after each prompt.
 
-Every chi-square test asks for p > 0.001 with a fixed seed. There are 24 by default (5 of mlx-lm's
-own samplers, 14 of the batched rule, 2 of its controls, 3 of the real loop) and 3 more marked
+Every chi-square test asks for p > 0.001 with a fixed seed. There are 25 by default (5 of mlx-lm's
+own samplers, 14 of the batched rule, 2 of its controls, 4 of the real loop) and 4 more marked
 `long`: with other seeds one run in 40 would fail by chance.
 """
 
+import copy
 import itertools
 import math
+import sys
 from dataclasses import dataclass
 from functools import partial
 from threading import Thread
@@ -27,6 +29,7 @@ from mlx_drift.decode.accept import accept_sampled
 from mlx_drift.decode.sampling import Chooser, Sampling
 from mlx_drift.decode.speculate import every, prefill, speculate
 from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.target.model import Target
 from tiny import VOCAB, NoText, Oracle, plain_greedy, tiny_drafter, tiny_llama
 
@@ -498,6 +501,17 @@ def test_real_loop(pair, name, generations):
     counts, acceptance = pair.sample(generations, **LOOPS[name])
     assert p_value(counts, pair.joint(sampling)) > LEAST_P
     assert_within_four_errors(acceptance, pair.acceptance(sampling), generations)
+
+
+@pytest.mark.parametrize("generations", GENERATIONS)
+def test_real_loop_with_copies(pair, generations, monkeypatch):
+    """A copy is drafted with certainty, which is the worst that q can be for p."""
+    monkeypatch.setattr(sys.modules[__name__], "PROMPT", [*PROMPT, 0, 2, *PROMPT])
+    copying = copy.copy(pair)
+    copying.drafter = PromptLookupDrafter(pair.model)
+    counts, acceptance = copying.sample(generations, temp=1.2)
+    assert p_value(counts, copying.joint(Sampling(temp=1.2))) > LEAST_P
+    assert 0 < acceptance < 1
 
 
 def test_real_loop_fails_if_draft_probabilities_are_not_scattered(pair, monkeypatch):

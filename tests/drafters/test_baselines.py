@@ -9,6 +9,7 @@ from mlx.utils import tree_map
 from demo_text import expected_text
 from families import build
 from mlx_drift import (
+    CopyingDrafter,
     DraftModelDrafter,
     DriftError,
     PromptLookupDrafter,
@@ -18,7 +19,7 @@ from mlx_drift import (
     stream_generate,
 )
 from mlx_drift.demo import QUESTION, TARGET
-from tiny import VOCAB, NoText, plain_greedy, tiny_llama
+from tiny import VOCAB, NoText, plain_greedy, tiny_drafter, tiny_llama
 
 PROMPT = [5, 9, 2, 44, 17, 3, 60]
 
@@ -83,14 +84,14 @@ def test_prompt_lookup_finds_what_followed():
     assert not cache.rewind(4)
 
 
-@pytest.mark.parametrize("kind", ["prompt lookup", "draft model"])
+@pytest.mark.parametrize("kind", ["prompt lookup", "draft model", "head and copies"])
 def test_turns_and_files(kind, tmp_path):
     model = tiny_llama()
-    drafter = (
-        PromptLookupDrafter(model)
-        if kind == "prompt lookup"
-        else DraftModelDrafter(noisy(tiny_llama(), 0.01), model)
-    )
+    drafter = {
+        "prompt lookup": lambda: PromptLookupDrafter(model),
+        "draft model": lambda: DraftModelDrafter(noisy(tiny_llama(), 0.01), model),
+        "head and copies": lambda: CopyingDrafter(tiny_drafter(model)),
+    }[kind]()
     cache = make_prompt_cache(model, drafter)
     rng = random.Random(0)
     history = list(PROMPT)

@@ -66,7 +66,7 @@ def describe(
                 "taps": list(drafter.taps),
                 "window": getattr(drafter, "window", None),
                 "sinks": getattr(drafter, "sinks", None),
-                "longest": getattr(drafter, "longest", None),  # of prompt lookup
+                "shortest": getattr(drafter, "shortest", None),  # of prompt lookup
             }
             for name, drafter in drafters.items()
         },

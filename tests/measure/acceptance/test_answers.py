@@ -131,8 +131,8 @@ class TestGoingOn:
     def test_what_prompt_lookup_depends_on(self):
         tiny = tiny_llama()
         shorter, longer = (
-            describe(tiny, {"A": PromptLookupDrafter(tiny, longest)}, Settings())
-            for longest in (2, 3)
+            describe(tiny, {"A": PromptLookupDrafter(tiny, shortest)}, Settings())
+            for shortest in (3, 4)
         )
         assert shorter != longer
 
