@@ -16,6 +16,7 @@ KINDS = {
     "p-eagle": ("A P-EAGLE drafter", "p-eagle"),
     "dflash": ("A DFlash drafter", "dflash"),
     "dspark": ("A DSpark drafter", "dspark"),
+    "medusa": ("A set of Medusa heads", "medusa"),
     "mtp": ("A multi-token-prediction (MTP) head", "mtp"),
 }
 """What each type of drafter is, in words and as a tag."""

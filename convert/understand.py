@@ -15,6 +15,7 @@ from mlx_drift.convert.dialects.angelslim import ANGELSLIM
 from mlx_drift.convert.dialects.automodel import AUTOMODEL
 from mlx_drift.convert.dialects.dflash import DFLASH_DIALECTS
 from mlx_drift.convert.dialects.eagle import EAGLE
+from mlx_drift.convert.dialects.medusa import MEDUSA
 from mlx_drift.convert.dialects.modelopt import MODELOPT
 from mlx_drift.convert.dialects.p_eagle import P_EAGLE_DIALECTS
 from mlx_drift.convert.dialects.refused import REFUSED, is_mtp
@@ -26,6 +27,7 @@ from mlx_drift.convert.dialects.torchspec import TORCHSPEC
 from mlx_drift.convert.eagle import understand_eagle
 from mlx_drift.convert.eagle3 import understand_eagle3
 from mlx_drift.convert.layers import Overrides
+from mlx_drift.convert.medusa import understand_medusa
 from mlx_drift.convert.mtp.understand import understand_mtp
 from mlx_drift.convert.p_eagle import understand_p_eagle
 from mlx_drift.convert.read.source import Checkpoint
@@ -38,6 +40,7 @@ from mlx_drift.target.model import TargetShape
 
 # The first that recognises a checkpoint; SpecForge's layout is what most others started from.
 DIALECTS = (
+    MEDUSA,
     *DFLASH_DIALECTS,
     *P_EAGLE_DIALECTS,
     SPECULATORS,
@@ -56,6 +59,7 @@ UNDERSTAND = {
     "dflash": understand_dflash,
     "dspark": understand_dspark,
     "eagle": understand_eagle,
+    "medusa": understand_medusa,
 }
 """What resolves the fields of each kind."""
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -182,7 +186,7 @@ def _rename(checkpoint: Checkpoint, dialect: Dialect) -> dict[str, StoredTensor]
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in checkpoint.tensors.items():
         canonical = dialect.rename(name)
-        if canonical is None:
+        if not canonical:
             continue
         if canonical in tensors:
             raise DriftError(

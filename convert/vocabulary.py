@@ -58,7 +58,7 @@ def read_d2t(resolved: Resolved, where: str) -> mx.array | None:
     places = np.arange(rows)
     if rows == vocab and (not d2t.any() or np.array_equal(d2t, places)):
         return None
-    if "lm_head.weight" not in resolved.tensors:
+    if not any(name.endswith("lm_head.weight") for name in resolved.tensors):
         raise DriftError(
             f"{where} has a d2t that maps other ids than the target's, but no lm_head.weight; "
             f"{UNFILLED}, and with its head"

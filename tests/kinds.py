@@ -50,6 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
     | {"window_rule": "anchor"},
     "dspark": SPARK | {"markov": "vanilla", "slots": "shifted"},
     "dspark gated": SPARK | {"markov": "gated", "confidence": "state"},
+    "medusa": {"drafter_type": "medusa", "num_heads": BLOCK, "num_blocks": 1},
     "dspark rnn": SPARK | {"markov": "rnn", "slots": "shifted", "confidence": "state and token"},
 }
 """What a config says, but for what the target tells."""
@@ -75,6 +76,9 @@ def random_head(
         "own_head": d2t is not None,
         "target": vars(shape),
     }
+    if kind == "medusa":
+        values = {key: value for key, value in values.items() if key != "own_head"}
+        values |= {"taps": [shape.num_layers + 1]}
     config = config_from_dict(values | changes)
     mx.random.seed(7)
     network = build_network(config, Path("x"))

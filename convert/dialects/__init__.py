@@ -65,7 +65,7 @@ class Dialect:
 
     name: str
     recognises: Callable[[Config, Names], bool]
-    kind: Literal["eagle3", "p-eagle", "dflash", "dspark", "eagle"] = "eagle3"
+    kind: Literal["eagle3", "p-eagle", "dflash", "dspark", "eagle", "medusa"] = "eagle3"
     renames: tuple[tuple[str, str], ...] = ()
     flatten: Callable[[Config], Config] = lambda config: lift(config, "eagle_config")
     tap_ids: TapConvention | None = None

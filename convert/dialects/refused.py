@@ -93,6 +93,7 @@ def quantized_to(names: Names) -> str | None:
 
 def _whole_model(config: Config, names: Names) -> bool:
     fused = any(name.endswith("fc.weight") or "hidden_norm" in name for name in names)
+    fused = fused or _any(names, "medusa_head")  # beside the model they were trained with
     return not fused and _any(names, "layers.1.") and _any(names, "embed_tokens.weight")
 
 
@@ -119,11 +120,6 @@ REFUSED = (
         "an EAGLE-3 drafter with latent attention (MLA)",
         _mla,
         f"vLLM and SGLang run it. {EAGLE3} with plain attention",
-    ),
-    Refused(
-        "a set of Medusa heads",
-        lambda config, names: "medusa_num_heads" in config or _any(names, "medusa_head"),
-        EAGLE3,
     ),
     Refused(
         "a set of Hydra heads",

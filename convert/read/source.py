@@ -25,6 +25,7 @@ CONFIG = "config.json"
 WEIGHTS = {
     ".safetensors": ("model.safetensors", "model.safetensors.index.json"),
     ".bin": ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ".pt": ("medusa_lm_head.pt",),
 }
 """Of each kind of file the names to look for; else the only file of the kind."""
 MAX_SHARDS = 1000
@@ -307,7 +308,7 @@ def read_weights(
 
 
 def choose_weights(folder: Folder) -> str:
-    """Chooses the weights: `.bin` only where there is no safetensors, whatever it is called."""
+    """Chooses the weights: `.bin` and `.pt` only where there is no safetensors, however called."""
     files = folder.files
     for suffix, names in WEIGHTS.items():
         if standard := [name for name in names if name in files]:
@@ -332,8 +333,6 @@ def _elsewhere(files: AbstractSet[str]) -> str:
     """Says what a folder without a checkpoint is, where that can be told."""
     if any(name.endswith(".gguf") for name in files):
         return " but is GGUF, llama.cpp's format; give the repository it was made from"
-    if {"medusa_lm_head.pt", "hydra_lm_head.pt"} & files:
-        return " but Medusa or Hydra heads, which mlx-drift does not run; take an EAGLE-3 head"
     return ""
 
 
@@ -365,10 +364,10 @@ def _read_tensors(folder: Folder, name: str) -> dict[str, StoredTensor]:
     where = f"{folder.name}/{name}"
     if name.endswith(".safetensors"):
         return read_safetensors_file(*folder.reader(name), where)
-    if name.endswith(".bin"):
+    if name.endswith((".bin", ".pt")):
         return read_torch_checkpoint(folder.path(name))
     if name.endswith(".gguf"):
         raise DriftError(
             f"{where} is GGUF, llama.cpp's format; give the repository it was made from"
         )
-    raise DriftError(f"{where}: expected a .safetensors or .bin file")
+    raise DriftError(f"{where}: expected a .safetensors, .bin or .pt file")

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS
 from mlx_drift.drafters.schema import (
     FORMAT_VERSION,
+    MAX_LAYERS,
     MAX_SIZE,
     DrafterConfig,
     LayersConfig,
@@ -214,6 +216,37 @@ class MTPConfig(LayersConfig):
         _check_block(self.block, "block")
 
 
+@dataclass(frozen=True, kw_only=True)
+class MedusaConfig(DrafterConfig):
+    """Medusa heads: each predicts one further position from the target's final normed state.
+
+    Attributes:
+        num_heads: How many there are: drafts a round, at most.
+        num_blocks: Residual blocks of each.
+        block_bias: The blocks have biases.
+        draft_vocab_size: Rows of each head; `d2t` maps them if fewer than the target's.
+    """
+
+    drafter_type: Literal["medusa"] = "medusa"
+    num_heads: int
+    num_blocks: int
+    block_bias: bool = True
+    draft_vocab_size: int
+
+    def __post_init__(self) -> None:
+        """Refuses what no checkpoint can mean."""
+        super().__post_init__()
+        if len(self.taps) != 1 or self.hidden_size != self.target.hidden_size:
+            raise DriftError(
+                f"Medusa heads read one tap of its own width, but these have taps "
+                f"{list(self.taps)}, hidden_size {self.hidden_size} and the target's "
+                f"{self.target.hidden_size}"
+            )
+        for name, most in (("num_heads", MAX_DRAFT_TOKENS), ("num_blocks", MAX_LAYERS)):
+            if getattr(self, name) > most:
+                raise DriftError(f"{name} is {getattr(self, name)}; expected at most {most}")
+
+
 CONFIGS: dict[str, type[DrafterConfig]] = {
     "eagle3": Eagle3Config,
     "p-eagle": PEagleConfig,
@@ -221,6 +254,7 @@ CONFIGS: dict[str, type[DrafterConfig]] = {
     "dspark": DSparkConfig,
     "eagle": EagleConfig,
     "mtp": MTPConfig,
+    "medusa": MedusaConfig,
 }
 
 

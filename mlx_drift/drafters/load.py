@@ -21,6 +21,7 @@ from mlx_drift.drafters.eagle import EagleNetwork
 from mlx_drift.drafters.eagle3 import Eagle3Network
 from mlx_drift.drafters.fold import fold
 from mlx_drift.drafters.head import HeadDrafter
+from mlx_drift.drafters.medusa import MedusaDrafter, MedusaNetwork
 from mlx_drift.drafters.mtp import MTPNetwork
 from mlx_drift.drafters.p_eagle import PEagleDrafter, PEagleNetwork
 from mlx_drift.drafters.schema import DrafterConfig
@@ -38,6 +39,7 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "dspark": (DSparkNetwork, DSparkDrafter),
     "eagle": (EagleNetwork, ChainDrafter),
     "mtp": (MTPNetwork, ChainDrafter),
+    "medusa": (MedusaNetwork, MedusaDrafter),
 }
 """The network and the drafter of each kind."""
 
@@ -90,6 +92,8 @@ def load_converted(folder: Path, model: nn.Module, bits: int | None = None) -> H
             quantize_linears(network, None, bits, "affine")
         except ValueError as error:
             raise DriftError(f"{folder}: cannot be quantized to {bits} bits ({error})") from None
+    elif config.quantization is None:
+        quantize_like_the_head(network, target)
     mx.eval(network)
     return build_drafter(config, network, target, target_ids(config, d2t, folder / WEIGHTS))
 
@@ -197,6 +201,27 @@ def quantize_linears(
         bits,
         mode=mode,
         class_predicate=lambda path, module: path in wanted and hasattr(module, "to_quantized"),
+    )
+
+
+def quantize_like_the_head(network: nn.Module, target: Target) -> None:
+    """Quantizes what a network names as `over_vocabulary`, if the target's own head is.
+
+    A layer over the vocabulary is as large as that head, and there may be several: unquantized they
+    would be read for longer than the whole target. Left as they are where their rows do not fit.
+    """
+    name, how = getattr(network, "over_vocabulary", None), target.head_quantization
+    if name is None or how is None:
+        return
+    group_size, bits, mode = how
+    nn.quantize(
+        network,
+        group_size,
+        bits,
+        mode=mode,
+        class_predicate=lambda path, module: (
+            path.rpartition(".")[2] == name and module.weight.shape[-1] % group_size == 0
+        ),
     )
 
 

@@ -15,7 +15,7 @@ Schema = TypeVar("Schema")
 
 FORMAT_VERSION = 1
 
-COUNTED_FROM_0 = "format_version", "mask_token_id"
+COUNTED_FROM_0 = "format_version", "mask_token_id", "num_blocks"
 """Whole numbers in configs that are no sizes."""
 
 MAX_SIZE, MAX_LAYERS, MAX_TAP, MAX_FLOAT = 2**24, 256, 10_000, 1e18

@@ -239,6 +239,13 @@ class Target:
         """Looks up the embedding rows of token ids `[M]`: `[M, hidden_size]`, unscaled."""
         return self._embedding(tokens)
 
+    @property
+    def head_quantization(self) -> tuple[int, int, str] | None:
+        """Group size, bits and mode of the head; None if it is not quantized."""
+        own = (parent.get(name) for parent in self._parents for name in HEADS)
+        head = next((part for part in own if isinstance(part, nn.Module)), self._embedding)
+        return (head.group_size, head.bits, head.mode) if "scales" in head else None
+
     def head(self, states: mx.array) -> mx.array:
         """Maps normed states `[M, hidden_size]` to logits `[M, vocabulary]`.
 

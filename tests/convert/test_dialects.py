@@ -306,7 +306,6 @@ REFUSED = {
     "DFly": ({}, renamed_tensor("layer_fusion_weights"), "DFly"),
     "XPress": ({"speculators_model_type": "xpress"}, PLAIN.tensors, "XPress"),
     "Domino": ({}, renamed_tensor("prefix_gru.weight_ih"), "Domino"),
-    "Medusa": ({"medusa_num_heads": 5}, PLAIN.tensors, "Medusa"),
     "Hydra": ({"hydra_num_heads": 4}, PLAIN.tensors, "Hydra"),
     "EagleMedusa": (
         {},
@@ -344,13 +343,6 @@ def test_gguf_is_refused_by_name(tmp_path):
     for source in (tmp_path, tmp_path / "head.gguf"):
         with pytest.raises(DriftError, match=r"GGUF, llama\.cpp's format"):
             convert_drafter(str(source), tmp_path / "out")
-
-
-def test_medusa_weights_are_refused_by_name(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "medusa_lm_head.pt").write_bytes(b"")
-    with pytest.raises(DriftError, match="Medusa or Hydra heads"):
-        convert_drafter(str(tmp_path), tmp_path / "out")
 
 
 @pytest.mark.parametrize("switch", ["use_mtp_layernorm", "parallel_draft_step"])

@@ -42,6 +42,8 @@ import pytest
 
 from block_dialects import BLOCK_VARIANTS
 from dialects import LAYERS, VARIANTS
+from medusa_heads import CONFIGS as MEDUSA_SPELLINGS
+from medusa_heads import medusa, write_medusa
 from mlx_drift.convert import convert_drafter, inspect_drafter
 from mlx_drift.convert.read.source import read_checkpoint
 from mlx_drift.convert.read.stored import DTYPES, itemsize
@@ -112,7 +114,11 @@ def bases() -> dict[str, tuple[Config, Tensors]]:
         for name, variant in (VARIANTS | BLOCK_VARIANTS).items():
             variant.spell(variant.made, Path(root, name))
             found[name] = read_back(Path(root, name))
+        for name in MEDUSA_SPELLINGS:
+            write_medusa(medusa(), Path(root, f"medusa {name}"), name)
+            found[f"medusa {name}"] = read_back(Path(root, f"medusa {name}"))
         heads = (
+            "medusa vllm",
             "specforge 3.1",
             "specforge with embedding",
             "modelopt no aux state",

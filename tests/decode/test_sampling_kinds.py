@@ -27,17 +27,18 @@ LOOPS = {
     },
 }
 CHANGES = {"intermediate_size": 16, "num_layers": 1, "causal_layers": [], "mask_token_id": 0}
-SAMPLED = ["p-eagle", "dflash", "dspark", "dspark gated", "dspark rnn"]
+SAMPLED = ["p-eagle", "medusa", "dflash", "dspark", "dspark gated", "dspark rnn"]
 
 
 def sampled_pair(kind):
     """The tiny target of `test_sampling`, with a head of three of its five tokens."""
     pair = Pair()
-    changes = dict(CHANGES)
+    changes = {"taps": [1]} | CHANGES
     if kind == "p-eagle":
         del changes["causal_layers"]
-    head = random_head(kind, pair.model, mx.array(D2T), taps=[1], **changes)
-    head.network.lm_head.weight = 3 * head.network.lm_head.weight  # of some opinion
+    head = random_head(kind, pair.model, mx.array(D2T), **({} if kind == "medusa" else changes))
+    for part in head.network.heads if kind == "medusa" else [head.network]:
+        part.lm_head.weight = 3 * part.lm_head.weight  # of some opinion
     if "markov" in head.network:
         head.network.markov.w2.weight = 12 * head.network.markov.w2.weight
     pair.drafter, pair.target = head, Target(pair.model, head.taps)
