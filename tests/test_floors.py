@@ -18,7 +18,7 @@ FLOORS = [
     "doctor decode",
     "generate",
     "measure",  # what its rooms share
-    "measure.acceptance measure.inside measure.speed",
+    "measure.acceptance measure.inside measure.speed serve",
     "cli public",
     "front",  # mlx_drift/__init__.py: the public names, imported when asked for
 ]
