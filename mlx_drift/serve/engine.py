@@ -43,6 +43,9 @@ IDLE = 0.5
 WORTH_WAITING = 16
 """Tokens of a common prefix for which to wait until another has read them."""
 
+READING_COSTS = 1.5
+"""What a second of reading a prompt counts while answers are under way, where someone watches."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -302,7 +305,8 @@ class Engine:
             self._fail(conversation, error)
             return
         seconds = time.perf_counter() - start
-        self._turns.charge(conversation, seconds)
+        holds_up = was_reading and self._is_answering()
+        self._turns.charge(conversation, seconds * (READING_COSTS if holds_up else 1.0))
         self.metrics.turn(conversation, was_reading, seconds)
         if was_reading and conversation.rows:
             conversation.model.note_chunk(conversation.rows, seconds)

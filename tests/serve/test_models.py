@@ -1,0 +1,88 @@
+"""Several models: names, what is loaded when, what leaves."""
+
+import time
+
+import pytest
+
+from mlx_drift import DriftError
+from mlx_drift.serve.model import LoadedModel
+from mlx_drift.serve.models import Known, Models, NotServed
+from serving import ask, engine, loaded
+from tiny import plain_greedy, tiny_drafter, tiny_llama
+
+
+def known(name, loads, weights=0):
+    def load() -> LoadedModel:
+        loads.append(name)
+        model = tiny_llama()
+        return loaded(model, tiny_drafter(model))
+
+    return Known(name, load, lambda: weights, frozenset({name, f"owner/{name}"}))
+
+
+def test_names():
+    with engine() as running:
+        loads = []
+        models = Models(
+            running, [known("a", loads), known("b", loads)], patterns=["claude-*"], memory=1 << 40
+        )
+        for name, found in {"a": "a", "owner/b": "b", None: "a", "default_model": "a"}.items():
+            assert models.find(name).name == found
+        assert models.find("claude-opus").name == "a"
+        first = models.get(models.known[0]).result()
+        for name in ("gpt-5", "claude", "../a", "A", "/tmp"):
+            with pytest.raises(NotServed, match="not served"):
+                models.find(name)
+        assert models.get(models.known[0]).result() is first  # nothing was dropped
+        assert loads == ["a"]
+
+
+def test_one_stays_until_memory_asks():
+    with engine() as running:
+        loads = []
+        a, b = known("a", loads), known("b", loads, weights=600)
+        models = Models(running, [a, b], memory=1 << 40)
+        first = models.get(a).result()
+        second = models.get(b).result()
+        assert a.loaded is first
+        for model in (first, second):
+            heard, _ = ask(running, model, [1, 2, 3])
+            heard.wait()
+            assert heard.tokens == plain_greedy(model.model, [1, 2, 3], 12)
+        b.loaded = None
+        b.weights = lambda: 1 << 39
+        models.memory = 1 << 39
+        with pytest.raises(DriftError, match="more than the machine's"):
+            models.get(b).result()
+        assert a.loaded is None  # what could be given up was
+        assert not len(running.store) or all(e.model is not first for e in running.store._entries)
+
+
+def test_who_answers_is_not_unloaded():
+    with engine() as running:
+        loads = []
+        a, b = known("a", loads), known("b", loads, weights=1 << 39)
+        models = Models(running, [a, b], memory=1 << 39)
+        first = models.get(a).result()
+        heard, ticket = ask(running, first, [1, 2, 3], 100_000)
+        while not heard.events:
+            time.sleep(0.01)
+        with pytest.raises(DriftError):
+            models.get(b).result()
+        assert a.loaded is first
+        running.cancel([ticket])
+        heard.wait()
+
+
+def test_idle_models_are_unloaded_and_loaded_again():
+    with engine() as running:
+        loads = []
+        models = Models(running, [known("a", loads)], memory=1 << 40, idle_seconds=0.05)
+        running.when_idle = models.unload_idle
+        models.get(models.known[0]).result()
+        deadline = time.monotonic() + 60
+        while models.known[0].loaded is not None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert models.get(models.known[0]).result() is not None
+        assert loads == ["a", "a"]
