@@ -11,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_drift.decode.draft_length import PLAIN, Acceptance, Costs, DraftLength
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
 from mlx_drift.decode.tuned import tuned_costs
-from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.drafters.head import HeadDrafter
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.serve.footprint import Footprint
@@ -92,7 +92,7 @@ class LoadedModel:
         """What drafts come from, in a word."""
         if self.settings.num_draft_tokens == PLAIN:
             return "none"
-        if isinstance(self.drafter, ChainDrafter):
+        if isinstance(self.drafter, HeadDrafter):
             return self.drafter.config.drafter_type
         return "prompt-lookup" if isinstance(self.drafter, PromptLookupDrafter) else "draft-model"
 
