@@ -290,12 +290,13 @@ def stream_generate(
                     finish_reason=finish_reason,
                     statistics=statistics,
                 )
-        if compare_plain and PLAIN not in draft_length.costs.known():
+        seconds = draft_length.costs.known().get(PLAIN)
+        if compare_plain and seconds is None:
             last = mx.array(round.tokens[-1:])
             with prompt_cache.under_way():
                 seconds = time_plain_steps(prompt_cache.target, last, prompt_cache.target_cache)
             draft_length.costs.know(PLAIN, seconds)
-        statistics.plain_step_seconds = draft_length.costs.known().get(PLAIN)
+        statistics.plain_step_seconds = seconds
         if num_draft_tokens == "auto":
             remember(drafter, draft_length)
 

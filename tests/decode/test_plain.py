@@ -189,3 +189,12 @@ def test_only_tokens_that_overlap_with_the_next_step_are_timed(model, count):
     keywords = {"drafter": drafter, "prompt_cache": cache, "num_draft_tokens": "auto"}
     assert len(list(stream_generate(model, NoText(), PROMPT, count, **keywords))) == count
     assert [seconds is not None for seconds in told] == [0 < i < count - 1 for i in range(count)]
+
+
+def test_after_a_short_answer_it_is_what_was_timed_and_not_one_tokens_time(model, monkeypatch):
+    monkeypatch.setattr(import_module("mlx_drift.generate"), "time_plain_steps", lambda *_: 7.0)
+    for count in (1, 2, 3):
+        drafter = tiny_drafter(model)
+        keywords = {"drafter": drafter, "num_draft_tokens": "auto", "compare_plain": True}
+        *_, last = stream_generate(model, NoText(), PROMPT, count, **keywords)
+        assert last.statistics.plain_step_seconds == 7.0
