@@ -201,6 +201,8 @@ class AnswerFile:
                 for condition, by_drafter in read["answers"].items()
             }
             self._known[read["fingerprint"], read["task"]] = number, answers
+        except DriftError:  # a ValueError, but one that says what is wrong
+            raise
         except (
             ValueError,
             KeyError,
