@@ -19,6 +19,7 @@ FLOORS = [
     "generate",
     "measure",  # what its rooms share
     "measure.acceptance measure.inside measure.speed serve",
+    "train",
     "cli public",
     "front",  # mlx_drift/__init__.py: the public names, imported when asked for
 ]

@@ -40,6 +40,7 @@ class HeadDrafter(ABC):
         self._head: Callable[[mx.array], mx.array] = network.get("lm_head", target.head)
         self._d2t = d2t
         self._vocab_size = target.shape.vocab_size
+        self._draft_vocab_size = getattr(config, "draft_vocab_size", rows)
         if own is not None and rows < self._vocab_size:  # padding may be spoken, if it never is
             self._embed = lambda tokens: own(mx.minimum(tokens, rows - 1))
 
@@ -66,6 +67,19 @@ class HeadDrafter(ABC):
         """Picks the likeliest tokens of draft logits `[M, D]`, as target token ids `[M]` int32."""
         token = mx.argmax(logits, axis=-1).astype(mx.int32)
         return token if self._d2t is None else self._d2t[token]
+
+    def of_draft_vocabulary(self, logits: mx.array) -> mx.array:
+        """Takes the draft vocabulary's columns of the target's logits `[M, V]`: `[M, D]`."""
+        if self._d2t is not None:
+            return logits[:, self._d2t]
+        return logits[:, : self._draft_vocab_size]
+
+    def drafts(self, tokens: mx.array) -> mx.array:
+        """Tells of target token ids `[M]` which of them the draft vocabulary has, `[M]` bool."""
+        ids = mx.arange(self._draft_vocab_size) if self._d2t is None else self._d2t
+        known = mx.zeros((self._vocab_size,), mx.bool_)
+        known[ids] = True
+        return known[tokens]
 
     def _certain(self, logits: mx.array, chooser: Choose | None) -> Draft:
         """Drafts the likeliest tokens of draft logits `[k, D]`, with certainty.

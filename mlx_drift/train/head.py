@@ -1,0 +1,54 @@
+"""Loads a head to be trained: its very checkpoint in float32, neither folded nor packed."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.drafters.config import check_target, read_config
+from mlx_drift.drafters.load import WEIGHTS, build_drafter, load_network, target_ids
+from mlx_drift.errors import DriftError
+from mlx_drift.files.paths import inside
+from mlx_drift.files.tensors import read_safetensors
+from mlx_drift.target.model import Target
+
+
+def load_trainable(folder: Path, model: nn.Module) -> ChainDrafter:
+    """Loads a converted head so that it can be trained.
+
+    Its embedding stays frozen, as it does in EAGLE-3's own training (SafeAILab/EAGLE
+    `traineagle3/cnets.py`); all else is trained.
+
+    Args:
+        folder: A folder that `convert_drafter` wrote.
+        model: The target, as `mlx_lm.load` returns it.
+
+    Raises:
+        DriftError: If the head is missing, damaged, quantized, made for another target, or of a
+            kind that drafts no chain.
+    """
+    for name in ("config.json", WEIGHTS):
+        inside(folder, name)
+    config = read_config(folder)
+    if config.quantization is not None:
+        raise DriftError(
+            f"{folder} is quantized to {config.quantization.bits} bits, which cannot be trained; "
+            "take the head as it was before"
+        )
+    target = Target(model, config.taps)
+    check_target(config, target.shape, str(folder))
+    weights = read_safetensors(folder / WEIGHTS)
+    d2t = weights.pop("d2t", None)
+    network = load_network(config, weights, folder / WEIGHTS)
+    drafter = build_drafter(config, network, target, target_ids(config, d2t, folder / WEIGHTS))
+    if not isinstance(drafter, ChainDrafter):
+        raise DriftError(
+            f"{folder}: a drafter of the type {config.drafter_type!r} drafts no chain; EAGLE-1/2, "
+            "EAGLE-3, EAGLE-3.1 and MTP heads are trained here"
+        )
+    network.set_dtype(mx.float32)
+    if "embed_tokens" in network:
+        network.embed_tokens.freeze()
+    mx.eval(network.parameters())
+    return drafter

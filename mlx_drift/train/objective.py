@@ -1,0 +1,72 @@
+"""What a head is trained on: its own chain from every position at once, weighed step by step.
+
+The train-time test (paper §2, §5.1; SafeAILab/EAGLE `traineagle3/cnets.py`) is the drafter's own
+`train_time_test_steps`. Row i of step j has drafted j tokens beyond what it was given and predicts
+``tokens[i + 2 + j]``, so it is held against what the target says at position i + 1 + j.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.train.losses import LOSSES, Loss
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text as the target sees it.
+
+    Attributes:
+        tokens: Its token ids `[L + 1]`.
+        taps: The target's states, `taps[i]` captured at `tokens[i]`, `[L, A, T]`.
+        logits: What the target says after each token, over the draft vocabulary, `[L + 1, D]`;
+            `logits[i]` of the token after `tokens[i]`.
+        counted: Of which of them the drafter is to learn, `[L + 1]` bool: those whose token is the
+            assistant's, and whose likeliest token the draft vocabulary has.
+    """
+
+    tokens: mx.array
+    taps: mx.array
+    logits: mx.array
+    counted: mx.array
+
+    @property
+    def length(self) -> int:
+        """L: how many rows the drafter runs."""
+        return int(self.taps.shape[0])
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How a chain is judged.
+
+    Attributes:
+        steps: How many steps it is unrolled.
+        loss: A name of `LOSSES`.
+        decay: What each step weighs beside the one before: 0.8 in SafeAILab/EAGLE and SpecForge.
+    """
+
+    steps: int = 4
+    loss: str = "soft-ce"
+    decay: float = 0.8
+
+    def __call__(self, drafter: ChainDrafter, row: Row) -> mx.array:
+        """Returns the sum over the steps of weight times mean loss, a float32 scalar."""
+        loss: Loss = LOSSES[self.loss]
+        total = mx.array(0.0)
+        chain = drafter.train_time_test_steps(row.tokens, row.taps, self.steps)
+        for step, (logits, _) in enumerate(chain):
+            rows = row.length - step  # those after have no token to embed
+            if rows < 1:
+                break
+            target, counted = row.logits[1 + step :], row.counted[1 + step :]
+            each = loss(logits[:rows], mx.stop_gradient(target[:rows]))
+            total = total + self.decay**step * _mean(each, counted[:rows])
+        return total
+
+
+def _mean(values: mx.array, counted: mx.array) -> mx.array:
+    """The mean of what counts; 0 if nothing does."""
+    weights = counted.astype(mx.float32)
+    return (mx.where(counted, values, 0) * weights).sum() / mx.maximum(weights.sum(), 1)
