@@ -1,5 +1,6 @@
 """A target and its drafter, loaded, and what is learned of them for all conversations alike."""
 
+import copy
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -115,8 +116,7 @@ class LoadedModel:
             return DraftLength(fixed=PLAIN, costs=self.costs)
         if fixed == "auto" and is_seeded:
             fixed = REPRODUCIBLE
-        believed = Acceptance()
-        believed.__dict__ = {k: [*v] for k, v in vars(self.acceptance).items()}
+        believed = copy.deepcopy(self.acceptance)
         return DraftLength(None if fixed == "auto" else fixed, self.costs, believed)
 
     def cut(self, start: int, is_holding_up: bool) -> int:
