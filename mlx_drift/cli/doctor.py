@@ -131,6 +131,9 @@ def _drafter(drafter: DrafterFacts | None, context: int) -> Iterator[str]:
     feedback = f", feedback {drafter.feedback}" if drafter.feedback else ""
     taps = ", ".join(map(str, drafter.taps))
     yield f"{drafter.drafter_type}, taps {taps}{feedback}, drafts {drafter.draft_vocab_size} tokens"
+    if drafter.window is None:
+        yield "looks back at no tokens: it reads the target's last state alone"
+        return
     window = f"sees {drafter.window} tokens back (its training length)"
     if drafter.sliding_window is not None:
         window = f"sees {drafter.sliding_window} tokens back (its own window)"

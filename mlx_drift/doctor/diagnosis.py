@@ -73,7 +73,8 @@ class DrafterFacts:
         drafter_type: Its kind.
         taps: The hidden states of the target that it reads.
         feedback: Which state the next chain step gets; None where the kind has no choice.
-        window: How many rows a row sees at most: the length it was trained at.
+        window: How many rows a row sees at most: the length it was trained at; None if it keeps
+            none.
         sinks: How many of the first rows it sees beyond that.
         sliding_window: The window it was trained with, if it was with one.
         draft_vocab_size: Tokens that it can draft.

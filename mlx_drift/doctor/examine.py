@@ -40,7 +40,14 @@ from mlx_drift.doctor.diagnosis import (
 )
 from mlx_drift.drafters.config import check_target, read_config
 from mlx_drift.drafters.fold import fold
-from mlx_drift.drafters.load import build_drafter, build_network, cast, check_tensors, target_ids
+from mlx_drift.drafters.load import (
+    build_drafter,
+    build_network,
+    cast,
+    check_tensors,
+    quantize_like_the_head,
+    target_ids,
+)
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.files.hub import find_hub_folder
 from mlx_drift.files.json_file import read_json
@@ -264,6 +271,8 @@ class Examination:
         check_tensors(network, tensors, weights)
         cast(network, target.dtype)
         fold(network)
+        if config.quantization is None:
+            quantize_like_the_head(network, target)
 
         if self.empty is not None:
             verified(Target(self.network, config.taps, lazy=True), self.empty)

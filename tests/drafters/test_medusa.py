@@ -4,13 +4,17 @@ import json
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
-from dialects import LAYERS
+from dialects import LAYERS, write
 from medusa_heads import CONFIGS, HEADS, medusa, write_medusa
 from mlx_drift import DriftError, convert_drafter, load_drafter
+from mlx_drift.demo import TARGET
+from mlx_drift.doctor import doctor
 from mlx_drift.files.tensors import read_safetensors
 from mlx_drift.generate import generate
 from mlx_drift.target.model import TargetShape
@@ -135,3 +139,18 @@ def test_contradictions_are_told_in_one_line(more, message, tmp_path):
     with pytest.raises(DriftError, match=message) as refused:
         convert_drafter(str(tmp_path / "heads"), tmp_path / "out", target=SHAPE)
     assert "\n" not in str(refused.value)
+
+
+def test_the_doctor_knows_that_they_look_back_at_nothing(tmp_path):
+    tensors, rng = {}, np.random.default_rng(0)
+    for i in range(2):
+        tensors[f"{i}.0.linear.weight"] = rng.normal(size=(256, 256)).astype(np.float16)
+        tensors[f"{i}.0.linear.bias"] = rng.normal(size=256).astype(np.float16)
+        tensors[f"{i}.1.weight"] = rng.normal(size=(4096, 256)).astype(np.float16)
+    write(tmp_path / "heads", {"medusa_num_heads": 2}, tensors)
+    convert_drafter(str(tmp_path / "heads"), tmp_path / "out", target=str(TARGET))
+    facts = doctor(str(TARGET), drafter=str(tmp_path / "out")).drafter
+    assert (facts.drafter_type, facts.window, facts.caches) == ("medusa", None, [])
+    model, _ = mlx_lm.load(str(TARGET))
+    network = load_drafter(str(tmp_path / "out"), model).network
+    assert facts.nbytes == sum(array.nbytes for _, array in tree_flatten(network.parameters()))
