@@ -691,10 +691,11 @@ def test_a_top_k_of_the_whole_vocabulary_keeps_it_all(model, drafter):
     said(model, drafter, temp=1.0)
 
 
-def test_special_tokens_that_are_none_are_left_out(model, drafter):
+@pytest.mark.parametrize("special", [VOCAB, 99_999_999, -1])
+def test_special_tokens_that_are_none_are_refused(model, drafter, special):
     for drafts_with in (drafter, None):
-        special = [VOCAB, 99_999_999, -1]
-        said(model, drafts_with, temp=1.0, xtc_probability=0.9, xtc_special_tokens=special)
+        with pytest.raises(DriftError, match=f"xtc_special_tokens .* is {special}: outside"):
+            said(model, drafts_with, xtc_probability=0.9, xtc_special_tokens=[5, special])
 
 
 def test_a_worker_thread_draws_the_same(model, drafter):
@@ -728,7 +729,7 @@ def test_a_worker_thread_draws_the_same(model, drafter):
         ({"temp": 1, "top_k": 2.5}, "top_k is 2.5; expected a whole number"),
         ({"temp": math.inf}, "temp is inf"),
         ({"temp": 1e-40}, "temp is 1e-40; expected 0, or at least 0.0001"),
-        ({"temp": "warm"}, "temp is warm"),
+        ({"temp": "warm"}, "temp is 'warm'; expected a number"),
         ({"seed": -1}, "seed is -1; expected a whole number"),
         ({"temp": 1, "sampler": make_sampler(1.0)}, "both temp and sampler are given"),
         ({"min_p": 0.5, "sampler": make_sampler(1.0)}, "both min_p and sampler are given"),
