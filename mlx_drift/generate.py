@@ -125,9 +125,9 @@ def stream_generate(
             it is not processed again (`statistics.reuse` says how much and how). Its own settings
             hold for the four keywords that follow.
         max_kv_size: As in mlx-lm: rows of keys and values to keep, the first four and the last.
-        kv_bits: As in mlx-lm: bits to quantize keys and values to; None for none.
-        kv_group_size: As in mlx-lm.
-        quantized_kv_start: As in mlx-lm: from how many rows on they are quantized.
+        kv_bits: As in mlx-lm: bits to quantize keys and values to. None for none.
+        kv_group_size: As in mlx-lm: values that share a scale under `kv_bits`.
+        quantized_kv_start: As in mlx-lm: from how many rows on `kv_bits` quantizes.
         prefill_step_size: Prompt tokens to process at a time.
         prompt_progress_callback: Called with the prompt tokens processed so far, and all of them.
         compare_plain: After the last token, time a few one-row target steps, rolled back again,

@@ -46,9 +46,7 @@ def generate(
     prefill_response: Annotated[
         str | None, typer.Option(help="How the response is to begin.")
     ] = None,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-m", help="Tokens to generate at most; -1: no limit.")
-    ] = 256,
+    max_tokens: options.MaxTokens = 256,
     num_draft_tokens: options.NumDraftTokens = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show the numbers that auto decides by.")

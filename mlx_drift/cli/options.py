@@ -1,9 +1,25 @@
-"""The options that several commands have."""
+"""The options that several commands have.
 
+Those of generating are described once, in `stream_generate`'s docstring, and read from there.
+"""
+
+import inspect
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from mlx_drift.generate import stream_generate
+
+
+def described(keyword: str) -> str:
+    """Returns what `stream_generate` says of a keyword in one sentence, flags for keywords."""
+    arguments = inspect.getdoc(stream_generate) or ""
+    said = re.search(rf"^    {keyword}: (.*?\.)(?=\s)", arguments, re.M | re.S)
+    words = " ".join(said[1].split()) if said else ""  # python -OO has no docstrings
+    return re.sub(r"`(\w+)`", lambda name: "--" + name[1].replace("_", "-"), words)
+
 
 Source = Annotated[
     str,
@@ -126,21 +142,18 @@ DrafterSinks = Annotated[
         help="First tokens that it sees beyond its window, or `system` for the system prompt's.",
     ),
 ]
-MaxKvSize = Annotated[
-    int | None, typer.Option(help="Rows of keys and values to keep: the first 4 and the last.")
-]
-KvBits = Annotated[int | None, typer.Option(help="Bits to quantize keys and values to.")]
-KvGroupSize = Annotated[int, typer.Option(help="Values that share a scale in --kv-bits.")]
-QuantizedKvStart = Annotated[int, typer.Option(help="From how many rows on --kv-bits quantizes.")]
-PrefillStepSize = Annotated[int, typer.Option(help="Prompt tokens to process at a time.", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-Temperature = Annotated[float, typer.Option(help="Temperature; 0 for greedy decoding.")]
-TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that make up this mass.")]
-MinP = Annotated[float, typer.Option(help="Keep tokens this likely, in parts of the likeliest.")]
-MinTokensToKeep = Annotated[int, typer.Option(help="Tokens that --min-p cannot remove.")]
-TopK = Annotated[int, typer.Option(help="Keep so many of the likeliest tokens; 0 for all.")]
-XtcProbability = Annotated[
-    float, typer.Option(help="How often XTC removes the likeliest tokens but one.")
-]
-XtcThreshold = Annotated[float, typer.Option(help="What a token must reach for XTC to see it.")]
-Seed = Annotated[int | None, typer.Option(help="Makes what is drawn reproducible.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-m", help=described("max_tokens"))]
+Temperature = Annotated[float, typer.Option(help=described("temp"))]
+TopP = Annotated[float, typer.Option(help=described("top_p"))]
+MinP = Annotated[float, typer.Option(help=described("min_p"))]
+MinTokensToKeep = Annotated[int, typer.Option(help=described("min_tokens_to_keep"))]
+TopK = Annotated[int, typer.Option(help=described("top_k"))]
+XtcProbability = Annotated[float, typer.Option(help=described("xtc_probability"))]
+XtcThreshold = Annotated[float, typer.Option(help=described("xtc_threshold"))]
+Seed = Annotated[int | None, typer.Option(help=described("seed"))]
+MaxKvSize = Annotated[int | None, typer.Option(help=described("max_kv_size"))]
+KvBits = Annotated[int | None, typer.Option(help=described("kv_bits"))]
+KvGroupSize = Annotated[int, typer.Option(help=described("kv_group_size"))]
+QuantizedKvStart = Annotated[int, typer.Option(help=described("quantized_kv_start"))]
+PrefillStepSize = Annotated[int, typer.Option(help=described("prefill_step_size"), min=1)]

@@ -111,7 +111,7 @@ def serve_command(
         bool, typer.Option("--json", help="One JSON object on stdout once it listens.")
     ] = False,
 ) -> None:
-    """Serves OpenAI's API: chat/completions, completions, models.
+    """Serve OpenAI's API: conversations that take turns, caches that are found again.
 
     One conversation's rounds take turns with the others'; what was read of a prompt is kept and
     found again. The embedded pair by default. The keys of requests: mlx_drift/serve/README.md.

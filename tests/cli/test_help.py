@@ -50,3 +50,19 @@ def test_a_name_that_is_not_public_is_told():
 
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         mlx_drift.lode  # noqa: B018
+
+
+def test_options_of_generating_say_what_stream_generate_says():
+    from mlx_drift.cli.options import described
+
+    assert described("temp") == "Temperature; 0 for greedy decoding."
+    assert described("min_tokens_to_keep") == "Tokens that --min-p cannot remove."
+    assert described("kv_bits") == "As in mlx-lm: bits to quantize keys and values to."
+
+
+def test_every_option_has_help():
+    from mlx_drift.cli import options
+
+    for name, option in vars(options).items():
+        for told in getattr(option, "__metadata__", ()):
+            assert told.help, name
