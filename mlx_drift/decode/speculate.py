@@ -27,6 +27,7 @@ from mlx_drift.target.caches import TargetCache
 from mlx_drift.target.model import Target
 
 PLAIN_RUNS, PLAIN_STEPS = 3, 4
+ROWS_BETWEEN_CLEARS = 2048  # mlx-lm's chunk; rounds that take turns with smaller ones need buffers
 ROUNDS_BETWEEN_CLEARS = 64  # mlx-lm clears its buffers every 256 tokens
 
 Progress = Callable[[int, int], None]
@@ -78,12 +79,15 @@ def prefill(
     if not done:
         drafter.start(prompt[:1], drafter_cache)
     yield done
+    cleared = done
     while done < last:
         stop = min(cut(done), last)
         _, taps = target(prompt[done:stop], target_cache)
         drafter.ingest(prompt[done + 1 : stop + 1], taps, drafter_cache)
         mx.eval(target_cache.state, drafter_cache.state)
-        mx.clear_cache()
+        if stop - cleared >= ROWS_BETWEEN_CLEARS or stop == last:
+            mx.clear_cache()
+            cleared = stop
         done = stop
         yield done
 

@@ -4,7 +4,7 @@ The network drafts everywhere else, and sees every committed row all the same, s
 wherever a copy ends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -47,6 +47,10 @@ class CopyingState:
     def nbytes(self) -> int:
         """The bytes of both."""
         return self.own.nbytes + self.lookup.nbytes
+
+    def parts(self) -> Iterator[Any]:
+        """Yields the drafter's caches, where it has some."""
+        yield from getattr(self.own, "parts", tuple)()
 
     def fork(self) -> "CopyingState":
         """Copies both."""

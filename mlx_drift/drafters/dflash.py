@@ -101,6 +101,15 @@ class BlockState(Caches):
         """All arrays, for `mx.eval`."""
         return [super().state, self.last]
 
+    @property
+    def seed(self) -> mx.array | None:
+        """What the next block starts from: that token."""
+        return self.last
+
+    @seed.setter
+    def seed(self, seed: mx.array | None) -> None:
+        self.last = seed
+
     def rewind(self, rows: int) -> bool:
         """Goes back to when `rows` rows had been fed; the last token comes with the next row."""
         self.last = None

@@ -81,6 +81,15 @@ class MedusaState(Caches):
         return [self.state_read]
 
     @property
+    def seed(self) -> mx.array | None:
+        """What the next drafts start from: that state."""
+        return self.state_read
+
+    @seed.setter
+    def seed(self, seed: mx.array | None) -> None:
+        self.state_read = seed
+
+    @property
     def nbytes(self) -> int:
         """The bytes it holds."""
         return 0 if self.state_read is None else self.state_read.nbytes

@@ -62,7 +62,8 @@ class Footprint:
         cache.drafter.ingest(tokens[:1], taps[:1], cache.drafter_cache)
         snapshots = [cache.target_cache.snapshot(), cache.drafter_cache.snapshot()]
         copies = any(arrays for snapshot in snapshots for arrays in snapshot)
-        held, snapshot, row, start = 0, 0.0, 0.0, 0.0
+        seed = sum(a.nbytes for _, a in tree_flatten([cache.drafter_cache.seed]))
+        held, snapshot, row, start = seed, float(seed), 0.0, 0.0
         for part in _parts(cache):
             if isinstance(part, ArraysCache):
                 held, snapshot = held + part.nbytes, snapshot + part.nbytes

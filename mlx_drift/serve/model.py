@@ -94,7 +94,7 @@ class LoadedModel:
         if self.settings.num_draft_tokens == PLAIN:
             return "none"
         if isinstance(self.drafter, HeadDrafter):
-            return self.drafter.config.drafter_type
+            return str(self.drafter.config.drafter_type)
         return "prompt-lookup" if isinstance(self.drafter, PromptLookupDrafter) else "draft-model"
 
     def make_cache(self) -> PromptCache:

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from families import build
+from kinds import KINDS, random_head
 from mlx_drift import (
     DraftModelDrafter,
     DriftError,
@@ -132,6 +133,25 @@ def test_a_seed_draws_the_same_from_a_prompt_that_is_held_whole(family):
         assert tokens == expected
         ways.append(statistics.reuse)
     assert ways == ["nothing", *[{"llama": "trimmed"}.get(family, "snapshot")] * 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_drafter_goes_on_and_back(kind):
+    model = tiny_llama()
+    drafter = random_head(kind, model)
+    cache = make_prompt_cache(model, drafter)
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+    drawing = {"temp": 0.8, "seed": 7}
+    expected, _ = say(model, drafter, prompt, **drawing)
+    ways = []
+    for _ in range(2):
+        tokens, statistics = say(model, drafter, prompt, cache, **drawing)
+        assert tokens == expected
+        ways.append(statistics.reuse)
+    follow = [*prompt, *tokens, 5]
+    tokens, statistics = say(model, drafter, follow, cache)
+    assert tokens == say(model, drafter, follow)[0]
+    assert [*ways, statistics.reuse] == ["nothing", "trimmed", "extended"]
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "gpt_oss"])
