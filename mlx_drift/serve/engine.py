@@ -172,7 +172,23 @@ class Engine:
     def _stop(self) -> None:
         self._stopped = True
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
     def _run(self) -> None:
+        try:
+            self._take_turns()
+        except BaseException as error:  # a fault of this program: nobody is left waiting for it
+            _log_failure("the device's thread", error)
+            with self._lock:
+                self._closing = time.monotonic()
+            failed = Failed("error", f"the server failed ({type(error).__name__}); restart it")
+            for ticket in (*self._waiting, *(one.ticket for one in self._turns)):
+                self._tell(ticket, failed)
+
+    def _take_turns(self) -> None:
         with wired_limit([]):  # once, for all models and conversations
             while not self._stopped or self._waiting or len(self._turns):
                 self._take_orders()
@@ -323,8 +339,7 @@ class Engine:
         if isinstance(error, DriftError):
             self._end(conversation, Failed("refused", str(error)))
             return
-        trace = "".join(traceback.format_tb(error.__traceback__))  # code, no values
-        log.error("a conversation failed: %s\n%s", type(error).__name__, trace)
+        _log_failure("a conversation", error)
         conversation.cache = None  # nobody knows what is in it
         self.store.shrink(self.store.bound // 2)  # it may have been memory
         mx.clear_cache()
@@ -368,3 +383,9 @@ class Engine:
             idle_caches=len(self.store),
             evicted=self.store.evicted,
         )
+
+
+def _log_failure(what: str, error: BaseException) -> None:
+    """Logs code, no values: they may be of prompts."""
+    trace = "".join(traceback.format_tb(error.__traceback__))
+    log.error("%s failed: %s\n%s", what, type(error).__name__, trace)

@@ -144,6 +144,8 @@ class Server:
 
     async def health(self, request: Request) -> Response:
         """Tells that the server lives."""
+        if not self.engine.is_alive:
+            return _json({"status": "failed"}, 503)
         return _json({"status": "ok"})
 
     async def body(self, request: Request) -> Any:

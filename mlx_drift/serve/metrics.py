@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import mlx.core as mx
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -57,6 +58,7 @@ class Metrics:
         self._bytes = gauge("cache_bytes", "Bytes of caches, in use and idle.")
         self._most = gauge("cache_bytes_most", "The most they ever were.")
         self._bound = gauge("cache_bytes_bound", "What they may be.")
+        self._memory = gauge("device_memory_bytes", "Bytes that MLX has in use.")
         self._idle = gauge("idle_caches", "Caches in no use.")
         self._evicted = gauge("evicted_caches", "Caches that had to leave memory.")
         self._highest = 0
@@ -96,6 +98,7 @@ class Metrics:
         """Notes how much there is."""
         self._highest = max(self._highest, caches)
         gauges: Mapping[Gauge, int] = {
+            self._memory: mx.get_active_memory(),
             self._running: running,
             self._waiting: waiting,
             self._bytes: caches,

@@ -264,6 +264,19 @@ def test_a_failure_ends_one_conversation_alone(llama, monkeypatch):
         assert other.tokens == plain_greedy(llama.model, [5, 6, 7], 40)
 
 
+def test_a_fault_of_the_engine_leaves_nobody_waiting(llama):
+    with engine() as running:
+        heard, _ = ask(running, llama, [1, 2, 3], 100_000)
+        while not heard.tokens:
+            heard.over.wait(0.01)
+        running.when_idle = running._count = lambda: 1 / 0
+        assert heard.wait().kind == "error"
+        with pytest.raises(Busy):
+            ask(running, llama, [1])
+        running._thread.join(60)
+        assert not running.is_alive
+
+
 def test_a_seed_says_the_same_again_whatever_else_runs(llama):
     auto = loaded(llama.model, llama.drafter, k="auto")
     asked = {"sampling": Sampling(temp=0.8, top_p=0.9), "seed": 7}

@@ -315,16 +315,21 @@ def test_a_thousand_requests_leave_memory_level():
         status = Path(f"/proc/{running.pid}/status")
         if not status.exists():
             pytest.skip("resident memory is read off /proc")
-        sizes = []
+        sizes, device = [], []
         for i in range(1000):
             body = {"prompt": f"{i} is", "max_tokens": 4}
             assert post(f"{running.url}/completions", body).status == 200
             if i >= 300 and i % 50 == 0:
                 (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmRSS"))
                 sizes.append(int(line.split()[1]))
+                metrics = fetch(f"{running.root}/metrics").body.decode().splitlines()
+                (line,) = (x for x in metrics if x.startswith("mlx_drift_device_memory_bytes"))
+                device.append(float(line.split()[1]) / 1024)
         slope = (sizes[-1] - sizes[0]) / 650  # KiB a request
-        print(f"RSS {sizes} KiB: {slope:.2f} KiB a request")
+        of_device = (device[-1] - device[0]) / 650
+        print(f"RSS {sizes} KiB: {slope:.2f} KiB a request; MLX {of_device:.2f}")
         assert slope < 20
+        assert of_device < 1  # past 300 requests the bound of the caches is reached
 
 
 def test_without_the_extra_one_line_says_what_to_install():
