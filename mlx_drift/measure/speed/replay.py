@@ -2,7 +2,8 @@
 
 It is the real loop that runs (`speculate`), with a target that says what was recorded: one pass of
 the model over the text brings the taps of every position, which no draft changes. So acceptance is
-exact. What a round takes is measured once for each of its lengths, and its clock is set by that.
+exact. What a round takes is measured once for each of its lengths; its clock is set by that, and
+`auto` starts from it, as it does after `mlx-drift tune`.
 """
 
 import statistics
@@ -302,21 +303,19 @@ def replay(
     ways |= {f"lookup K={k}": (k, lookup, _lookup) for k in sorted(numbers)}
     arms = {name: ReplayArm(name) for name in ways}
     plain = ReplayArm("plain")
-    shared = {name: Costs() for name in ways}
-    learned: dict[tuple[str, int], DraftLength] = {}
-    cache = make_prompt_cache(model, both)
+    learned: dict[str, DraftLength] = {}
+    conversation = None
     for number, one in enumerate(recorded):
+        if one.conversation != conversation:
+            conversation, cache = one.conversation, make_prompt_cache(model, both)
+            learned = {name: _beginning(k, costs) for name, (k, _, _) in ways.items()}
         cache.read(one.prompt, step_size=CHUNK, progress=lambda done, total: None)
         tokens = mx.array([*one.prompt, *one.answer], dtype=mx.int32)
         first = len(one.prompt) - 1
         taps = _taps_of(cache.target, tokens[first:-1], cache.target_cache.fork())
         plain.tokens += len(one.answer)
         plain.seconds += len(one.answer) * costs.drafted[PLAIN]
-        for name, (k, own, part) in ways.items():
-            key = name, one.conversation
-            if key not in learned:
-                fixed = None if k == "auto" else k
-                learned[key] = DraftLength(fixed, shared[name])
+        for name, (_, own, part) in ways.items():
             clock = Simulated()
             metered = Metered(own, costs, clock)
             rounds = speculate(
@@ -325,7 +324,7 @@ def replay(
                 tokens[first : first + 1],
                 RecordedCache(first),
                 part(cache.drafter_cache.fork()),
-                num_draft_tokens=learned[key],
+                num_draft_tokens=learned[name],
                 max_tokens=len(one.answer),
                 stop_tokens=frozenset(),
                 clock=clock,
@@ -340,6 +339,13 @@ def replay(
             arms[name].seconds += spent
         progress(number + 1, len(recorded))
     return Replay([plain, *arms.values()], costs)
+
+
+def _beginning(k: Length, costs: ReplayCosts) -> DraftLength:
+    """Returns what chooses lengths in a new conversation: `auto` knows what rounds cost."""
+    draft_length = DraftLength(None if k == "auto" else k, costs.drafted)
+    draft_length.copy_costs = Costs(costs.copied)
+    return draft_length
 
 
 def _own(state: CopyingState) -> Any:
