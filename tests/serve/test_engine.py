@@ -135,6 +135,8 @@ def run_conversations(model, number, seed, bound, lengths, vocabulary=VOCAB):
     assert most <= bound
     for prompt, count, tokens, leaves, ended in done:
         expected = plain_greedy(model.model, prompt, count)
+        ends = [i for i, token in enumerate(expected) if token in model.tokenizer.eos_token_ids]
+        expected = expected[: ends[0]] if ends else expected  # which no piece tells
         if leaves and isinstance(ended, Failed):
             assert ended.kind == "cancelled"
             assert tokens == expected[: len(tokens)]
