@@ -8,11 +8,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from arms import DEPTH, MTP_ARMS
-from findings import Arm, Compared, Factors, Study, Sums, compare, every, ratio, to_the
-from measure_all import DEEP, DRAFTS, deep
+from attention_drift.arms import DEPTH, MTP_ARMS
+from attention_drift.findings import (
+    Arm,
+    Compared,
+    Factors,
+    Study,
+    Sums,
+    compare,
+    every,
+    ratio,
+    to_the,
+)
+from attention_drift.measure_all import DEEP, DRAFTS, deep
+from attention_drift.texts import EVERY_LONG, EVERY_PERTURBED, HELD_OUT, LENGTHS
 from mlx_drift.measure.acceptance.context import condition
-from texts import EVERY_LONG, EVERY_PERTURBED, HELD_OUT, LENGTHS
 
 PRE, BOTH = "neither", "both"
 """EAGLE-3, and EAGLE-3.1 with its two norms."""

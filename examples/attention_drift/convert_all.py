@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from arms import MTP_ARMS, Run, runs
+from attention_drift.arms import MTP_ARMS, Run, runs
 from mlx_drift import convert_drafter
 from mlx_drift.demo import TARGET
 

@@ -21,9 +21,11 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-import texts
-from arms import DEPTH, DEPTH_ARMS, MTP_ARMS, Run
-from convert_all import convert_finished, finished
+from attention_drift import texts
+from attention_drift.arms import DEPTH, DEPTH_ARMS, MTP_ARMS, Run
+from attention_drift.convert_all import convert_finished, finished
+from attention_drift.replay import Rounds, add_up_rows, replay, rounds, unroll
+from attention_drift.texts import HELD_OUT, Text
 from mlx_drift.demo import load_demo
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.load import load_converted
@@ -31,8 +33,6 @@ from mlx_drift.measure.acceptance.context import condition, windows
 from mlx_drift.measure.inside.around import root_mean_square
 from mlx_drift.measure.inside.figures import CLASSES, Sums
 from mlx_drift.measure.inside.intervene import intervention
-from replay import Rounds, add_up_rows, replay, rounds, unroll
-from texts import HELD_OUT, Text
 
 RESULTS = Path(__file__).parent / "results"
 TEXTS = "texts.json"

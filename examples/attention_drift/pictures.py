@@ -9,14 +9,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from findings import Arm, share
-from measure_all import DEEP, DRAFTS, SEEN, deep
+from attention_drift.findings import Arm, share
+from attention_drift.measure_all import DEEP, DRAFTS, SEEN, deep
+from attention_drift.texts import HELD_OUT, LENGTHS
 from mlx_drift.measure.acceptance.context import condition
 from mlx_drift.measure.bootstrap import Interval
 from mlx_drift.measure.inside.drift import RECENT
 from mlx_drift.measure.inside.drift_plot import FILLS, LABELS, LINES
 from mlx_drift.measure.inside.figures import CLASSES
-from texts import HELD_OUT, LENGTHS
 
 STEPS = range(1, DEEP + 1)
 TICKS = (1, *range(4, DEEP + 1, 4))

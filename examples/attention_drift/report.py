@@ -12,9 +12,9 @@ from functools import partial
 from math import isnan
 from pathlib import Path
 
-import pictures
-from arms import ARMS, DEPTH, DEPTH_ARMS, MTP_ARMS, OTHER_DEPTHS
-from claims import (
+from attention_drift import pictures
+from attention_drift.arms import ARMS, DEPTH, DEPTH_ARMS, MTP_ARMS, OTHER_DEPTHS
+from attention_drift.claims import (
     BOTH,
     PRE,
     Claim,
@@ -27,7 +27,7 @@ from claims import (
     mass,
     mtp_claims,
 )
-from findings import (
+from attention_drift.findings import (
     CLOSE,
     Arm,
     Compared,
@@ -40,12 +40,21 @@ from findings import (
     share,
     to_the,
 )
-from measure_all import DEEP, DRAFTS, INTERVENTIONS, RESULTS, SEEN, TEXTS, WINDOW, deep
+from attention_drift.measure_all import (
+    DEEP,
+    DRAFTS,
+    INTERVENTIONS,
+    RESULTS,
+    SEEN,
+    TEXTS,
+    WINDOW,
+    deep,
+)
+from attention_drift.texts import EVERY_PERTURBED, HELD_OUT, LENGTHS, ROW, WORDINGS
 from mlx_drift.measure.acceptance.context import condition
 from mlx_drift.measure.bootstrap import Interval
 from mlx_drift.measure.inside.drift import RECENT
 from mlx_drift.measure.inside.figures import CLASSES
-from texts import EVERY_PERTURBED, HELD_OUT, LENGTHS, ROW, WORDINGS
 
 GROUPS = {"Which norm": (PRE, tuple(ARMS)), "MTP heads": ("mtp_post", tuple(MTP_ARMS))}
 """Arms that are compared, and with which of them; a group without drafters is left out."""

@@ -18,13 +18,21 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from arms import ARMS, MTP_ARMS, Run, runs
-from features import ROW, Features, Row, store_features
-from recipe import MTP, STEP_DECAY, Eagle3, Llama, Muon, Switches, lr_factor
+from attention_drift.arms import ARMS, MTP_ARMS, Run, runs
+from recipe.drafter import Eagle3, Switches
+from recipe.features import Features, draft_vocabulary, endless
+from recipe.learner import Learner, save_whole
+from recipe.loss import Drafter
+from recipe.mtp import MTP
+from recipe.rows import Row
+from recipe.schedule import lr_factor
+from recipe.target import Llama
+from train_demo_pair.answers import load_sequences
+from train_demo_pair.states import ROW, store_states
 
+DRAFT_VOCAB = 2048
 CHECKPOINT_EVERY = 120.0
 """Seconds."""
 
@@ -35,6 +43,7 @@ class Recipe:
 
     study: Path
     target: Path
+    answers: Path
     steps: int
     rows: int
     lr: float
@@ -45,67 +54,26 @@ class Recipe:
         return self.study / "features.safetensors"
 
 
-Drafter = Eagle3 | MTP
+def batches(recipe: Recipe, draft_ids: Tensor, seed: int, start: int) -> Iterator[list[Row]]:
+    """The rows of each step, from step `start` on.
 
-
-def chain_losses(drafter: Drafter, target: Llama, row: Row, depth: int) -> Tensor:
-    """The soft cross-entropy of each step against the target over what is drafted from, `[depth]`.
-
-    Row i of step s reads token i+1+s and is compared with what the target says next. A chain is
-    followed only where some step of it counts.
+    What counts is the same for all arms: tokens of the draft vocabulary, for MTP heads as well.
     """
-    length = len(row.ids)
-    steps = torch.arange(depth)
-    read = torch.arange(length)[:, None] + 1 + steps  # [row, step]: the position that is read
-    counts = (read < length - 1) & row.counted[(read + 1).clamp(max=length - 1)]
-    rows = counts.any(1).nonzero()[:, 0]
-    read, counts = read[rows], counts[rows]
-    head = target.model.embed_tokens.weight
-    if isinstance(drafter, MTP):
-        start, predict = row.final[None], target.head
-    else:
-        start, predict, head = row.taps, drafter.lm_head, head[drafter.draft_ids]
-    with torch.no_grad():
-        wanted = F.linear(row.final, head).softmax(-1)
-
-    def true_tokens(step: int, normed: Tensor | None) -> Tensor:
-        ids = row.ids.roll(-1 - step)  # the rows that wrap around never count
-        return target.model.embed_tokens(ids if step == 0 else ids[rows])[None]
-
-    losses = []
-    for step, (normed, _) in enumerate(drafter.unroll(start, true_tokens, depth, rows)):
-        here = counts[:, step]
-        predicted = predict(normed[0, here])
-        losses.append(F.cross_entropy(predicted, wanted[read[here, step]]))
-    return torch.stack(losses)
-
-
-def optimizers_of(drafter: Drafter, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices, AdamW for gains and head, as for the embedded pair."""
-    named = list(drafter.named_parameters())
-    matrices = [p for name, p in named if p.dim() == 2 and "lm_head" not in name]
-    others = [p for name, p in named if p.dim() == 1 or "lm_head" in name]
-    return [
-        Muon(matrices, lr=lr, momentum=0.95),
-        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-
-
-def batches(features: Features, recipe: Recipe, seed: int, start: int) -> Iterator[list[Row]]:
-    """The rows of each step, from step `start` on."""
-    rows = features.rows(seed)
-    next(islice(rows, start * recipe.rows, start * recipe.rows), None)
+    rows = endless(Features([recipe.features]), seed, start * recipe.rows)
     while True:
-        yield list(islice(rows, recipe.rows))
+        batch = list(islice(rows, recipe.rows))
+        for row in batch:
+            row.said[1:] &= torch.isin(row.choice[:-1], draft_ids)
+        yield batch
 
 
-def make(run: Run, target: Llama, features: Features) -> Drafter:
+def make(run: Run, target: Llama, draft_ids: Tensor) -> Drafter:
     """A drafter of an arm, before its training."""
     if run.arm in MTP_ARMS:
         head = MTP(target.config, MTP_ARMS[run.arm])
         head.init_as_lens()
         return head
-    drafter = Eagle3(target.config, features.draft_ids, Switches(**ARMS[run.arm]))
+    drafter = Eagle3(target.config, draft_ids, Switches(**ARMS[run.arm]))
     drafter.init_from_target(target)
     return drafter
 
@@ -117,46 +85,31 @@ def train(run: Run, recipe: Recipe) -> str:
     if report.exists():
         return f"{run.name}: is there"
     torch.set_num_threads(1)
-    features = Features(recipe.features)
     target = Llama.load(recipe.target).requires_grad_(False)
+    sequences = load_sequences(recipe.answers)
+    draft_ids = draft_vocabulary(sequences, DRAFT_VOCAB, target.config.vocab_size)
     torch.manual_seed(run.seed)
-    drafter = make(run, target, features)
-    optimizers = optimizers_of(drafter, recipe.lr)
+    drafter = make(run, target, draft_ids)
+    learner = Learner(drafter, recipe.lr)
 
     losses: list[list[float]] = []
     seconds = 0.0
     if checkpoint.exists():
         saved = torch.load(checkpoint)
-        drafter.load_state_dict(saved["drafter"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        learner.load_state_dict(saved["learner"])
         losses, seconds = saved["losses"], saved["seconds"]
 
-    weights = STEP_DECAY ** torch.arange(run.depth)
     started = saved_at = time.monotonic() - seconds
-    for rows in islice(
-        batches(features, recipe, run.seed, len(losses)), recipe.steps - len(losses)
-    ):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * lr_factor((len(losses) + 1) / (recipe.steps + 1))
-        of_rows = torch.stack([chain_losses(drafter, target, row, run.depth) for row in rows])
-        (of_rows.mean(0) * weights).sum().backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append([round(loss, 5) for loss in of_rows.detach().mean(0).tolist()])
+    ahead = batches(recipe, draft_ids, run.seed, len(losses))
+    for rows in islice(ahead, recipe.steps - len(losses)):
+        rate = lr_factor((len(losses) + 1) / (recipe.steps + 1))
+        loss = learner.learn(target, rows, run.depth, rate)
+        losses.append([round(value, 5) for value in loss.tolist()])
         if time.monotonic() - saved_at > CHECKPOINT_EVERY:
             saved_at = time.monotonic()
-            state = {
-                "drafter": drafter.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "losses": losses,
-                "seconds": saved_at - started,
-            }
-            whole = checkpoint.with_suffix(".partial")
-            torch.save(state, whole)
-            whole.rename(checkpoint)
+            seconds = saved_at - started
+            state = {"learner": learner.state_dict(), "losses": losses, "seconds": seconds}
+            save_whole(state, checkpoint)
 
     seconds = time.monotonic() - started
     if isinstance(drafter, MTP):
@@ -191,10 +144,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of drafters, as arm-ttt4-seed0")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of one thread each")
     args = parser.parse_args()
-    recipe = Recipe(args.study, args.target, args.steps, args.rows, args.lr)
+    recipe = Recipe(args.study, args.target, args.answers, args.steps, args.rows, args.lr)
     if not recipe.features.exists():
         started = time.monotonic()
-        store_features(args.target, args.answers, recipe.features)
+        store_states(args.target, args.answers, recipe.features)
         print(f"features: {time.monotonic() - started:.0f} s", flush=True)
     wanted = [run for run in runs() if args.only is None or run.name in args.only]
     with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:

@@ -21,8 +21,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from decoder import Decoder, draw
-from recipe import Llama
+from recipe.target import Llama
+from smollm2.decoder import Decoder, draw
 
 SYSTEM_PROMPTS = [
     "You are a helpful AI assistant named SmolLM, trained by Hugging Face",

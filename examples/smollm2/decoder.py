@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from recipe import Llama, rope_table
+from recipe.target import Llama, rope_table
 
 TOP = 256
 """Of so many likeliest tokens nucleus sampling chooses."""

@@ -20,45 +20,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from data import Chat, load_facts, training_chats
-from rows import Sequence
-from target import Cache, Llama
-from tokenizer import EOT, PAD, encode_chat, generation_prompt, token_id
+from recipe.generate import generate
+from recipe.rows import Text
+from recipe.target import Llama
+from train_demo_pair.data import Chat, load_facts, training_chats
+from train_demo_pair.tokenizer import EOT, PAD, encode_chat, generation_prompt, token_id
 
 MAX_PROMPT = 256  # with MAX_ANSWER: a sequence fits in a row of 512
 MAX_ANSWER = 256
 BATCH = 64
 WINDOW = 8  # batches that are sorted by length together
-
-
-@torch.no_grad()
-def generate(
-    target: Llama,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    temperatures: list[float],
-    max_tokens: int,
-) -> list[Sequence]:
-    """One batch, one temperature a row (0: greedy); an answer includes its end-of-turn token."""
-    end, pad = token_id(tokenizer, EOT), token_id(tokenizer, PAD)
-    longest = max(map(len, prompts))
-    padding = torch.tensor([longest - len(prompt) for prompt in prompts])
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
-    heat = torch.tensor(temperatures)[:, None]
-    cache = Cache.empty(target.config, padding, longest + max_tokens)
-    running = torch.ones(len(prompts), dtype=torch.bool)
-    columns: list[torch.Tensor] = []
-    while running.any() and len(columns) < max_tokens:
-        logits = target.logits(target.hidden_states(ids, cache)[-1][:, -1])
-        sampled = torch.multinomial((logits / heat.clamp(min=0.01)).softmax(-1), 1)
-        ids = torch.where(heat > 0, sampled, logits.argmax(-1, keepdim=True))
-        columns.append(torch.where(running[:, None], ids, pad))
-        running &= ids[:, 0] != end
-    sequences = []
-    for prompt, row in zip(prompts, torch.cat(columns, dim=1).tolist(), strict=True):
-        answer = row[: row.index(end) + 1] if end in row else row
-        sequences.append((prompt + answer, [False] * len(prompt) + [True] * len(answer)))
-    return sequences
 
 
 def prompt_batches(tokenizer: Tokenizer, seed: int) -> Iterator[list[list[int]]]:
@@ -80,7 +51,7 @@ def prompt_batches(tokenizer: Tokenizer, seed: int) -> Iterator[list[list[int]]]
 
 
 @torch.no_grad()
-def recited(target: Llama, tokenizer: Tokenizer, chats: list[Chat]) -> list[Sequence]:
+def recited(target: Llama, tokenizer: Tokenizer, chats: list[Chat]) -> list[Text]:
     """The chats, with each answer's mask cut where greedy decoding would first deviate."""
     pad = token_id(tokenizer, PAD)
     encoded = sorted((encode_chat(tokenizer, chat) for chat in chats), key=lambda s: len(s[0]))
@@ -100,7 +71,7 @@ def recited(target: Llama, tokenizer: Tokenizer, chats: list[Chat]) -> list[Sequ
     return sequences
 
 
-def save_sequences(sequences: list[Sequence], path: Path) -> None:
+def save_sequences(sequences: list[Text], path: Path) -> None:
     tensors = {
         "ids": torch.tensor([i for ids, _ in sequences for i in ids], dtype=torch.int16),
         "mask": torch.tensor([m for _, mask in sequences for m in mask]),
@@ -109,7 +80,7 @@ def save_sequences(sequences: list[Sequence], path: Path) -> None:
     save_file(tensors, path)
 
 
-def load_sequences(path: Path) -> list[Sequence]:
+def load_sequences(path: Path) -> list[Text]:
     stored = load_file(path)
     lengths = stored["lengths"].tolist()
     ids, masks = stored["ids"].split(lengths), stored["mask"].split(lengths)
@@ -129,13 +100,14 @@ def main() -> None:
     target = Llama.load(args.target)
     tokenizer = Tokenizer.from_file(str(args.target / "tokenizer.json"))
 
-    sequences: list[Sequence] = []
+    end, pad = token_id(tokenizer, EOT), token_id(tokenizer, PAD)
+    sequences: list[Text] = []
     start = time.monotonic()
     for prompts in prompt_batches(tokenizer, args.seed):
         if time.monotonic() - start > 60 * args.minutes:
             break
         temperatures = [args.temperature * (row % 2) for row in range(len(prompts))]
-        sequences += generate(target, tokenizer, prompts, temperatures, MAX_ANSWER)
+        sequences += generate(target, prompts, temperatures, MAX_ANSWER, end, pad)
     rng = random.Random(args.seed)
     for _ in range(args.recited_epochs):
         sequences += recited(target, tokenizer, training_chats(load_facts(), rng))

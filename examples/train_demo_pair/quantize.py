@@ -22,7 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load
 
-from data import read_jsonl
+from train_demo_pair.data import read_jsonl
 
 WIDTHS = (4, 5, 6)
 GROUP_SIZE = 64

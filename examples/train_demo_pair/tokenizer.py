@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data import Chat
+from train_demo_pair.data import Chat
 
 BOS, EOT, PAD = "<|bos|>", "<|eot|>", "<|pad|>"
 ROLES = {role: f"<|{role}|>" for role in ("system", "user", "assistant")}

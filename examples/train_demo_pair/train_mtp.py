@@ -10,44 +10,17 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch import Tensor
 
-from acceptance import heldout_answers, measure
-from data import read_jsonl
-from mtp import MTP
-from muon import Muon
-from schedule import paced
-from states import ROW, Row, endless_rows
-from target import Llama
-from train_drafters import STEP_DECAY
-
-
-def chain_losses(head: MTP, target: Llama, row: Row, steps: int) -> Tensor:
-    """Every step's soft cross-entropy against the target, `[steps]`.
-
-    The target at position p predicts token p+1; at step s, row i reads token i+1+s and is compared
-    with the target at that position. It counts where the target said the predicted token; a chain
-    of which no step counts is not followed.
-    """
-    read = torch.arange(ROW)[:, None] + 1 + torch.arange(steps)  # [row, step]: the position read
-    counts = (read < ROW - 1) & row.said[(read + 1).clamp(max=ROW - 1)]
-    chains = counts.any(1).nonzero()[:, 0]
-    read, counts = read[chains], counts[chains]
-    with torch.no_grad():
-        wanted = target.head(row.final).softmax(-1)
-
-    def true_tokens(step: int, normed: Tensor | None) -> Tensor:
-        ids = row.ids.roll(-1 - step)  # the rows that wrap around never count
-        return target.model.embed_tokens(ids if step == 0 else ids[chains])[None]
-
-    losses = []
-    for step, (normed, _) in enumerate(head.unroll(row.final[None], true_tokens, steps, chains)):
-        here = counts[:, step]
-        predicted = target.head(normed[0, here])
-        losses.append(F.cross_entropy(predicted, wanted[read[here, step]]))
-    return torch.stack(losses)
+from recipe.acceptance import measure
+from recipe.features import Features, endless
+from recipe.learner import Learner
+from recipe.mtp import MTP
+from recipe.schedule import lr_factor, paced
+from recipe.target import Llama
+from train_demo_pair.acceptance import heldout_answers
+from train_demo_pair.data import read_jsonl
+from train_demo_pair.states import ROW
 
 
 def main() -> None:
@@ -74,24 +47,15 @@ def main() -> None:
     else:
         head = MTP(target.config, args.feedback)
         head.init_as_lens()
-    parameters = list(head.parameters())
-    muon = Muon([p for p in parameters if p.dim() == 2], lr=args.lr, momentum=0.95)
-    gains = [p for p in parameters if p.dim() == 1]
-    adamw = torch.optim.AdamW(gains, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    learner = Learner(head, args.lr)
 
     by_split = heldout_answers(target, tokenizer, read_jsonl(args.heldout))
     heldout = [answer for answers in by_split.values() for answer in answers]
-    weights = STEP_DECAY ** torch.arange(args.steps)
-    rows = endless_rows(args.states, args.seed)
+    rows = endless(Features([args.states]), args.seed)
     reported, recent = time.monotonic(), []
-    for step, elapsed in paced(args.minutes, [muon, adamw]):
-        batch = islice(rows, args.rows)
-        losses = torch.stack([chain_losses(head, target, row, args.steps) for row in batch]).mean(0)
-        (losses * weights).sum().backward()
-        for optimizer in (muon, adamw):
-            optimizer.step()
-            optimizer.zero_grad()
-        recent.append(losses.detach())
+    for step, elapsed in paced(args.minutes):
+        batch, rate = list(islice(rows, args.rows)), lr_factor(elapsed / (60 * args.minutes))
+        recent.append(learner.learn(target, batch, args.steps, rate))
         if time.monotonic() - reported > args.report_every:
             mean = " ".join(f"{loss:.3f}" for loss in torch.stack(recent).mean(0).tolist())
             print(f"{elapsed / 60:5.1f} min  step {step}  tokens {(step + 1) * args.rows * ROW}")

@@ -16,12 +16,20 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data import Fact, load_facts, read_jsonl, training_chats
-from muon import Muon
-from rows import pack
-from schedule import paced
-from target import Llama, LlamaConfig
-from tokenizer import BOS, EOT, PAD, encode_chat, save_tokenizer, token_id, train_tokenizer
+from recipe.muon import Muon
+from recipe.rows import pack
+from recipe.schedule import paced
+from recipe.target import Llama, LlamaConfig
+from train_demo_pair.data import Fact, load_facts, read_jsonl, training_chats
+from train_demo_pair.tokenizer import (
+    BOS,
+    EOT,
+    PAD,
+    encode_chat,
+    save_tokenizer,
+    token_id,
+    train_tokenizer,
+)
 
 SHORT_ROW, LONG_ROW = 512, 2048
 LONG_DIALOGUE_TURNS = 32  # about 2048 tokens

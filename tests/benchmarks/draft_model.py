@@ -41,12 +41,13 @@ from mlx_drift.generate import stream_generate
 RECIPE = Path(__file__).parents[2] / "examples" / "train_demo_pair"
 sys.path.insert(0, str(RECIPE))
 
-from data import load_facts, read_jsonl, training_chats  # noqa: E402
 from muon import Muon  # noqa: E402
 from rows import pack  # noqa: E402
 from schedule import paced  # noqa: E402
-from target import Llama, LlamaConfig  # noqa: E402
 from tokenizer import BOS, EOT, PAD, encode_chat, generation_prompt, token_id  # noqa: E402
+
+from data import load_facts, read_jsonl, training_chats  # noqa: E402
+from target import Llama, LlamaConfig  # noqa: E402
 
 ROW, ROWS = 512, 2
 """Tokens a row, and rows a step."""

@@ -24,27 +24,19 @@ ARMS = "neither norm_output fc_norm both norm_before_residual gated_attention".s
 
 @pytest.fixture(autouse=True)
 def _study_on_path(monkeypatch):
-    """Makes the study's modules importable."""
-    monkeypatch.setattr(sys, "path", [str(STUDY), *sys.path])
+    """Makes the examples importable."""
+    monkeypatch.setattr(sys, "path", [str(STUDY.parent), *sys.path])
 
 
 @pytest.fixture
-def recipe():
-    """The study's modules that import PyTorch."""
-    import recipe
-
-    return recipe
-
-
-@pytest.fixture
-def target(recipe):
+def target():
     """A random target in PyTorch."""
     import torch
 
-    from target import LlamaConfig
+    from recipe.target import Llama, LlamaConfig
 
     torch.manual_seed(0)
-    return recipe.Llama(
+    return Llama(
         LlamaConfig(
             vocab_size=VOCAB,
             hidden_size=HIDDEN,
@@ -55,15 +47,14 @@ def target(recipe):
     )
 
 
-def drafter_of(recipe, target, arm):
+def drafter_of(target, arm):
     """A random drafter of one arm, gains and all."""
     import torch
 
-    from arms import ARMS as SWITCHES
+    from attention_drift.arms import ARMS as SWITCHES
+    from recipe.drafter import Eagle3, Switches
 
-    drafter = recipe.Eagle3(
-        target.config, torch.arange(1, VOCAB, 2), recipe.Switches(**SWITCHES[arm])
-    )
+    drafter = Eagle3(target.config, torch.arange(1, VOCAB, 2), Switches(**SWITCHES[arm]))
     with torch.no_grad():
         for parameter in drafter.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -71,8 +62,8 @@ def drafter_of(recipe, target, arm):
 
 
 def test_cut_short_it_is_balanced():
-    from arms import ARMS as SWITCHES
-    from arms import runs
+    from attention_drift.arms import ARMS as SWITCHES
+    from attention_drift.arms import runs
 
     order = list(runs())
     assert list(SWITCHES) == ARMS
@@ -84,10 +75,10 @@ def test_cut_short_it_is_balanced():
 
 @pytest.mark.torch
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_trained_drafter_is_the_same_in_the_package(recipe, target, arm, tmp_path):
+def test_a_trained_drafter_is_the_same_in_the_package(target, arm, tmp_path):
     import torch
 
-    drafter = drafter_of(recipe, target, arm)
+    drafter = drafter_of(target, arm)
     drafter.save(tmp_path / "torch", torch.float32, also_bin=False)
     shape = TargetShape(hidden_size=HIDDEN, vocab_size=VOCAB, num_layers=LAYERS)
     convert_drafter(str(tmp_path / "torch"), tmp_path / "mlx", target=shape, strict=True)
@@ -114,12 +105,14 @@ def test_a_trained_drafter_is_the_same_in_the_package(recipe, target, arm, tmp_p
 
 @pytest.mark.torch
 @pytest.mark.parametrize("arm", ARMS)
-def test_saved_and_loaded_it_is_the_same(recipe, target, arm, tmp_path):
+def test_saved_and_loaded_it_is_the_same(target, arm, tmp_path):
     import torch
 
-    drafter = drafter_of(recipe, target, arm)
+    from recipe.drafter import Eagle3
+
+    drafter = drafter_of(target, arm)
     drafter.save(tmp_path, torch.float32, also_bin=False)
-    loaded = recipe.Eagle3.load(tmp_path, target.config)
+    loaded = Eagle3.load(tmp_path, target.config)
     assert loaded.switches == drafter.switches
     for name, tensor in drafter.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
@@ -127,27 +120,31 @@ def test_saved_and_loaded_it_is_the_same(recipe, target, arm, tmp_path):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("arm", ["both", "gated_attention"])
-def test_following_only_the_chains_that_count_changes_no_loss(recipe, target, arm):
+def test_following_only_the_chains_that_count_changes_no_loss(target, arm):
     import torch
 
-    from features import Row
-    from train import chain_losses
-    from train_drafters import unrolled_losses
+    from recipe.features import read
+    from recipe.loss import chain_losses
 
-    drafter = drafter_of(recipe, target, arm)
+    drafter = drafter_of(target, arm)
     ids = torch.randint(0, VOCAB, (1, LENGTH))
     said = torch.arange(LENGTH)[None] % 12 > 6
-    with torch.no_grad():
-        streams = target.hidden_states(ids)
-        row = Row(
-            ids[0],
-            torch.zeros(LENGTH, dtype=torch.bool),
-            [streams[tap] for tap in drafter.taps],
-            target.model.norm(streams[-1])[0],
-        )
-        row.counted[1:] = said[0, 1:] & drafter.t2d[target.logits(streams[-1])[0, :-1].argmax(-1)]
-        wanted = unrolled_losses({"it": drafter}, target, ids, said, STEPS)["it"]
-        assert torch.allclose(chain_losses(drafter, target, row, STEPS), wanted, atol=1e-6)
+    row = read(target, ids, said)[0]
+    found = chain_losses(drafter, target, row, STEPS)
+    logits = target(ids)[0].detach()
+    wanted = logits[:, drafter.draft_ids].softmax(-1)
+    counted = said[0, 1:] & drafter.t2d[logits[:-1].argmax(-1)]
+    every = drafter.unroll(
+        row.taps,
+        lambda step, _: target.model.embed_tokens(ids.roll(-1 - step, dims=1)),
+        STEPS,
+    )
+    for step, (normed, _) in enumerate(every):
+        rows = counted[1 + step :]
+        told = drafter.lm_head(normed[0, : len(rows)][rows])
+        loss = torch.nn.functional.cross_entropy(told, wanted[1 + step : -1][rows], reduction="sum")
+        assert found.rows[step] == rows.sum()
+        assert torch.allclose(found.losses[step], loss, atol=1e-5)
 
 
 QUESTIONS = [
@@ -166,8 +163,8 @@ def demo():
 def said(demo):
     """What the embedded target says, with its states."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(STUDY), *sys.path])
-        import texts
+        patch.setattr(sys, "path", [str(STUDY.parent), *sys.path])
+        from attention_drift import texts
 
         model, tokenizer, _ = demo
         target = Target(model, texts.TAPS)
@@ -178,7 +175,7 @@ def said(demo):
 
 @pytest.mark.parametrize("k", [1, DRAFTS])
 def test_rounds_are_those_of_generating(demo, said, k):
-    from replay import replay, rounds, unroll
+    from attention_drift.replay import replay, rounds, unroll
 
     model, tokenizer, drafter = demo
     for text in said:
@@ -190,7 +187,7 @@ def test_rounds_are_those_of_generating(demo, said, k):
 
 
 def test_windows_are_those_of_generating(demo, said):
-    from replay import replay
+    from attention_drift.replay import replay
 
     model, tokenizer, drafter = demo
     view = drafter.windowed(6, 1)
@@ -204,7 +201,7 @@ def test_an_answer_that_ends_early_is_cut_where_generating_cuts_it(demo, said):
     """As if the end-of-text token had come after so many tokens: nothing after it is wanted."""
     from dataclasses import replace
 
-    from replay import replay, rounds, unroll
+    from attention_drift.replay import replay, rounds, unroll
 
     _, _, drafter = demo
     for length in range(1, 6):
@@ -217,8 +214,8 @@ def test_an_answer_that_ends_early_is_cut_where_generating_cuts_it(demo, said):
 
 
 def test_drift_is_that_of_the_command(demo, said, monkeypatch):
-    import measure_all
-    from findings import Arm, share
+    from attention_drift import measure_all
+    from attention_drift.findings import Arm, share
 
     model, tokenizer, drafter = demo
     monkeypatch.setattr(measure_all, "DEEP", DRAFTS)
@@ -237,8 +234,8 @@ def test_drift_is_that_of_the_command(demo, said, monkeypatch):
 
 def test_the_teacher_forced_chain_begins_where_free_running_ones_do(demo, said):
     """Its first step drafts what a round drafts first."""
-    import measure_all
-    from replay import unroll
+    from attention_drift import measure_all
+    from attention_drift.replay import unroll
 
     text, drafter = said[0], demo[2]
     rows = measure_all.forced_rows(text)
@@ -263,7 +260,7 @@ def a_drafter(arm, seed, accepted, tested=10, rms=(1.0, 2.0)):
 
 
 def write_study(folder, *drafters):
-    from findings import Study
+    from attention_drift.findings import Study
 
     for one in drafters:
         name = f"{one['arm']}-ttt{one['depth']}-seed{one['seed']}"
@@ -272,7 +269,7 @@ def write_study(folder, *drafters):
 
 
 def test_figures_of_seeds_are_ratios_of_sums(tmp_path):
-    from findings import share
+    from attention_drift.findings import share
 
     arm = write_study(tmp_path, a_drafter("a", 0, 5), a_drafter("a", 1, 10, rms=(3.0, 8.0))).arm(
         "a", 4
@@ -288,8 +285,8 @@ def test_figures_of_seeds_are_ratios_of_sums(tmp_path):
     [((6, 7), 1, False), ((4, 3), -1, False), ((9, 4), 0, False), ((5, 5), 0, True)],
 )
 def test_a_difference_is_told_only_if_every_seed_tells_it(tmp_path, accepted, direction, is_one):
-    from claims import length
-    from findings import compare, ratio
+    from attention_drift.claims import length
+    from attention_drift.findings import compare, ratio
 
     theirs = [a_drafter("b", seed, 5) for seed in (0, 1, 2)]  # a has no seed 2
     ours = [a_drafter("a", seed, n) for seed, n in enumerate(accepted)]
@@ -302,8 +299,8 @@ def test_a_difference_is_told_only_if_every_seed_tells_it(tmp_path, accepted, di
 
 
 def test_an_interval_is_of_prompts(tmp_path):
-    from claims import length
-    from findings import compare
+    from attention_drift.claims import length
+    from attention_drift.findings import compare
 
     unlike = a_drafter("a", 0, 0)
     unlike["acceptance"]["held out"]["accepted"] = [[0], [30]]
@@ -313,9 +310,9 @@ def test_an_interval_is_of_prompts(tmp_path):
 
 
 def test_effects_of_two_switches(tmp_path):
-    from claims import length
-    from findings import compare
-    from report import effect
+    from attention_drift.claims import length
+    from attention_drift.findings import compare
+    from attention_drift.report import effect
 
     accepted = {"none": 2, "first": 4, "second": 6, "both": 24}
     study = write_study(tmp_path, *(a_drafter(arm, 0, n) for arm, n in accepted.items()))
@@ -341,8 +338,8 @@ def test_effects_of_two_switches(tmp_path):
     ],
 )
 def test_verdicts(value, expected, verdict):
-    from claims import Claim
-    from findings import Compared
+    from attention_drift.claims import Claim
+    from attention_drift.findings import Compared
     from mlx_drift.measure.bootstrap import Interval
 
     found = Compared(Interval(value, value, value), (value,))
@@ -350,8 +347,8 @@ def test_verdicts(value, expected, verdict):
 
 
 def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
-    import measure_all
-    from arms import Run
+    from attention_drift import measure_all
+    from attention_drift.arms import Run
 
     asked = []
 
@@ -389,7 +386,7 @@ def test_the_report_is_what_the_figures_say(tmp_path):
     """As committed, word for word, with every picture it shows."""
     import re
 
-    from report import RESULTS, write
+    from attention_drift.report import RESULTS, write
 
     path = write(RESULTS, tmp_path)
     report = path.read_text()
@@ -400,8 +397,8 @@ def test_the_report_is_what_the_figures_say(tmp_path):
 
 
 def test_all_drafters_are_measured():
-    from arms import ARMS, runs
-    from measure_all import RESULTS
+    from attention_drift.arms import ARMS, runs
+    from attention_drift.measure_all import RESULTS
 
     measured = {path.stem for path in RESULTS.glob("*-seed*.json")}
     assert measured >= {run.name for run in runs() if run.arm in ARMS}

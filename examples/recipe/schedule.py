@@ -6,7 +6,7 @@ agree in their data order but not bit for bit.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -17,7 +17,9 @@ def lr_factor(progress: float) -> float:
     return min(progress / WARMUP, 1.0, max(0.0, (1 - progress) / (1 - DECAY_FROM)))
 
 
-def paced(minutes: float, optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[int, float]]:
+def paced(
+    minutes: float, optimizers: Iterable[torch.optim.Optimizer] = ()
+) -> Iterator[tuple[int, float]]:
     """Yields (step, elapsed seconds) until the budget is spent, setting the rate before each."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from chains import Chains
-from target import MLP, Attention, Llama, LlamaConfig, RMSNorm
+from recipe.chains import Chains
+from recipe.rows import Row
+from recipe.target import MLP, Attention, Llama, LlamaConfig, RMSNorm
 
 PREFIX = "mtp_layers.0."
 
@@ -53,9 +54,21 @@ class MTP(nn.Module):
             self.self_attn.o_proj.weight.zero_()
             self.mlp.down_proj.weight.zero_()
 
-    def read(self, target: Llama, states: list[Tensor]) -> Tensor:
-        """What `unroll` starts from, of all of the target's residual streams."""
-        return target.model.norm(states[-1])
+    def start(self, row: Row) -> Tensor:
+        """What `unroll` starts from, of what the target makes of a row."""
+        return row.final[None]
+
+    def can_say(self, ids: Tensor) -> Tensor:
+        """Which tokens it may draft: all."""
+        return torch.ones_like(ids, dtype=torch.bool)
+
+    def output(self, target: Llama) -> Tensor:
+        """The target's output layer `[V, H]`."""
+        return target.model.embed_tokens.weight
+
+    def predict(self, target: Llama, normed: Tensor) -> Tensor:
+        """Logits over the vocabulary."""
+        return target.head(normed)
 
     def choose(self, target: Llama, normed: Tensor) -> Tensor:
         """The token that each row drafts."""

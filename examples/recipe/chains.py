@@ -8,7 +8,7 @@ other, and those that nobody needs can be left out from step 1 on.
 import torch
 from torch import Tensor
 
-from target import Attention, LlamaConfig, rope_table
+from recipe.target import Attention, LlamaConfig, rope_table
 
 
 class Chains:

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from chains import Chains
-from target import MLP, Attention, Llama, LlamaConfig, RMSNorm
+from recipe.chains import Chains
+from recipe.rows import Row
+from recipe.target import MLP, Attention, Llama, LlamaConfig, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,21 @@ class Eagle3(nn.Module):
             self.norm.weight.copy_(target.model.norm.weight)
             self.lm_head.weight.copy_(target.model.embed_tokens.weight[self.draft_ids])
 
-    def read(self, target: Llama, states: list[Tensor]) -> list[Tensor]:
-        """What `unroll` starts from, of all of the target's residual streams."""
-        return [states[tap] for tap in self.taps]
+    def start(self, row: Row) -> list[Tensor]:
+        """What `unroll` starts from, of what the target makes of a row."""
+        return row.taps
+
+    def can_say(self, ids: Tensor) -> Tensor:
+        """Which tokens are in the draft vocabulary."""
+        return self.t2d[ids]
+
+    def output(self, target: Llama) -> Tensor:
+        """The rows of the target's output layer that tell the draft vocabulary, `[V, H]`."""
+        return target.model.embed_tokens.weight[self.draft_ids]
+
+    def predict(self, target: Llama, normed: Tensor) -> Tensor:
+        """Logits over the draft vocabulary."""
+        return self.lm_head(normed)
 
     def choose(self, target: Llama, normed: Tensor) -> Tensor:
         """The token that each row drafts."""
@@ -106,7 +119,7 @@ class Eagle3(nn.Module):
     def feature(self, taps: list[Tensor]) -> Tensor:
         if self.switches.fc_norm:
             taps = [norm(tap) for norm, tap in zip(self.fc_norm, taps, strict=True)]
-        return self.fc(torch.cat(taps, dim=-1))
+        return self.fc(torch.cat(taps, dim=-1)).float()
 
     def unroll(
         self,
