@@ -38,16 +38,22 @@ from mlx_drift.drafters.draft_model import DraftModelDrafter
 from mlx_drift.files.json_file import read_json
 from mlx_drift.generate import stream_generate
 
-RECIPE = Path(__file__).parents[2] / "examples" / "train_demo_pair"
-sys.path.insert(0, str(RECIPE))
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
 
-from muon import Muon  # noqa: E402
-from rows import pack  # noqa: E402
-from schedule import paced  # noqa: E402
-from tokenizer import BOS, EOT, PAD, encode_chat, generation_prompt, token_id  # noqa: E402
-
-from data import load_facts, read_jsonl, training_chats  # noqa: E402
-from target import Llama, LlamaConfig  # noqa: E402
+from recipe.muon import Muon  # noqa: E402
+from recipe.rows import pack  # noqa: E402
+from recipe.schedule import paced  # noqa: E402
+from recipe.target import Llama, LlamaConfig  # noqa: E402
+from train_demo_pair.data import load_facts, read_jsonl, training_chats  # noqa: E402
+from train_demo_pair.tokenizer import (  # noqa: E402
+    BOS,
+    EOT,
+    PAD,
+    encode_chat,
+    generation_prompt,
+    token_id,
+)
 
 ROW, ROWS = 512, 2
 """Tokens a row, and rows a step."""
@@ -146,7 +152,9 @@ def acceptance(folder: Path, tokenizer: Tokenizer, questions: int, k: int) -> St
     small, _ = load(str(folder))
     drafter = DraftModelDrafter(small, model)
     found = Statistics()
-    for record in read_jsonl(RECIPE / "heldout.jsonl")[-questions:]:  # the unseen wordings
+    for record in read_jsonl(EXAMPLES / "train_demo_pair" / "heldout.jsonl")[
+        -questions:
+    ]:  # the unseen wordings
         prompt = generation_prompt(tokenizer, record["messages"])
         *_, last = stream_generate(model, wrapped, prompt, 64, drafter=drafter, num_draft_tokens=k)
         found.add(last.statistics)
