@@ -90,7 +90,8 @@ def test_what_is_no_recording_is_told(refuses, tmp_path, line, message):
     refuses(message, "bench", "--replay", path)
 
 
-def test_the_table_is_on_stdout(cli, tmp_path):
+def test_figures_are_on_stdout(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_drift.cli.bench.measure_costs", lambda *given: COSTS)
     path = tmp_path / "answers.jsonl"
     path.write_text(json.dumps({"prompt": "Say", "text": "one two three " * 12}))
     code, out, _ = cli("bench", "--replay", path, "--num-draft-tokens", 2, "--json")
