@@ -176,6 +176,7 @@ class Letters(NoText):
 
 class KnowingCache(OracleCache):
     nbytes = 0
+    seed = ()
 
 
 class Knowing(Oracle):

@@ -173,7 +173,7 @@ def test_many_random_conversations_of_the_embedded_pair(name):
     drafter = drafter if name else PromptLookupDrafter(model)
     whole = loaded(model, drafter, tokenizer)
     for bound in (1 << 30, 4 * whole.footprint.bytes(300)):
-        assert run_conversations(whole, 200, 3, bound, (1, 8, 30), 4096) > 0
+        assert run_conversations(whole, 40, 3, bound, (1, 8, 30), 4096) > 0
 
 
 def test_the_bound_holds_and_the_oldest_leave(llama):
