@@ -128,8 +128,11 @@ class DFlashConfig(LlamaLayersConfig):
         super().__post_init__()
         check_mask(self.mask_token_id, self.target)
         check_own_parts(self)
-        if self.block_size < 2 and self.slots == "unshifted":
-            raise DriftError(f"block_size is {self.block_size}; expected at least 2")
+        least = 2 if self.slots == "unshifted" else 1
+        if not least <= self.block_size <= MAX_DRAFT_TOKENS:
+            raise DriftError(
+                f"block_size is {self.block_size}; expected {least} to {MAX_DRAFT_TOKENS}"
+            )
         if any(layer >= self.num_layers for layer in self.causal_layers):
             raise DriftError(
                 f"causal_layers is {list(self.causal_layers)}, but there are {self.num_layers} "

@@ -629,7 +629,7 @@ def test_fuzz():
 
 @pytest.mark.long
 def test_fuzz_long():
-    check(1200, 24_000)
+    check(1200, 7_200)
 
 
 if __name__ == "__main__":
