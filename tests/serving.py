@@ -81,9 +81,12 @@ def ask(engine, model, tokens, count=12, **keywords):
 
 
 @contextmanager
-def server(*flags, env=None, stop=signal.SIGTERM):
-    """Runs `mlx-drift serve` in a process of its own; yields it, with the address it told."""
-    run = "from mlx_drift.cli import main; main()"
+def server(*flags, env=None, stop=signal.SIGTERM, setup=""):
+    """Runs `mlx-drift serve` in a process of its own; yields it, with the address it told.
+
+    `setup` is code that the process runs first: a fault to live with.
+    """
+    run = f"{setup}\nfrom mlx_drift.cli import main; main()"
     command = [sys.executable, "-c", run, "serve", "--port", "0", "--json", *flags]
     process = subprocess.Popen(
         [str(part) for part in command],

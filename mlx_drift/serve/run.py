@@ -1,11 +1,14 @@
 """`serve`: everything put together, from a bound socket to a clean end."""
 
+import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 
@@ -26,6 +29,9 @@ SHARE = 0.25
 
 SAVING = 0.3
 """The part of the shutdown's seconds that is left for writing caches."""
+
+LEAVING = 0.1
+"""The part of them, the last, in which nothing new is begun."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ def serve(
     )
     engine.when_idle = lambda: store.save_one() or models.unload_idle()
     engine.start()
+    told: _Told | None = None
     try:
         loaded: LoadedModel = models.get(known[0]).result()
         server = Server(
@@ -138,26 +145,48 @@ def serve(
     finally:
         listener.close()
         engine.close(0.0)
-        engine.call(lambda: _save(store, options.shutdown_seconds * SAVING))
-        engine.join(options.shutdown_seconds)
+        signalled = None if told is None else told.deadline  # None: a fault ends it
+        deadline = signalled or time.monotonic() + options.shutdown_seconds
+        engine.call(lambda: _save(store, deadline - options.shutdown_seconds * LEAVING))
+        has_ended = engine.join(max(0.0, deadline - time.monotonic()))
+        if signalled and not has_ended:
+            _leave(say)
+
+
+def _leave(say: Callable[[str], None]) -> NoReturn:
+    """Ends the process beside a device thread that is still at work.
+
+    The interpreter's own end would take the thread's next step away from under MLX, which aborts
+    the process. What was written to disk is whole: caches are written aside and renamed.
+    """
+    say("the device was still at work at the deadline; its caches are not saved")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class _Told(uvicorn.Server):
-    """Ends when a signal says so, answers first; a second one ends them too."""
+    """Ends when a signal says so, answers first; a second one ends them too.
+
+    Attributes:
+        deadline: When all must have ended, in seconds of `time.monotonic`; None before a signal.
+    """
 
     def __init__(self, config: uvicorn.Config, engine: Engine, seconds: float):
         super().__init__(config)
+        self.deadline: float | None = None
         self._engine = engine
         self._seconds = seconds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Takes a signal."""
+        if self.deadline is None:
+            self.deadline = time.monotonic() + self._seconds
         self._engine.close(0.0 if self.should_exit else self._seconds * (1 - SAVING))
         self.should_exit = True
 
 
-def _save(store: Store, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+def _save(store: Store, deadline: float) -> None:
     while time.monotonic() < deadline and store.save_one():
         pass
 

@@ -251,12 +251,31 @@ def test_sigterm_under_load_ends_within_its_deadline():
         for thread in threads:
             thread.join()
     assert running.returncode == 0, running.err
-    assert took < 2 + 10  # and what the interpreter takes to end, beside other tests
+    assert took < 2 + 3  # and what the interpreter takes to end, beside other tests
     for answer in answers:
         assert answer.status in (200, 503)
         if answer.headers["content-type"].startswith("text/event-stream"):
             last = answer.body.strip().split(b"\n\n")[-1]
             assert b'"code":"shutdown"' in last or last == b"data: [DONE]"
+
+
+def test_a_device_that_is_still_at_work_at_the_deadline_holds_up_nobody():
+    stuck = "import threading\nfrom mlx_drift.serve import conversation\n" + (
+        "conversation.Conversation.step = lambda self: threading.Event().wait()"
+    )
+    with server("--shutdown-timeout", "1", setup=stuck) as running:
+        thread = threading.Thread(
+            target=lambda: post(f"{running.url}/chat/completions", said(QUESTION)), daemon=True
+        )
+        thread.start()
+        time.sleep(0.5)
+        start = time.monotonic()
+        running.send_signal(signal.SIGTERM)
+        running.wait(PATIENCE)
+        took = time.monotonic() - start
+    assert running.returncode == 0, running.err
+    assert "still at work" in running.err
+    assert took < 1 + 3
 
 
 @pytest.mark.long
