@@ -15,8 +15,8 @@ import mlx.core as mx
 
 from mlx_drift.drafters.cache import ChainCache, TrainTimeTestCache
 from mlx_drift.drafters.head import LayersDrafter
+from mlx_drift.drafters.head_state import HeadState
 from mlx_drift.drafters.protocol import Choose, Draft
-from mlx_drift.target.rewind import Caches, Snapshot
 
 
 class Network(Protocol):
@@ -36,7 +36,7 @@ class Network(Protocol):
         """Runs M rows of one step: the states for the head and those to recycle, `[M, H]`."""
 
 
-class ChainState(Caches):
+class ChainState(HeadState):
     """All state of one conversation: the rows of committed tokens, and the next chain's seed.
 
     Attributes:
@@ -45,16 +45,8 @@ class ChainState(Caches):
         recycled: What the chain's next step gets, `[1, H]`.
     """
 
-    def __init__(self, layers: list[ChainCache]):
-        super().__init__([layer.rows for layer in layers])
-        self.layers = layers
-        self.draft_logits: mx.array | None = None
-        self.recycled: mx.array | None = None
-
-    @property
-    def state(self) -> list[Any]:
-        """All arrays, for `mx.eval`."""
-        return [super().state, self.draft_logits, self.recycled]
+    draft_logits: mx.array | None = None
+    recycled: mx.array | None = None
 
     @property
     def seed(self) -> tuple[mx.array, mx.array] | None:
@@ -66,21 +58,6 @@ class ChainState(Caches):
     @seed.setter
     def seed(self, seed: tuple[mx.array, mx.array] | None) -> None:
         self.draft_logits, self.recycled = seed or (None, None)
-
-    def rewind(self, rows: int) -> bool:
-        """Goes back to when `rows` rows had been fed; the seed comes with the next row."""
-        self.draft_logits = self.recycled = None
-        return super().rewind(rows)
-
-    def restore(self, snapshot: Snapshot, rows: int) -> bool:
-        """Goes back to a snapshot; the seed comes with the next row."""
-        self.draft_logits = self.recycled = None
-        return super().restore(snapshot, rows)
-
-    def from_arrays(self, arrays: dict[str, mx.array], rows: int) -> None:
-        """Takes what `to_arrays` gave; the seed comes with the next row."""
-        self.draft_logits = self.recycled = None
-        super().from_arrays(arrays, rows)
 
 
 class ChainDrafter(LayersDrafter):

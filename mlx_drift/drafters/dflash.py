@@ -22,9 +22,9 @@ from mlx_drift.drafters.block_cache import BlockCache
 from mlx_drift.drafters.config import DFlashConfig
 from mlx_drift.drafters.eagle3 import Attention, Layer
 from mlx_drift.drafters.head import LayersDrafter
+from mlx_drift.drafters.head_state import HeadState
 from mlx_drift.drafters.protocol import Choose, Draft
 from mlx_drift.target.model import Target
-from mlx_drift.target.rewind import Caches, Snapshot
 
 
 class BlockAttention(Attention):
@@ -83,49 +83,6 @@ class DFlashNetwork(nn.Module):
         self(mx.zeros((1, self.norm.weight.size)), caches)
 
 
-class BlockState(Caches):
-    """All state of one conversation: the context, and the token that the next block starts with.
-
-    Attributes:
-        layers: What the attention of each layer reads.
-        last: The last committed token, `[1]`; None before any was ingested.
-    """
-
-    def __init__(self, layers: list[BlockCache]):
-        super().__init__([layer.rows for layer in layers])
-        self.layers = layers
-        self.last: mx.array | None = None
-
-    @property
-    def state(self) -> list[Any]:
-        """All arrays, for `mx.eval`."""
-        return [super().state, self.last]
-
-    @property
-    def seed(self) -> mx.array | None:
-        """What the next block starts from: that token."""
-        return self.last
-
-    @seed.setter
-    def seed(self, seed: mx.array | None) -> None:
-        self.last = seed
-
-    def rewind(self, rows: int) -> bool:
-        """Goes back to when `rows` rows had been fed; the last token comes with the next row."""
-        self.last = None
-        return super().rewind(rows)
-
-    def restore(self, snapshot: Snapshot, rows: int) -> bool:
-        """Goes back to a snapshot; the last token comes with the next row."""
-        self.last = None
-        return super().restore(snapshot, rows)
-
-    def from_arrays(self, arrays: dict[str, mx.array], rows: int) -> None:
-        """Takes what `to_arrays` gave; the last token comes with the next row."""
-        self.last = None
-        super().from_arrays(arrays, rows)
-
-
 class DFlashDrafter(LayersDrafter):
     """Drafts a block in one pass."""
 
@@ -142,10 +99,10 @@ class DFlashDrafter(LayersDrafter):
         super().__init__(config, network, target, d2t)
         self.max_drafts = config.block_size - (config.slots == "unshifted")
 
-    def make_cache(self) -> BlockState:
-        """Makes the empty state of one conversation."""
+    def make_cache(self) -> HeadState:
+        """Makes the empty state of one conversation; its seed is the last token, `[1]`."""
         config = self.config
-        return BlockState(
+        return HeadState(
             [
                 BlockCache(
                     self._window_of(layer),
@@ -157,7 +114,7 @@ class DFlashDrafter(LayersDrafter):
             ]
         )
 
-    def ingest(self, tokens: mx.array, taps: mx.array, cache: BlockState) -> None:
+    def ingest(self, tokens: mx.array, taps: mx.array, cache: HeadState) -> None:
         """Appends context rows; the last token is the next block's first.
 
         Args:
@@ -166,25 +123,24 @@ class DFlashDrafter(LayersDrafter):
             cache: The conversation's state.
         """
         self.network.read(taps, cache.layers)
-        cache.last = tokens[-1:]
+        cache.seed = tokens[-1:]
 
-    def propose(self, k: int, cache: BlockState, chooser: Choose | None = None) -> Draft:
+    def propose(self, k: int, cache: HeadState, chooser: Choose | None = None) -> Draft:
         """Drafts k tokens, or as many as a block has; none before anything was ingested."""
         k = min(k, self.max_drafts or k)
-        if k == 0 or cache.last is None:
+        if k == 0 or cache.seed is None:
             return self._nothing()
         return self._certain(self._head(self._fill(k, cache)), chooser)
 
-    def _fill(self, k: int, cache: BlockState) -> mx.array:
+    def _fill(self, k: int, cache: HeadState) -> mx.array:
         """Runs a block; returns the states of the slots that predict the first k drafts, `[k, H]`.
 
         The context stays as it is.
         """
         config = self.config
-        assert cache.last is not None
         first = int(config.slots == "unshifted")
         causal = len(set(config.causal_layers)) == config.num_layers
         width = first + k if causal else config.block_size
-        masks = mx.full((width - 1,), config.mask_token_id, dtype=cache.last.dtype)
-        block = self._embed(mx.concatenate([cache.last, masks]))
+        masks = mx.full((width - 1,), config.mask_token_id, dtype=cache.seed.dtype)
+        block = self._embed(mx.concatenate([cache.seed, masks]))
         return self.network(block, cache.layers)[first : first + k]

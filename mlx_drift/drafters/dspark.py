@@ -15,7 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_drift.drafters.config import DSparkConfig
-from mlx_drift.drafters.dflash import BlockState, DFlashDrafter, DFlashNetwork
+from mlx_drift.drafters.dflash import DFlashDrafter, DFlashNetwork
+from mlx_drift.drafters.head_state import HeadState
 from mlx_drift.drafters.protocol import Choose, Draft
 
 
@@ -84,18 +85,18 @@ class DSparkDrafter(DFlashDrafter):
     config: DSparkConfig
     network: DSparkNetwork
 
-    def propose(self, k: int, cache: BlockState, chooser: Choose | None = None) -> Draft:
+    def propose(self, k: int, cache: HeadState, chooser: Choose | None = None) -> Draft:
         """Drafts k tokens, or as many as a block has; none before anything was ingested."""
         if self.config.markov is None:
             return super().propose(k, cache, chooser)
         k = min(k, self.max_drafts or k)
-        if k == 0 or cache.last is None:
+        if k == 0 or cache.seed is None:
             return self._nothing()
         hidden = self._fill(k, cache)
         logits = self._head(hidden)
         tokens: list[mx.array] = []
         drawn_with: list[mx.array] = []
-        token, state = cache.last, None
+        token, state = cache.seed, None
         for slot in range(k):
             row = slice(slot, slot + 1)
             bias, state = self.network.markov(token, hidden[row], state)

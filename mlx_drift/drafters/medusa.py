@@ -18,9 +18,9 @@ import mlx.nn as nn
 
 from mlx_drift.drafters.config import MedusaConfig
 from mlx_drift.drafters.head import HeadDrafter
+from mlx_drift.drafters.head_state import HeadState
 from mlx_drift.drafters.protocol import Choose, Draft
 from mlx_drift.target.model import Target
-from mlx_drift.target.rewind import Caches, Snapshot
 
 
 class MedusaHead(nn.Module):
@@ -64,50 +64,6 @@ class MedusaNetwork(nn.Module):
         self(mx.zeros((1, self.size)), len(self.heads))
 
 
-class MedusaState(Caches):
-    """All state of one conversation: what the target made of the last token but one.
-
-    Attributes:
-        state_read: That state, `[1, T]`; None before any was ingested.
-    """
-
-    def __init__(self) -> None:
-        super().__init__([])
-        self.state_read: mx.array | None = None
-
-    @property
-    def state(self) -> list[Any]:
-        """All arrays, for `mx.eval`."""
-        return [self.state_read]
-
-    @property
-    def seed(self) -> mx.array | None:
-        """What the next drafts start from: that state."""
-        return self.state_read
-
-    @seed.setter
-    def seed(self, seed: mx.array | None) -> None:
-        self.state_read = seed
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes it holds."""
-        return 0 if self.state_read is None else self.state_read.nbytes
-
-    def rewind(self, rows: int) -> bool:
-        """Goes back to when `rows` rows had been fed; the state comes with the next row."""
-        self.state_read = None
-        return True
-
-    def restore(self, snapshot: Snapshot, rows: int) -> bool:
-        """Goes back to a snapshot; the state comes with the next row."""
-        return self.rewind(rows)
-
-    def from_arrays(self, arrays: dict[str, mx.array], rows: int) -> None:
-        """Takes what `to_arrays` gave, nothing; the state comes with the next row."""
-        self.rewind(rows)
-
-
 class MedusaDrafter(HeadDrafter):
     """Drafts one token a head, all from one state."""
 
@@ -124,17 +80,17 @@ class MedusaDrafter(HeadDrafter):
         super().__init__(config, network, target, d2t)
         self.max_drafts = config.num_heads
 
-    def make_cache(self) -> MedusaState:
-        """Makes the empty state of one conversation."""
-        return MedusaState()
+    def make_cache(self) -> HeadState:
+        """Makes the empty state of one conversation; its seed is that one state, `[1, T]`."""
+        return HeadState()
 
-    def ingest(self, tokens: mx.array, taps: mx.array, cache: MedusaState) -> None:
+    def ingest(self, tokens: mx.array, taps: mx.array, cache: HeadState) -> None:
         """Keeps the last of the states one position earlier `[M, 1, T]`; tokens it reads none."""
-        cache.state_read = mx.contiguous(taps[-1:, 0])
+        cache.seed = mx.contiguous(taps[-1:, 0])
 
-    def propose(self, k: int, cache: MedusaState, chooser: Choose | None = None) -> Draft:
+    def propose(self, k: int, cache: HeadState, chooser: Choose | None = None) -> Draft:
         """Drafts k tokens, or as many as there are heads; none before anything was ingested."""
         k = min(k, self.config.num_heads)
-        if k == 0 or cache.state_read is None:
+        if k == 0 or cache.seed is None:
             return self._nothing()
-        return self._certain(self.network(cache.state_read, k), chooser)
+        return self._certain(self.network(cache.seed, k), chooser)

@@ -65,7 +65,7 @@ def test_slots_drawn_apart_but_tested_as_joint_fail(monkeypatch):
         if k == 0:
             return self._nothing()
         rows = self._spread(self._head(self._fill(k, cache)))
-        tokens, reported, before = [], [], cache.last
+        tokens, reported, before = [], [], cache.seed
         for slot in range(k):
             token, _ = chooser.draft(rows[slot : slot + 1], tokens)
             bias, _ = self.network.markov(before, rows, None)

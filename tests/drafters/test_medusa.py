@@ -78,7 +78,7 @@ def test_drafts_are_what_torch_computes(blocks, tmp_path, model):
             block = f"heads.{i}.blocks.{j}"
             x = x + functional.silu(x @ given[f"{block}.weight"].T + given[f"{block}.bias"])
         expected.append(x @ given[f"heads.{i}.lm_head.weight"].T)
-    logits = np.array(drafter.network(cache.state_read, HEADS))
+    logits = np.array(drafter.network(cache.seed, HEADS))
     np.testing.assert_allclose(logits, torch.cat(expected).numpy(), rtol=0, atol=2e-4)
     for k in range(1, HEADS + 3):
         drafts = torch.cat(expected)[: min(k, HEADS)].argmax(-1)
