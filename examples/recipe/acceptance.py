@@ -119,10 +119,12 @@ def _unroll(
     def read(step: int, normed: Tensor | None) -> Tensor:
         ids = row.ids.roll(-1 - step)  # what wraps around is never counted
         if normed is not None:
-            ids = drafter.choose(target, normed[0]) if own else ids[chains]
+            ids = drafter.choose(target, normed[0], step - 1) if own else ids[chains]
         return target.model.embed_tokens(ids)[None]
 
     return [
-        (drafter.choose(target, normed[0]), state[0])
-        for normed, state in drafter.unroll(drafter.start(row), read, steps, chains)
+        (drafter.choose(target, normed[0], step), state[0])
+        for step, (normed, state) in enumerate(
+            drafter.unroll(drafter.start(row), read, steps, chains)
+        )
     ]

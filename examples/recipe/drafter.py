@@ -108,11 +108,11 @@ class Eagle3(nn.Module):
         """The rows of the target's output layer that tell the draft vocabulary, `[V, H]`."""
         return target.model.embed_tokens.weight[self.draft_ids]
 
-    def predict(self, target: Llama, normed: Tensor) -> Tensor:
+    def predict(self, target: Llama, normed: Tensor, step: int) -> Tensor:
         """Logits over the draft vocabulary."""
         return self.lm_head(normed)
 
-    def choose(self, target: Llama, normed: Tensor) -> Tensor:
+    def choose(self, target: Llama, normed: Tensor, step: int) -> Tensor:
         """The token that each row drafts."""
         return self.draft_ids[self.lm_head(normed).argmax(-1)]
 

@@ -3,7 +3,8 @@
 Row i of step s reads token i+1+s and is compared with what the target says next: soft
 cross-entropy, renormalised over the draft vocabulary. It counts where the target said the predicted
 token and its own choice of it is in the draft vocabulary. A chain does not see its neighbours, so
-it is followed only if some step of it counts.
+it is followed only if some step of it counts. A block's slots and Medusa's heads are compared the
+same way, though none of their drafts follows from another.
 """
 
 from typing import NamedTuple
@@ -12,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recipe.dflash import DFlash
 from recipe.drafter import Eagle3
+from recipe.medusa import Medusa
 from recipe.mtp import MTP
 from recipe.rows import Row
 from recipe.target import Llama
 
-Drafter = Eagle3 | MTP
+Drafter = Eagle3 | MTP | DFlash | Medusa
 
 
 class Chained(NamedTuple):
@@ -49,6 +52,6 @@ def chain_losses(drafter: Drafter, target: Llama, row: Row, depth: int) -> Chain
         drafter.unroll(drafter.start(row), true_tokens, depth, rows)
     ):
         here = counts[:, step]
-        predicted = drafter.predict(target, normed[0, here]).float()
+        predicted = drafter.predict(target, normed[0, here], step).float()
         losses.append(F.cross_entropy(predicted, wanted[read[here, step]], reduction="sum"))
     return Chained(torch.stack(losses), counts.sum(0))

@@ -66,11 +66,11 @@ class MTP(nn.Module):
         """The target's output layer `[V, H]`."""
         return target.model.embed_tokens.weight
 
-    def predict(self, target: Llama, normed: Tensor) -> Tensor:
+    def predict(self, target: Llama, normed: Tensor, step: int) -> Tensor:
         """Logits over the vocabulary."""
         return target.head(normed)
 
-    def choose(self, target: Llama, normed: Tensor) -> Tensor:
+    def choose(self, target: Llama, normed: Tensor, step: int) -> Tensor:
         """The token that each row drafts."""
         return target.head(normed).argmax(-1)
 
