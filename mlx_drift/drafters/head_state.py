@@ -6,7 +6,6 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_drift.drafters.cache import ChainCache
 from mlx_drift.target.rewind import Caches, Snapshot
 
 
@@ -25,7 +24,7 @@ class HeadState(Caches):
 
     seed: Any = None
 
-    def __init__(self, layers: Sequence[ChainCache] = ()):
+    def __init__(self, layers: Sequence[Any] = ()):
         super().__init__([layer.rows for layer in layers])
         self.layers = layers
 
