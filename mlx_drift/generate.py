@@ -34,6 +34,7 @@ from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
 from mlx_drift.decode.sampling import Sampler, Sampling
 from mlx_drift.decode.speculate import every, time_plain_steps
 from mlx_drift.decode.statistics import LOW_ACCEPTANCE, Statistics
+from mlx_drift.decode.text import Origin
 from mlx_drift.decode.tuned import remember, tuned_costs
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError, DriftWarning
@@ -46,11 +47,12 @@ ROUNDS_TO_JUDGE = 32
 
 @dataclass
 class DriftResponse(GenerationResponse):
-    """mlx-lm's response for one token, plus the statistics of the rounds.
+    """mlx-lm's response for one token, plus who said it and the statistics of the rounds.
 
     All responses of one generation share one `statistics`, which grows with the rounds.
     """
 
+    origin: Origin = field(default_factory=Origin)
     statistics: Statistics = field(default_factory=Statistics)
 
 
@@ -184,6 +186,7 @@ def stream_generate(
             raise DriftError("the prompt cache was made for a drafter; give that one as drafter=")
         if num_draft_tokens != "auto":
             kwargs["num_draft_tokens"] = num_draft_tokens
+        position = 0
         for response in mlx_lm.stream_generate(
             model,
             tokenizer,
@@ -200,7 +203,9 @@ def stream_generate(
             prompt_progress_callback=progress,
             **kwargs,
         ):
-            yield DriftResponse(**vars(response))
+            position = position + 1 if response.from_draft else 0  # of mlx-lm's own draft model
+            origin = Origin("draft", position) if position else Origin()
+            yield DriftResponse(**vars(response), origin=origin)
         return
     if kwargs:
         raise DriftError(
@@ -266,7 +271,7 @@ def stream_generate(
                 _warn_of_states_that_are_not_finite(prompt_cache.target.dtype)
             if statistics.rounds == ROUNDS_TO_JUDGE and not round.is_plain and not told:
                 _warn_of_low_acceptance(statistics)
-            for row, token in enumerate(round.tokens):
+            for row, (token, origin) in enumerate(zip(round.tokens, round.origins, strict=True)):
                 count += 1
                 finish_reason = None
                 if token in tokenizer.eos_token_ids:
@@ -281,7 +286,8 @@ def stream_generate(
                     text=detokenizer.last_segment,
                     token=token,
                     logprobs=round.log_probabilities[row],
-                    from_draft=row < round.accepted,
+                    from_draft=origin.by != "target",
+                    origin=origin,
                     prompt_tokens=len(tokens),
                     prompt_tps=statistics.prompt_tokens / prompt_seconds,
                     generation_tokens=count,

@@ -12,6 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
 
 from mlx_drift.cli import options
+from mlx_drift.cli.drafts import DraftsShown, Said, check_place, save_picture
 from mlx_drift.cli.load import copying, load_model, load_pair, windowed
 from mlx_drift.cli.prompts import (
     PLACE,
@@ -81,9 +82,16 @@ def generate(
     extra_eos_token: Annotated[
         list[str] | None, typer.Option(help="A further token that ends the text; repeatable.")
     ] = None,
+    show_drafts: options.ShowDrafts = False,
+    svg: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw what --show-drafts shows, as a picture."),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Generate text through a drafter, losing nothing by it."""
+    if svg is not None:
+        check_place(svg)
     question = read_prompt(text, prompt, prompt_file)
     if question is None and model is not None:
         raise DriftError("no prompt; give it as an argument, with --prompt-file, or - for stdin")
@@ -105,6 +113,7 @@ def generate(
                 f"{given[0]} is settled by {prompt_cache_file}: give it to cache-prompt instead"
             )
     console, stdout = Console(stderr=True), sys.stdout
+    shown = DraftsShown(stdout)
     loaded: Drafter | None = None
     cache: PromptCache | None = None
     if no_draft:
@@ -132,7 +141,7 @@ def generate(
     else:
         tokens = encode(tokenizer, lay_out(question, prefill_response=prefill_response))
 
-    said: list[str] = []
+    said: list[Said] = []
     last: DriftResponse | None = None
     interrupted = False
     try:
@@ -163,19 +172,28 @@ def generate(
                 prompt_progress_callback=progress,
                 compare_plain=loaded is not None,
             ):
-                said.append(last.text)
-                if not as_json:
+                said.append(Said(last.text, last.token, last.origin))
+                if show_drafts and not as_json:
+                    shown.write(said[-1])
+                elif not as_json:
                     print(last.text, end="", flush=True, file=stdout)
     except KeyboardInterrupt:
         interrupted = True
     except NotImplementedError as error:  # mlx-lm's, of sliding windows and kv_bits
         raise DriftError(f"mlx-lm cannot do this: {error}") from error
     if as_json:
-        typer.echo(json.dumps(report("".join(said), last, interrupted)))
+        told = report("".join(one.text for one in said), last, interrupted)
+        if show_drafts:
+            told["tokens"] = [one.to_dict() for one in said]
+        typer.echo(json.dumps(told))
     else:
         typer.echo()
     if last is not None:
         console.print(table(last, interrupted))
+        if show_drafts:
+            console.print(shown.legend(said))
+        if svg is not None:
+            save_picture(svg, "mlx-drift generate --show-drafts", said, [table(last, interrupted)])
         if explain and last.statistics.draft_length is not None:
             console.print(explanation(last.statistics.draft_length))
     if interrupted:

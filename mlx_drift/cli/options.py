@@ -142,6 +142,14 @@ DrafterSinks = Annotated[
         help="First tokens that it sees beyond its window, or `system` for the system prompt's.",
     ),
 ]
+ShowDrafts = Annotated[
+    bool,
+    typer.Option(
+        "--show-drafts",
+        help="Mark every drafted token with its place in its round (c: copied), in colours on a "
+        "terminal.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-m", help=described("max_tokens"))]
 Temperature = Annotated[float, typer.Option(help=described("temp"))]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Literal
 
 import mlx.core as mx
 
@@ -12,6 +13,23 @@ from mlx_drift.target.caches import TargetCache
 
 Settle = Callable[[TargetCache, DrafterCache], None]
 """Makes the caches, or forks of them, what they are after a round that is ahead of nothing."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who said a token.
+
+    Attributes:
+        by: The target; or a draft or a copy, which the target then accepted.
+        position: Its place among the drafts of its round, from 1; 0 for the target's own.
+    """
+
+    by: Literal["target", "draft", "copy"] = "target"
+    position: int = 0
+
+    def __str__(self) -> str:
+        """Returns it in words."""
+        return f"{self.by} {self.position}" if self.position else self.by
 
 
 @dataclass(frozen=True)
@@ -30,6 +48,13 @@ class Round:
     is_plain: bool = False  # a token of plain decoding: nothing was drafted
     is_finite: bool = True  # all that the drafter computed for it
     settle: Settle | None = None  # what the caches need until the next round, if they are ahead
+
+    @property
+    def origins(self) -> list[Origin]:
+        """Who said each of the tokens."""
+        by: Literal["draft", "copy"] = "copy" if self.is_copy else "draft"
+        drafted = [Origin(by, position) for position in range(1, self.accepted + 1)]
+        return drafted + [Origin()] * (len(self.tokens) - self.accepted)
 
 
 class Text:
