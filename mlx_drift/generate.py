@@ -38,6 +38,7 @@ from mlx_drift.decode.text import Origin
 from mlx_drift.decode.tuned import remember, tuned_costs
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError, DriftWarning
+from mlx_drift.grammar.grammar import Grammar
 from mlx_drift.target.caches import KVQuantization
 from mlx_drift.target.model import vocabulary_size
 
@@ -76,6 +77,7 @@ def stream_generate(
     xtc_special_tokens: Sequence[int] = (),
     seed: int | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
+    grammar: Grammar | None = None,
     sampler: Sampler | None = None,
     prompt_cache: PromptCache | list[Any] | None = None,
     max_kv_size: int | None = None,
@@ -119,6 +121,8 @@ def stream_generate(
             `copy.deepcopy`; if neither works, nothing is drafted. What keeps no state is asked
             about all drafts at once, which is faster: mlx-lm's own, functions that refer to nothing
             that can change, and what says so by an attribute `stateless = True`.
+        grammar: What the answer must be: `Grammar.json_schema(schema)`, say. It comes after the
+            logits processors. Needs the `grammar` extra.
         sampler: As in mlx-lm, instead of the keywords. As nothing is known of its probabilities, a
             draft is accepted only if it is what the sampler drew: the same distribution, lower
             acceptance. It may keep a state as a logits processor may.
@@ -165,6 +169,9 @@ def stream_generate(
         raise DriftError(f"max_tokens is {max_tokens}; expected at least 1, or -1 for no limit")
     told = function("prompt_progress_callback", prompt_progress_callback)
     progress = told or (lambda done, total: None)
+    processors = functions("logits_processors", logits_processors)
+    if grammar is not None:
+        processors = (*processors, grammar.processor(tokenizer, tokens))
     sampling = Sampling(
         temp=temp,
         top_p=top_p,
@@ -174,7 +181,7 @@ def stream_generate(
         xtc_probability=xtc_probability,
         xtc_threshold=xtc_threshold,
         xtc_special_tokens=tuple(special_tokens),
-        logits_processors=functions("logits_processors", logits_processors),
+        logits_processors=processors,
         sampler=function("sampler", sampler),
     )
     if seed is not None and not 0 <= seed < 1 << 64:

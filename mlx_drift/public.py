@@ -11,6 +11,7 @@ from mlx_drift.drafters.draft_model import DraftModelDrafter
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.generate import DriftResponse, generate, stream_generate
+from mlx_drift.grammar.grammar import Grammar
 from mlx_drift.loading import load_drafter
 from mlx_drift.target.load import load
 from mlx_drift.target.model import remove_taps
@@ -21,6 +22,7 @@ __all__ = [
     "DriftError",
     "DriftResponse",
     "DriftWarning",
+    "Grammar",
     "PromptCache",
     "PromptLookupDrafter",
     "Statistics",

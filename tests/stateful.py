@@ -93,7 +93,7 @@ class Letters:
     tokens = (b"a", b"b", b"c", b"d", b"e", b"<eos>")
 
     def __call__(self, text):
-        return [self.tokens.index(bytes([letter])) for letter in text]
+        return [self.tokens.index(letter.encode()) for letter in text]
 
 
 @cache
@@ -116,6 +116,7 @@ class Grammar(Stateful):
 
     def allowed(self):
         mask = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
+        assert not self.matcher.is_error(), self.matcher.get_error()
         return np.unpackbits(mask, bitorder="little")[:SIZE].astype(bool).tolist()
 
 

@@ -15,7 +15,7 @@ FLOORS = [
     "convert.read",
     "convert demo",  # convert: with dialects and mtp
     "pairs loading",
-    "doctor decode",
+    "doctor decode grammar",
     "generate",
     "measure",  # what its rooms share
     "measure.acceptance measure.inside measure.speed serve",

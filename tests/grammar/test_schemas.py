@@ -1,0 +1,69 @@
+"""Answers under JSON schemas: valid, and greedily those of plain decoding under the same schema.
+
+Twelve schemas on the embedded pair, four on SmolLM2-135M-Instruct, greedily and at a temperature,
+with one draft a round and with four. Each schema is tried once by default; the rest is `long`.
+"""
+
+import itertools
+import os
+from functools import cache
+
+import pytest
+
+from backend import ON_GPU
+from mlx_drift import PromptLookupDrafter, load, load_demo, stream_generate
+from schemas import SCHEMAS, assert_valid, grammar_of
+
+COUNT = 40
+GRID = list(itertools.product(SCHEMAS, (0.0, 0.8), (1, 4)))
+SAMPLE = {GRID[4 * i + i % 4] for i in range(len(SCHEMAS))}
+REAL = [*itertools.product(("object", "enum", "anyOf", "map"), (0.0, 0.8), (1, 4))]
+FOLDER = os.environ.get("MLX_DRIFT_REAL")
+
+
+@cache
+def pair():
+    return load_demo()
+
+
+@cache
+def real_pair():
+    model, tokenizer = load(FOLDER)
+    return model, tokenizer, PromptLookupDrafter(model)
+
+
+def answer(pair, name, count, **keywords):
+    model, tokenizer, _ = pair
+    question = [{"role": "user", "content": "Describe Bob as JSON."}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
+    grammar = grammar_of(name)
+    return list(stream_generate(model, tokenizer, prompt, count, grammar=grammar, **keywords))
+
+
+@cache
+def plain(pair, name, count):
+    return [response.token for response in answer(pair(), name, count)]
+
+
+def assert_holds(pair, name, temp, k, count):
+    drafter = pair()[2]
+    said = answer(pair(), name, count, temp=temp, seed=7, drafter=drafter, num_draft_tokens=k)
+    text = "".join(response.text for response in said)
+    assert_valid(SCHEMAS[name], pair()[1], text, said[-1].finish_reason)
+    if not temp and not ON_GPU:
+        assert [response.token for response in said] == plain(pair, name, count)
+
+
+@pytest.mark.parametrize(
+    ("name", "temp", "k"),
+    [pytest.param(*c, marks=() if c in SAMPLE else pytest.mark.long) for c in GRID],
+)
+def test_answers_of_the_embedded_pair(name, temp, k):
+    assert_holds(pair, name, temp, k, COUNT)
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not FOLDER, reason="set MLX_DRIFT_REAL to a folder with SmolLM2-135M-Instruct")
+@pytest.mark.parametrize(("name", "temp", "k"), REAL)
+def test_answers_of_smollm2(name, temp, k):
+    assert_holds(real_pair, name, temp, k, 64)
