@@ -20,6 +20,7 @@ from mlx_drift.cli.prompts import (
     apply_template,
     encode,
     parse_object,
+    read_grammar,
     read_prompt,
 )
 from mlx_drift.cli.report import explanation, report, table
@@ -68,6 +69,9 @@ def generate(
     drafter_bits: options.DrafterBits = None,
     drafter_window: options.DrafterWindow = None,
     drafter_sinks: options.DrafterSinks = None,
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
+    grammar: options.GrammarFile = None,
     max_kv_size: options.MaxKvSize = None,
     kv_bits: options.KvBits = None,
     kv_group_size: options.KvGroupSize = KVQuantization.group_size,
@@ -96,6 +100,7 @@ def generate(
     if question is None and model is not None:
         raise DriftError("no prompt; give it as an argument, with --prompt-file, or - for stdin")
     question = question or QUESTION
+    held_to = read_grammar(json_schema, regex, grammar)
     template_keywords = parse_object(chat_template_config, "--chat-template-config")
     # The embedded pair shows drafting, whether it pays or not.
     k = _draft_tokens(num_draft_tokens or ("3" if model is None else "auto"))
@@ -163,6 +168,7 @@ def generate(
                 xtc_threshold=xtc_threshold,
                 xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
                 seed=seed,
+                grammar=held_to,
                 prompt_cache=cache,
                 max_kv_size=max_kv_size,
                 kv_bits=kv_bits,

@@ -160,6 +160,18 @@ TopK = Annotated[int, typer.Option(help=described("top_k"))]
 XtcProbability = Annotated[float, typer.Option(help=described("xtc_probability"))]
 XtcThreshold = Annotated[float, typer.Option(help=described("xtc_threshold"))]
 Seed = Annotated[int | None, typer.Option(help=described("seed"))]
+JsonSchema = Annotated[
+    Path | None,
+    typer.Option(help="A file that holds a JSON schema: the answer is JSON that it describes."),
+]
+Regex = Annotated[
+    str | None,
+    typer.Option(help="A regular expression that the answer matches from end to end."),
+]
+GrammarFile = Annotated[
+    Path | None,
+    typer.Option("--grammar", help="A file that holds a grammar (Lark's, as llguidance has it)."),
+]
 MaxKvSize = Annotated[int | None, typer.Option(help=described("max_kv_size"))]
 KvBits = Annotated[int | None, typer.Option(help=described("kv_bits"))]
 KvGroupSize = Annotated[int, typer.Option(help=described("kv_group_size"))]

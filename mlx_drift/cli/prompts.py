@@ -10,6 +10,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.errors import DriftError
 from mlx_drift.files.text import check_text, read_stdin, read_text
+from mlx_drift.grammar.grammar import Grammar
+from mlx_drift.grammar.vocabulary import load_llguidance
 
 PLACE = "<query>"
 """Stands for a question, to find where a chat template puts it (as in mlx-lm)."""
@@ -34,6 +36,33 @@ def read_prompt(text: str | None, prompt: str | None, prompt_file: Path | None) 
     if not content.strip():
         raise DriftError("the prompt is empty; give some text")
     return check_text(content, "the prompt")
+
+
+def read_grammar(
+    json_schema: Path | None, regex: str | None, grammar: Path | None
+) -> Grammar | None:
+    """Returns what the answer must be; None if nothing was given.
+
+    Raises:
+        DriftError: If llguidance is not installed, or a file cannot be read or holds no schema.
+        typer.BadParameter: If more than one was given.
+    """
+    given = [value for value in (json_schema, regex, grammar) if value is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise typer.BadParameter("give one of --json-schema, --regex and --grammar")
+    load_llguidance()
+    if regex is not None:
+        return Grammar.regex(regex)
+    if grammar is not None:
+        return Grammar.lark(read_text(grammar))
+    assert json_schema is not None
+    text = read_text(json_schema)
+    try:
+        return Grammar.json_schema(text)
+    except DriftError as error:
+        raise DriftError(f"{json_schema}: {error}") from None
 
 
 def parse_object(text: str | None, flag: str) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: TokenizerWrapper):
-        llguidance = _llguidance()
+        llguidance = load_llguidance()
         from llguidance.hf import from_tokenizer
 
         self.stops = frozenset(tokenizer.eos_token_ids)
@@ -121,7 +121,12 @@ def vocabulary_of(tokenizer: TokenizerWrapper) -> Vocabulary:
     return of_ends[stops]
 
 
-def _llguidance() -> ModuleType:
+def load_llguidance() -> ModuleType:
+    """Imports llguidance.
+
+    Raises:
+        DriftError: If it is not installed.
+    """
     try:
         import llguidance
     except ImportError:
