@@ -30,9 +30,10 @@ from mlx_drift.decode.answer import Chunk, answer
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.fork import LogitsProcessor, unforkable
 from mlx_drift.decode.one_thread import one_thread_at_a_time
+from mlx_drift.decode.plain import time_plain_steps
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
 from mlx_drift.decode.sampling import Sampler, Sampling
-from mlx_drift.decode.speculate import every, time_plain_steps
+from mlx_drift.decode.speculate import every
 from mlx_drift.decode.statistics import LOW_ACCEPTANCE, Statistics
 from mlx_drift.decode.text import Origin
 from mlx_drift.decode.tuned import remember, tuned_costs

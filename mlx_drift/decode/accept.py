@@ -1,6 +1,40 @@
 """Acceptance rules: pure functions of arrays, decided on the device."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import mlx.core as mx
+
+from mlx_drift.drafters.protocol import Draft
+from mlx_drift.target.tree import Tree
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was decided on the device, read.
+
+    Attributes:
+        accepted: How many drafts are, one after another.
+        tested: How many were tested: one more, where another would have followed.
+        tokens: What the target chooses after each row; the first accepted + 1 are committed.
+        path: The rows that it chooses those after.
+    """
+
+    accepted: int
+    tested: int
+    tokens: list[int]
+    path: Sequence[int]
+
+
+def read_verdict(values: list[int], draft: Draft) -> Verdict:
+    """Reads what `accept_on_tree` decided of a tree, or the other rules of a chain."""
+    accepted, *tokens = values
+    kept = accepted + 1
+    if draft.tree is None:
+        return Verdict(accepted, min(kept, draft.tokens.size), tokens[:kept], range(kept))
+    tested, *tokens = tokens
+    tokens, path = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
+    return Verdict(accepted, tested, tokens[:kept], path[:kept])
 
 
 def accept_matching(draft: mx.array, choices: mx.array) -> mx.array:
@@ -22,7 +56,7 @@ def accept_matching(draft: mx.array, choices: mx.array) -> mx.array:
 
 
 def accept_sampled(
-    draft: mx.array, log_q: mx.array | None, log_p: mx.array, key: mx.array
+    draft: mx.array, log_q: mx.array | None, log_p: mx.array, key: mx.array | None
 ) -> mx.array:
     """Accepts drafts so that what is committed has exactly the target's distribution.
 
@@ -59,6 +93,37 @@ def accept_sampled(
     before_rejection = mx.cumprod(accepted.astype(mx.int32), axis=-1)
     kept = mx.concatenate([before_rejection, mx.zeros_like(drawn[..., -1:])], axis=-1)
     return _verdict(accepted, mx.where(kept == 1, padded, drawn))
+
+
+def accept_on_tree(draft: mx.array, parents: mx.array, tree: Tree, choices: mx.array) -> mx.array:
+    """Accepts drafts along the path of a tree that the target's own choices take.
+
+    Exact for any tree, however it was drafted: what is committed is what the target chooses, drawn
+    from its own distribution or likeliest, and drafts only spare asking for it. (Sample and walk;
+    EAGLE-2's rule, Li et al. 2024, arXiv 2406.16858, comes to the same.) To test drafts with
+    min(1, p / q) instead, they must be drawn from q one by one, which a tree's are not.
+
+    Args:
+        draft: Drafted token ids `[N]` int32.
+        parents: Which draft each follows, `[N]`; −1 for the last committed token.
+        tree: The same for the rows.
+        choices: The tokens that the target chooses after the last committed token and each draft,
+            each by chances of its own, `[N+1]`.
+
+    Returns:
+        `[2(N+1) + 2]` int32: how many drafts are accepted, how many were tested, then the choices
+        and the rows they follow, those of the path first.
+    """
+    choices, rows = choices.astype(mx.int32), mx.arange(draft.size + 1)
+    is_chosen = draft == choices[parents + 1]
+    is_twin = (parents[:, None] == parents) & (draft[:, None] == draft)
+    is_first = ~(is_twin & (rows[:-1, None] > rows[:-1])).any(axis=1)
+    leaves_path = mx.concatenate([mx.zeros((1,), mx.bool_), ~(is_chosen & is_first)])
+    on_path = ~(tree.sees & leaves_path).any(axis=1)
+    order = mx.argsort(mx.where(on_path, rows, rows + rows.size)).astype(mx.int32)
+    accepted = on_path.astype(mx.int32).sum(axis=-1, keepdims=True) - 1
+    tested = accepted + (parents == order[accepted] - 1).any(axis=-1, keepdims=True)
+    return mx.concatenate([accepted, tested, choices[order], order])
 
 
 def _verdict(accepted: mx.array, tokens: mx.array) -> mx.array:

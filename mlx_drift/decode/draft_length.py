@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlx_drift.drafters.protocol import NETWORK, Source
+from mlx_drift.drafters.protocol import NETWORK, TREE, Source
 
 PLAIN = 0
 """The draft length that stands for plain decoding, a token at a time."""
@@ -190,6 +190,7 @@ class DraftLength:
         costs: Seconds of a round by draft length, as measured before (`mlx-drift tune`); or what
             several answers measure together.
         acceptance: What is believed of the drafter to begin with.
+        tree: Those of a network branch, where it can; only with `fixed`.
     """
 
     def __init__(
@@ -197,11 +198,14 @@ class DraftLength:
         fixed: int | None = None,
         costs: Mapping[int, float] | Costs | None = None,
         acceptance: Acceptance | None = None,
+        *,
+        tree: bool = False,
     ):
-        self.fixed = fixed
+        self.fixed, self.tree = fixed, tree
         self.costs = costs if isinstance(costs, Costs) else Costs(costs)
         self.copy_costs = Costs()
         self.acceptance = acceptance or Acceptance()
+        self._of_trees = Acceptance()  # by depth
         self.tuned = bool(costs)
         self.rounds = 0
         self._copies = {match: Acceptance(guess) for match, guess in COPY_GUESS.items()}
@@ -217,6 +221,8 @@ class DraftLength:
         Args:
             sources: What there is, a copy before what a network drafts.
         """
+        others = {NETWORK} if self.tree and TREE in sources else {TREE}
+        sources = [source for source in sources if source not in others]
         self._sources, self._source = sources, sources[-1]
         if len(sources) > 1 and self.fixed is not None:
             self._source = next((one for one in sources if one.match >= SURE), sources[-1])
@@ -281,9 +287,9 @@ class DraftLength:
         self.rounds += 1
         # However long a copy was, it says nothing of the network.
         self._fade(1 if source.is_copy else accepted + 1)
-        fell_short = drafted < asked and accepted == drafted
+        fell_short = drafted < asked and accepted == drafted and not source.is_tree
         self._acceptance_of(source).record(tested + fell_short, accepted)
-        if asked:  # not so at the end of the text
+        if asked and not source.is_tree:  # not so at the end of the text
             self._time(source, asked, seconds)
 
     def record_plain(self, seconds: float | None) -> None:
@@ -303,6 +309,8 @@ class DraftLength:
 
         Of a network's drafts every length up to one more than was tried; of a copy `COPIED`.
         """
+        if source.is_tree:
+            return []
         known = self._known(source)
         tokens = self._acceptance_of(source).tokens(MOST_DRAFTS)
         lengths: Sequence[int] = range(min(max(known, default=0) + 1, MOST_DRAFTS) + 1)
@@ -350,10 +358,13 @@ class DraftLength:
         return dict(sorted((self.costs.known() | self.copy_costs.known()).items()))
 
     def _acceptance_of(self, source: Source) -> Acceptance:
+        if source.is_tree:
+            return self._of_trees
         return self._copies[source.match] if source.is_copy else self.acceptance
 
     def _fade(self, tokens: int) -> None:
         self.acceptance.fade(tokens)
+        self._of_trees.fade(tokens)
         for acceptance in self._copies.values():
             acceptance.fade(tokens, COPY_FADING)
 

@@ -6,6 +6,8 @@ the stretch are kept, and the drafter catches up with them only when it is asked
 become too many.
 """
 
+import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,7 @@ MOST_PENDING = 2048
 """Rows whose taps are kept: 50 MB for three taps of an 8B model in 16 bits."""
 
 TOKENS_BETWEEN_CLEARS = 256  # as in mlx-lm
+PLAIN_RUNS, PLAIN_STEPS = 3, 4
 
 
 @dataclass(frozen=True)
@@ -146,3 +149,24 @@ def _catch_up(
     if missed:
         tokens, taps = (mx.concatenate(list(parts)) for parts in zip(*missed, strict=True))
         drafter.ingest(tokens, taps, cache)
+
+
+def time_plain_steps(target: Target, last: mx.array, cache: TargetCache) -> float:
+    """Times one-row target steps, each rolled back: what plain decoding costs a token here.
+
+    Each run chains a few steps without reading them back, as mlx-lm's pipelined decoding does.
+
+    Returns:
+        Seconds a step: the median of some runs, after one to warm up.
+    """
+    runs = []
+    for _ in range(PLAIN_RUNS + 1):
+        start = time.perf_counter()
+        token = last
+        for _ in range(PLAIN_STEPS):
+            logits, _ = target.verify(token, cache)
+            token = mx.argmax(logits, axis=-1)
+            target.rollback(cache, 1)
+        mx.eval(token)
+        runs.append((time.perf_counter() - start) / PLAIN_STEPS)
+    return statistics.median(runs[1:])

@@ -28,7 +28,7 @@ from mlx_lm.sample_utils import (
     make_sampler,
 )
 
-from mlx_drift.decode.accept import accept_matching, accept_sampled
+from mlx_drift.decode.accept import accept_matching, accept_on_tree, accept_sampled
 from mlx_drift.decode.fork import LogitsProcessor, fork
 from mlx_drift.decode.stateless import is_stateless
 from mlx_drift.drafters.protocol import Draft
@@ -210,6 +210,7 @@ class Chooser:
             self._ahead = sampling.logits_processors
         self._looked = 0  # drafts that forks have been asked about
         self._drawn_with = mx.array([])  # the last draft, [1, V]
+        self._accept_key: mx.array | None = None
         if sampling.is_random:
             assert key is not None, "drawing needs a key"
             self._accept_key, coin_key, *self._draft_keys = mx.random.split(key, k + 2)
@@ -262,25 +263,27 @@ class Chooser:
 
         Returns:
             What `accept` does, and the target's log-probabilities `[k+1, V]`; where a processor or
-            sampler keeps a state, only the rows of committed tokens.
+            sampler keeps a state, only the rows of committed tokens matter, or are there.
         """
         if self.sampling.has_state:
-            return self._verify_in_order(draft, logits)
-        log_probabilities = self.log_probabilities(logits, draft.tokens)
+            in_order = self._verify_in_order if draft.tree is None else self._walk_in_order
+            return in_order(draft, logits)
+        log_probabilities = self.log_probabilities(logits, draft)
         return self.accept(draft, log_probabilities), log_probabilities
 
-    def log_probabilities(self, logits: mx.array, draft: mx.array) -> mx.array:
+    def log_probabilities(self, logits: mx.array, draft: Draft) -> mx.array:
         """Returns the target's log-probabilities `[k+1, V]`, after the logits processors.
+
+        One host synchronisation, if there are some and the drafts are a tree.
 
         Args:
             logits: The target's, after the last committed token and each draft, `[k+1, V]`.
-            draft: Drafted token ids `[k]`.
+            draft: The drafts.
         """
         if processors := self.sampling.logits_processors:
-            drafted = [draft[i : i + 1] for i in range(draft.size)]
-            rows = range(logits.shape[0])
+            rows = enumerate(_paths(draft))
             logits = mx.concatenate(
-                [self._process(processors, logits[i : i + 1], drafted[:i]) for i in rows]
+                [self._process(processors, logits[i : i + 1], path) for i, path in rows]
             )
         return _log_softmax(logits)
 
@@ -293,8 +296,11 @@ class Chooser:
 
         Returns:
             `[k+2]` int32: how many drafts are accepted (n), then k+1 tokens, of which the n+1
-            first are committed.
+            first are committed; of a tree what `accept_on_tree` does.
         """
+        if draft.parents is not None and draft.tree is not None:
+            choices = self._drawn(log_probabilities, 0, self._accept_key)
+            return accept_on_tree(draft.tokens, draft.parents, draft.tree, choices)
         if self.sampling.is_random:
             coins = self._coins[: log_probabilities.shape[0]]
             log_p = self.sampling.log_distribution(log_probabilities, coins)
@@ -322,6 +328,28 @@ class Chooser:
                 break
         return mx.array([len(tokens) - 1 + accepted, *tokens]), mx.concatenate(rows)
 
+    def _walk_in_order(self, draft: Draft, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """Verifies a tree of drafts along the path that is taken, as `_verify_in_order` does."""
+        processors = self.sampling.logits_processors
+        parents: Any = draft.parents.tolist() if draft.parents is not None else []
+        drafted: Any = draft.tokens.tolist()
+        before, rows = _paths(draft), mx.array(logits)
+        tokens: list[int] = []
+        path, row = [], 0
+        while True:
+            log_p = _log_softmax(self._process(processors, logits[row : row + 1], before[row]))
+            rows[row] = log_p[0]
+            token: Any = self._drawn(log_p, row, self._key_of(row)).item()
+            tokens.append(token)
+            path.append(row)
+            following = [i for i, parent in enumerate(parents) if parent == row - 1]
+            row = next((i + 1 for i in following if drafted[i] == token), 0)
+            if not row or token in self._stop_tokens:
+                break
+        accepted = len(path) - (not row)
+        tested = accepted + (not row and bool(following))
+        return mx.array([accepted, tested, *tokens, *path]), rows
+
     def _accept_one(self, draft: Draft, row: int, log_probabilities: mx.array) -> mx.array:
         """Accepts one draft, or draws the token in its place, as `accept` does for a round of one.
 
@@ -338,13 +366,30 @@ class Chooser:
             return accept_matching(token, mx.repeat(choices, token.size + 1, axis=0))
         log_p = self.sampling.log_distribution(log_probabilities, self._coins[row : row + 1])
         log_q = draft.log_probabilities
-        key = mx.random.split(self._accept_key, row + 1)[row]
         return accept_sampled(
             token,
             None if log_q is None else log_q[row : row + 1],
             mx.repeat(log_p, token.size + 1, axis=0),
-            key,
+            self._key_of(row),
         )
+
+    def _key_of(self, row: int) -> mx.array | None:
+        """Returns the randomness of one row, where rows are gone through in order."""
+        return None if self._accept_key is None else mx.random.split(self._accept_key, row + 1)[row]
+
+    def _drawn(self, log_probabilities: mx.array, row: int, key: mx.array | None) -> mx.array:
+        """Chooses the target's own tokens `[M]`, each by chances of its own.
+
+        Args:
+            log_probabilities: The target's, `[M, V]`.
+            row: Which of the round's rows the first is.
+            key: The randomness, at a temperature above 0.
+        """
+        if not self.sampling.is_random:
+            return self._choices(log_probabilities)
+        coins = self._coins[row : row + log_probabilities.shape[0]]
+        log_p = self.sampling.log_distribution(log_probabilities, coins)
+        return mx.random.categorical(log_p, key=key)
 
     def _choices(self, log_probabilities: mx.array) -> mx.array:
         """Returns the target's own tokens `[M]`: a sampler's, or the likeliest."""
@@ -384,6 +429,18 @@ class Chooser:
             logits = mx.array(logits)  # which processors may write into
             logits = processor(mx.concatenate([self._history, *drafted]), logits)
         return logits
+
+
+def _paths(draft: Draft) -> list[list[mx.array]]:
+    """Returns for each row the drafts before it, `[1]` each; reads a tree's shape."""
+    drafted = [draft.tokens[i : i + 1] for i in range(draft.tokens.size)]
+    parents: Any = range(-1, draft.tokens.size - 1)
+    if draft.parents is not None and draft.tree is not None:
+        parents = draft.parents.tolist()
+    paths: list[list[mx.array]] = [[]]
+    for token, parent in zip(drafted, parents, strict=True):
+        paths.append([*paths[parent + 1], token])
+    return paths
 
 
 def _log_softmax(logits: mx.array) -> mx.array:

@@ -8,7 +8,6 @@ token where a logits processor keeps a state: `mlx_drift.decode.fork`.)
 """
 
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -16,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_drift.decode.accept import read_verdict
 from mlx_drift.decode.clock import Clock
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.plain import decode_plain
@@ -26,7 +26,6 @@ from mlx_drift.errors import DriftError
 from mlx_drift.target.caches import TargetCache
 from mlx_drift.target.model import Target
 
-PLAIN_RUNS, PLAIN_STEPS = 3, 4
 ROWS_BETWEEN_CLEARS = 2048  # mlx-lm's chunk; rounds that take turns with smaller ones need buffers
 ROUNDS_BETWEEN_CLEARS = 64  # mlx-lm clears its buffers every 256 tokens
 
@@ -155,23 +154,24 @@ def speculate(
         proposed = sources[source](k, drafter_cache, chooser)
         draft = proposed.tokens
         waited = _start(draft)  # the device drafts while the host goes on
-        logits, taps = target.verify(mx.concatenate([text.last, draft]), target_cache)
+        logits, taps = target.verify(
+            mx.concatenate([text.last, draft]), target_cache, proposed.tree
+        )
         decided, log_probabilities = chooser.verify(proposed, logits)
         if proposed.finite is not None:  # comes along with the verdict
             decided = mx.concatenate([decided, proposed.finite.astype(decided.dtype)])
         built = clock()
-        verdict: Any = decided.tolist()  # the synchronisation
+        values: Any = decided.tolist()  # the synchronisation
         read = clock()
-        accepted, *tokens = verdict
-        is_finite = proposed.finite is None or bool(verdict[-1])
+        is_finite = bool(values.pop()) if proposed.finite is not None else True
+        verdict = read_verdict(values, proposed)
 
-        tokens = text.commit(tokens[: accepted + 1])
-        rows = len(tokens)
-        tested = min(accepted + 1, draft.size, rows)
-        accepted = min(accepted, rows)
-        target.rollback(target_cache, draft.size + 1 - rows)
-        drafter.ingest(text.fresh, taps[:rows], drafter_cache)
-        chosen_from = [log_probabilities[row] for row in range(rows)]
+        tokens = text.commit(verdict.tokens)
+        path = verdict.path[: len(tokens)]
+        tested, accepted = min(verdict.tested, len(path)), min(verdict.accepted, len(path))
+        target.keep(target_cache, path)
+        drafter.ingest(text.fresh, _rows(taps, path), drafter_cache)
+        chosen_from = [log_probabilities[row] for row in path]
         # Under way while the caller has its turn. And once they are, another thread may ask for
         # the next round or read the probabilities: what is lazy belongs to this thread's stream.
         waited += _start(drafter_cache.state, target_cache.state, chosen_from, text.state)
@@ -198,29 +198,13 @@ def speculate(
             mx.clear_cache()
 
 
+def _rows(taps: mx.array, path: Sequence[int]) -> mx.array:
+    """Takes the rows of a path, the first ones of a chain."""
+    return taps[: len(path)] if path == range(len(path)) else taps[mx.array(path)]
+
+
 def _start(*arrays: Any) -> float:
     """Starts computing; returns what that took: on a CPU it waits when too much is under way."""
     start = time.perf_counter()
     mx.async_eval(*arrays)
     return time.perf_counter() - start
-
-
-def time_plain_steps(target: Target, last: mx.array, cache: TargetCache) -> float:
-    """Times one-row target steps, each rolled back: what plain decoding costs a token here.
-
-    Each run chains a few steps without reading them back, as mlx-lm's pipelined decoding does.
-
-    Returns:
-        Seconds a step: the median of some runs, after one to warm up.
-    """
-    runs = []
-    for _ in range(PLAIN_RUNS + 1):
-        start = time.perf_counter()
-        token = last
-        for _ in range(PLAIN_STEPS):
-            logits, _ = target.verify(token, cache)
-            token = mx.argmax(logits, axis=-1)
-            target.rollback(cache, 1)
-        mx.eval(token)
-        runs.append((time.perf_counter() - start) / PLAIN_STEPS)
-    return statistics.median(runs[1:])

@@ -5,6 +5,7 @@ wherever a copy ends.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -122,7 +123,7 @@ class CopyingDrafter:
         own = sources_of(self.drafter, cache.own, missed)
         return {
             **{source: self._copy for source in copies if not source.is_empty},
-            **dict.fromkeys(own, self._draft),
+            **{source: partial(self._draft, propose) for source, propose in own.items()},
         }
 
     def propose(self, k: int, cache: CopyingState, chooser: Choose | None = None) -> Draft:
@@ -132,5 +133,7 @@ class CopyingDrafter:
     def _copy(self, k: int, cache: CopyingState, chooser: Choose | None = None) -> Draft:
         return self._lookup.propose(k, cache.lookup, chooser)
 
-    def _draft(self, k: int, cache: CopyingState, chooser: Choose | None = None) -> Draft:
-        return self.drafter.propose(k, cache.own, chooser)
+    def _draft(
+        self, propose: Propose, k: int, cache: CopyingState, chooser: Choose | None = None
+    ) -> Draft:
+        return propose(k, cache.own, chooser)

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, Self, runtime_checkable
 
 import mlx.core as mx
 
 from mlx_drift.target.rewind import Snapshot
+from mlx_drift.target.tree import Tree
 
 MAX_DRAFT_TOKENS = 64
 """More drafts a round than any drafter was ever trained for; a larger number is a mistake."""
@@ -19,7 +21,9 @@ class Draft:
     Attributes:
         tokens: Target token ids `[k]` int32.
         log_probabilities: What they were drawn with, over the target's vocabulary, `[k, V]`; None
-            if there was no chance in it.
+            if there was no chance in it, and in a tree.
+        parents: Which draft each one follows, one before it, `[k]` int32; −1 for the last committed
+            token. None where each follows the one before: a chain.
         finite: Whether the drafter's states were finite to the end, `[1]` bool; None if it has
             none.
     """
@@ -27,6 +31,17 @@ class Draft:
     tokens: mx.array
     log_probabilities: mx.array | None = None
     finite: mx.array | None = None
+    parents: mx.array | None = None
+
+    @cached_property
+    def tree(self) -> Tree | None:
+        """How the rows branch that verify it: the last committed token's, and one for each draft.
+
+        None if they do not: one draft does not either.
+        """
+        if self.parents is None or self.parents.size < 2:
+            return None
+        return Tree.of(self.parents)
 
 
 class Choose(Protocol):
@@ -65,10 +80,12 @@ class Source:
         is_copy: They are what followed the last tokens before; else what a network drafts.
         match: Of a copy, how many of the last tokens agree, rounded down to one of a few lengths;
             0 where there is nothing to copy.
+        is_tree: They branch.
     """
 
     is_copy: bool = False
     match: int = 0
+    is_tree: bool = False
 
     @property
     def is_empty(self) -> bool:
@@ -76,7 +93,7 @@ class Source:
         return self.is_copy and not self.match
 
 
-NETWORK = Source()
+NETWORK, TREE = Source(), Source(is_tree=True)
 
 
 class DrafterCache(Protocol):
@@ -165,8 +182,18 @@ class Copies(Protocol):
         """
 
 
+@runtime_checkable
+class Branches(Protocol):
+    """A drafter that may draft trees."""
+
+    def propose_tree(self, k: int, cache: Any, chooser: Choose | None = None) -> Draft:
+        """Drafts a tree of up to k tokens, in which no two that follow the same are the same."""
+
+
 def sources_of(drafter: Drafter, cache: Any, missed: Sequence[int] = ()) -> dict[Source, Propose]:
-    """Tells what a drafter's next drafts may come from (`Copies.sources`)."""
+    """Tells what a drafter's next drafts may come from (`Copies.sources`), a chain last."""
     if isinstance(drafter, Copies):
         return drafter.sources(cache, missed)
+    if isinstance(drafter, Branches):
+        return {TREE: drafter.propose_tree, NETWORK: drafter.propose}
     return {NETWORK: drafter.propose}

@@ -9,7 +9,7 @@ Notable:
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any
@@ -28,6 +28,7 @@ from mlx_lm.models.cache import (
 from mlx_drift.errors import DriftError
 from mlx_drift.target.rewind import Caches, parts
 from mlx_drift.target.sliding import SlidingKVCache
+from mlx_drift.target.tree import compact
 
 TRIMMED = (KVCache, QuantizedKVCache, ChunkedKVCache)
 """Caches of which `trim` takes the last rows back exactly."""
@@ -165,6 +166,18 @@ class TargetCache(Caches):
                     part.trim(rows if again else back)  # what is called anew appends anew
         for note in self.consumed:
             note.replay(rows, rows - back)
+
+    def keep(self, path: Sequence[int]) -> None:
+        """Keeps of the rows that were fed last those of a path, as if only they had been fed.
+
+        Args:
+            path: Which of them, in ascending order; all but the first ones of a chain take caches
+                that are `BRANCHING`.
+        """
+        if path != range(len(path)):
+            for part in self.parts():
+                compact(part, part.offset - self.rows, path)
+        self.rollback(self.rows - len(path))
 
     def can_return_to(self, rows: int) -> bool:
         """Tells whether keys and values were quantized at `rows` rows as they are now."""

@@ -35,6 +35,7 @@ from mlx_drift.target.caches import (
 )
 from mlx_drift.target.rewind import parts
 from mlx_drift.target.sliding import SlidingKVCache
+from mlx_drift.target.tree import VERIFIES_TREES, Tree, on_tree
 
 EMBEDDINGS = (
     "embed_tokens wte word_embeddings embeddings embedding tok_embeddings token_embeddings "
@@ -205,12 +206,15 @@ class Target:
         cache.quantize()
         return logits[0], self._taps(captured, tokens.size)
 
-    def verify(self, tokens: mx.array, cache: TargetCache) -> tuple[mx.array, mx.array]:
-        """Feeds M tokens as if one by one; `rollback` then says how many of them stay.
+    def verify(
+        self, tokens: mx.array, cache: TargetCache, tree: Tree | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """Feeds M tokens as if one by one; `keep` or `rollback` then says which of them stay.
 
         Args:
             tokens: Token ids `[M]`, at most `cache.room`.
             cache: The conversation's cache; it grows by M rows.
+            tree: How they branch, after `check_trees`; None if they follow one another.
 
         Returns:
             As `__call__`.
@@ -219,7 +223,7 @@ class Target:
             DriftError: If the model keeps a state that cannot be put back.
         """
         cache.let_sinks_fade(False)
-        with _capture() as captured:
+        with _capture() as captured, on_tree(cache.parts(), tree):
             logits = self.model(tokens[None], cache=cache)
         cache.rows, cache.consumed = tokens.size, captured.consumed
         noted = {id(state) for note in captured.consumed for state, _ in note.states}
@@ -233,6 +237,11 @@ class Target:
     def rollback(self, cache: TargetCache, rows: int) -> None:
         """Takes back the last `rows` of those verified last, as if they had never been fed."""
         cache.rollback(rows)
+        cache.quantize()
+
+    def keep(self, cache: TargetCache, path: Sequence[int]) -> None:
+        """Keeps of the rows verified last those of a path, as if no others had been fed."""
+        cache.keep(path)
         cache.quantize()
 
     def embed(self, tokens: mx.array) -> mx.array:
@@ -307,6 +316,7 @@ def vocabulary_size(model: nn.Module) -> int | None:
 
 def remove_taps(model: nn.Module) -> None:
     """Gives every tapped module of `model` its own class back."""
+    vars(model).pop(VERIFIES_TREES, None)
     for module in model.modules():
         while hasattr(type(module), "tapped_as"):
             module.__class__ = type(module).__base__

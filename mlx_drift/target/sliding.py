@@ -32,6 +32,9 @@ class SlidingKVCache(KVCache):
     Attributes:
         sinks_fade: In the updates to come, a row sees window − 1 buffered rows before it, sinks or
             not: what mlx-lm does in a block of several rows, hence in prompts.
+        branched: How many rows before the updates to come are of the same tree as theirs, and no
+            part of the text that their windows count back to (`mlx_drift.target.tree`).
+        first: The row at the buffer's start.
     """
 
     def __init__(self, window: int, sinks: int = 0, slack: int = 0):
@@ -42,7 +45,8 @@ class SlidingKVCache(KVCache):
         self.sinks = sinks
         self.slack = slack
         self.sinks_fade = False
-        self._first = 0  # the row at the buffer's start
+        self.branched = 0
+        self.first = 0
         self._sunk: tuple[mx.array, ...] | None = None  # the sinks, once the buffer lost them
 
     @property
@@ -53,19 +57,19 @@ class SlidingKVCache(KVCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Appends rows `[B, heads, n, width]`; returns them behind the rows they see."""
         rows = keys.shape[2]
-        used = self.offset - self._first
+        used = self.offset - self.first
         if self.keys is None or used + rows > self.keys.shape[2]:
             kept = min(used, self.window - 1 + self.slack)
-            if self.sinks and self._first == 0 and kept < used:
+            if self.sinks and self.first == 0 and kept < used:
                 self._sunk = tuple(_own(array) for array in self._sinks())
             grown = max(STEP, rows)
             self.keys = self._moved(self.keys, keys, used, kept, grown)
             self.values = self._moved(self.values, values, used, kept, grown)
-            self._first, used = self.offset - kept, kept
+            self.first, used = self.offset - kept, kept
         self.keys[..., used : used + rows, :] = keys
         self.values[..., used : used + rows, :] = values
         self.offset += rows
-        return self._visible(rows)
+        return self._visible(rows + self.branched)
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """Returns what a row that is fed next may see, and itself not yet."""
@@ -106,27 +110,27 @@ class SlidingKVCache(KVCache):
 
     def can_rewind(self, rows: int) -> bool:
         """Tells whether what row `rows` would see is still there."""
-        return rows <= self.offset and (self._first == 0 or rows - self._first >= self.window - 1)
+        return rows <= self.offset and (self.first == 0 or rows - self.first >= self.window - 1)
 
     def copy_visible(self) -> dict[str, mx.array]:
         """Copies what a row that is fed next may see."""
-        used = self.offset - self._first
+        used = self.offset - self.first
         start = max(0, used - (self.window - 1 + self.slack))
         arrays = {"keys": self.keys[..., start:used, :], "values": self.values[..., start:used, :]}
-        if self.sinks and self._first + start > 0:
+        if self.sinks and self.first + start > 0:
             arrays["sink_keys"], arrays["sink_values"] = self._sinks()
         return {name: _own(array) for name, array in arrays.items()}
 
     def put(self, arrays: dict[str, mx.array], rows: int) -> None:
         """Puts back what `copy_visible` copied when `rows` rows had been fed."""
         self.keys, self.values = arrays["keys"], arrays["values"]
-        self.offset, self._first = rows, rows - self.keys.shape[2]
+        self.offset, self.first = rows, rows - self.keys.shape[2]
         has_sinks = "sink_keys" in arrays
         self._sunk = (arrays["sink_keys"], arrays["sink_values"]) if has_sinks else None
 
     def _visible(self, rows: int) -> tuple[mx.array, mx.array]:
         """What the last `rows` rows see; a row that is fed next, if there are none."""
-        used = self.offset - self._first
+        used = self.offset - self.first
         before = self.offset - rows
         if before <= self.window - 1:  # then the buffer holds every row
             return self.keys[..., :used, :], self.values[..., :used, :]
@@ -141,7 +145,7 @@ class SlidingKVCache(KVCache):
         )
 
     def _sinks(self) -> tuple[mx.array, ...]:
-        if self._first > 0 and self._sunk is not None:
+        if self.first > 0 and self._sunk is not None:
             return self._sunk
         return self.keys[..., : self.sinks, :], self.values[..., : self.sinks, :]
 

@@ -28,6 +28,7 @@ from mlx_drift.measure.speed.arms import Length
 from mlx_drift.measure.speed.rounds import CERTAIN, Plan, round_costs
 from mlx_drift.target.caches import TargetCache
 from mlx_drift.target.model import Target
+from mlx_drift.target.tree import Tree
 
 CHUNK, CATCH_UP, TURNS = 512, 64, 5
 LONGEST = 8
@@ -157,12 +158,15 @@ class Recording(Target):
         self._tokens, self._recorded, self._first, self._spend = tokens, taps, first, spend
         self._vocabulary = mx.arange(target.shape.vocab_size)
 
-    def verify(self, tokens: mx.array, cache: TargetCache) -> tuple[mx.array, mx.array]:
+    def verify(
+        self, tokens: mx.array, cache: TargetCache, tree: Tree | None = None
+    ) -> tuple[mx.array, mx.array]:
         """Returns logits that make the recorded tokens certain, and the taps of their rows."""
         assert isinstance(cache, RecordedCache)
+        assert tree is None
         self._spend(tokens.size)
         begin, end = cache.position, cache.position + tokens.size
-        cache.position = end
+        cache.position, cache.rows = end, tokens.size
         said = self._tokens[begin + 1 : end + 1]
         logits = CERTAIN * (self._vocabulary == said[:, None]).astype(mx.float32)
         return logits, self._recorded[begin - self._first : end - self._first]

@@ -24,13 +24,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import wired_limit
 
+from mlx_drift.decode.plain import time_plain_steps
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
 from mlx_drift.decode.sampling import Sampling
-from mlx_drift.decode.speculate import speculate, time_plain_steps
+from mlx_drift.decode.speculate import speculate
 from mlx_drift.decode.text import Round
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.target.caches import TargetCache
 from mlx_drift.target.model import Target
+from mlx_drift.target.tree import Tree
 
 TURNS, ROUNDS = 16, 3
 """How often every kind of round has its turn, and rounds a turn."""
@@ -98,9 +100,11 @@ class Swayed(Target):
         vars(self).update(vars(target))
         self._accepted = accepted
 
-    def verify(self, tokens: mx.array, cache: TargetCache) -> tuple[mx.array, mx.array]:
+    def verify(
+        self, tokens: mx.array, cache: TargetCache, tree: Tree | None = None
+    ) -> tuple[mx.array, mx.array]:
         """Verifies as a target does, and sways the logits."""
-        logits, taps = super().verify(tokens, cache)
+        logits, taps = super().verify(tokens, cache, tree)
         self.tokens, self.verified_taps = tokens, taps
         drafts = tokens.size - 1
         swayed = min(self._accepted + 1, drafts)  # the one after the accepted is refused

@@ -96,9 +96,9 @@ def test_a_swayed_target_accepts_as_told(accepted, temp, monkeypatch):
     committed = []
     sound = Swayed.verify
 
-    def verify(self, tokens, cache):
+    def verify(self, tokens, cache, tree):
         committed.append(cache[0].offset)
-        return sound(self, tokens, cache)
+        return sound(self, tokens, cache, tree)
 
     monkeypatch.setattr(Swayed, "verify", verify)
     plan = Plan(3, accepted, temp)
