@@ -56,7 +56,7 @@ def accept_matching(draft: mx.array, choices: mx.array) -> mx.array:
 
 
 def accept_sampled(
-    draft: mx.array, log_q: mx.array | None, log_p: mx.array, key: mx.array | None
+    draft: mx.array, log_q: mx.array | None, log_p: mx.array, key: mx.array
 ) -> mx.array:
     """Accepts drafts so that what is committed has exactly the target's distribution.
 

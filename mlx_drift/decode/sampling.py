@@ -210,7 +210,6 @@ class Chooser:
             self._ahead = sampling.logits_processors
         self._looked = 0  # drafts that forks have been asked about
         self._drawn_with = mx.array([])  # the last draft, [1, V]
-        self._accept_key: mx.array | None = None
         if sampling.is_random:
             assert key is not None, "drawing needs a key"
             self._accept_key, coin_key, *self._draft_keys = mx.random.split(key, k + 2)
@@ -299,7 +298,7 @@ class Chooser:
             first are committed; of a tree what `accept_on_tree` does.
         """
         if draft.parents is not None and draft.tree is not None:
-            choices = self._drawn(log_probabilities, 0, self._accept_key)
+            choices = self._drawn(log_probabilities)
             return accept_on_tree(draft.tokens, draft.parents, draft.tree, choices)
         if self.sampling.is_random:
             coins = self._coins[: log_probabilities.shape[0]]
@@ -339,7 +338,7 @@ class Chooser:
         while True:
             log_p = _log_softmax(self._process(processors, logits[row : row + 1], before[row]))
             rows[row] = log_p[0]
-            token: Any = self._drawn(log_p, row, self._key_of(row)).item()
+            token: Any = self._drawn(log_p, row).item()
             tokens.append(token)
             path.append(row)
             following = [i for i, parent in enumerate(parents) if parent == row - 1]
@@ -373,21 +372,21 @@ class Chooser:
             self._key_of(row),
         )
 
-    def _key_of(self, row: int) -> mx.array | None:
+    def _key_of(self, row: int) -> mx.array:
         """Returns the randomness of one row, where rows are gone through in order."""
-        return None if self._accept_key is None else mx.random.split(self._accept_key, row + 1)[row]
+        return mx.random.split(self._accept_key, row + 1)[row]
 
-    def _drawn(self, log_probabilities: mx.array, row: int, key: mx.array | None) -> mx.array:
+    def _drawn(self, log_probabilities: mx.array, row: int | None = None) -> mx.array:
         """Chooses the target's own tokens `[M]`, each by chances of its own.
 
         Args:
             log_probabilities: The target's, `[M, V]`.
-            row: Which of the round's rows the first is.
-            key: The randomness, at a temperature above 0.
+            row: Which of the round's rows it is, where they are gone through in order.
         """
         if not self.sampling.is_random:
             return self._choices(log_probabilities)
-        coins = self._coins[row : row + log_probabilities.shape[0]]
+        key = self._accept_key if row is None else self._key_of(row)
+        coins = self._coins[row or 0 :][: log_probabilities.shape[0]]
         log_p = self.sampling.log_distribution(log_probabilities, coins)
         return mx.random.categorical(log_p, key=key)
 

@@ -200,7 +200,7 @@ def speculate(
 
 def _rows(taps: mx.array, path: Sequence[int]) -> mx.array:
     """Takes the rows of a path, the first ones of a chain."""
-    return taps[: len(path)] if path == range(len(path)) else taps[mx.array(path)]
+    return taps[: len(path)] if path == range(len(path)) else taps[mx.array(list(path))]
 
 
 def _start(*arrays: Any) -> float:

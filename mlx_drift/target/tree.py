@@ -133,7 +133,7 @@ def compact(part: Any, start: int, path: Sequence[int]) -> None:
     if stay == len(path) or part.empty():
         return
     start -= getattr(part, "first", 0)
-    moved = mx.array(path[stay:]) + start
+    moved = mx.array(list(path[stay:])) + start
     for arrays in (part.keys, part.values):
         for array in arrays if isinstance(arrays, tuple | list) else (arrays,):
             rows = mx.take(array, moved, axis=-2)
