@@ -88,10 +88,10 @@ class Conversation:
         draft_length = self.model.draft_length(request.num_draft_tokens, is_seeded)
         self._draft_length = draft_length
         self.statistics.draft_length = draft_length
-        sampling = request.sampling
-        if request.penalties:
-            processors = tuple(make_logits_processors(**request.penalties))
-            sampling = replace(sampling, logits_processors=processors)
+        processors = make_logits_processors(**request.penalties)
+        if request.grammar is not None:
+            processors.append(request.grammar.processor(self.model.tokenizer, request.tokens))
+        sampling = replace(request.sampling, logits_processors=tuple(processors))
         self._steps = answer(
             cache,
             request.tokens,

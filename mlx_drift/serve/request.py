@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mlx_drift.decode.sampling import Sampling
+from mlx_drift.grammar.grammar import Grammar
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Request:
         max_tokens: Tokens of the answer at most.
         sampling: What tokens are drawn from, but for the logits processors.
         penalties: Keywords of mlx-lm's `make_logits_processors`.
+        grammar: What the answer must be; None for anything.
         seed: Makes what is drawn reproducible.
         num_draft_tokens: Drafts a round; None for the server's.
         stop: Texts before which the answer ends.
@@ -28,6 +30,7 @@ class Request:
     max_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     penalties: Mapping[str, Any] = field(default_factory=dict)
+    grammar: Grammar | None = None
     seed: int | None = None
     num_draft_tokens: int | None = None
     stop: tuple[str, ...] = ()

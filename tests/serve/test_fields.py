@@ -100,7 +100,7 @@ BAD = {
     "prompt_cache_retention": 24,
     "prompt_cache_options": "explicit",
     "modalities": ["audio"],
-    "response_format": {"type": "json_object"},  # serving.md 3.15: mlx-lm answers 200
+    "response_format": {"type": "jsonobject"},
     "tools": [{"type": "function"}],
     "tool_choice": "required",
     "parallel_tool_calls": "yes",

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from mlx_drift.decode.sampling import Sampling
 from mlx_drift.errors import DriftError
+from mlx_drift.grammar.grammar import Grammar
 from mlx_drift.serve.api.fields import BadRequest, Fields
 from mlx_drift.serve.api.prompts import check_length
 from mlx_drift.serve.api.served import Served
@@ -89,6 +90,7 @@ def ask(
     *,
     param: str,
     top_logprobs: int | None,
+    grammar: Grammar | None = None,
 ) -> list[Request]:
     """Makes the engine's requests: `n` for every prompt.
 
@@ -98,6 +100,7 @@ def ask(
         prompts: Token ids of each, and where others may branch off.
         param: The field they came from.
         top_logprobs: How many of the likeliest tokens to tell; None for no log-probabilities.
+        grammar: What the answers must be (`mlx_drift.serve.api.formats`); None for anything.
 
     Raises:
         BadRequest: If a field is out of range for this model.
@@ -136,6 +139,7 @@ def ask(
                     max_tokens=min(most or defaults.max_tokens, room),
                     sampling=sampling,
                     penalties=_penalties(given, served),
+                    grammar=grammar,
                     seed=None if seed is None else seed + choice,
                     num_draft_tokens=given.get("num_draft_tokens"),
                     stop=tuple(s for s in ([stop] if isinstance(stop, str) else stop) if s),

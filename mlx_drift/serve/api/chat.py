@@ -16,6 +16,7 @@ from mlx_drift.serve.api.asking import (
 )
 from mlx_drift.serve.api.events import DONE, data
 from mlx_drift.serve.api.fields import CHAT, BadRequest
+from mlx_drift.serve.api.formats import response_format
 from mlx_drift.serve.api.prompts import lay_out
 from mlx_drift.serve.api.served import Served
 from mlx_drift.serve.request import Ended, Piece, Scored
@@ -36,7 +37,8 @@ class Chat:
         if "top_logprobs" in given and not wanted:
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
         top = given.get("top_logprobs", 0) if wanted else None
-        requests = ask(given, served, [prompt], param="messages", top_logprobs=top)
+        grammar = response_format(given.get("response_format"), served)
+        requests = ask(given, served, [prompt], param="messages", top_logprobs=top, grammar=grammar)
         options = given.get("stream_options") or {}
         reply = ChatReply(
             Head.make("chatcmpl", name),

@@ -209,6 +209,17 @@ ACCEPTED: dict[str, Accepted] = {
     "prompt_cache_options": Accepted(mapping, HINT),
 }
 
+FORMATS = "text", "json_object", "json_schema", "regex", "grammar"
+FORMAT = Kind(
+    "an object whose `type` is " + ", ".join(f'"{name}"' for name in FORMATS),
+    lambda value: isinstance(value, dict) and value.get("type") in FORMATS,
+)
+FORMAT_DOES = (
+    "what the answer must be: `json_object`; `json_schema`, with `json_schema.schema`; `regex`, "
+    "with `pattern`; `grammar`, with `grammar` (Lark's, as llguidance has it). Reasoning comes "
+    "before it. Needs the `grammar` extra"
+)
+
 MESSAGE = Kind("an object", lambda value: isinstance(value, dict))
 
 NOT_LOADED = "models are loaded by the server's operator alone"
@@ -229,16 +240,13 @@ CHAT = Fields(
         "logprobs": Honoured(boolean, "give the log-probability of every token"),
         "top_logprobs": Honoured(integer(0, 20), "and those of so many of the likeliest"),
         "chat_template_kwargs": Honoured(mapping, "keywords of the chat template"),
+        "response_format": Honoured(FORMAT, FORMAT_DOES),
     },
     {
         **ACCEPTED,
         "prediction": Accepted(anything, HINT),
         "modalities": Accepted(
             Kind('["text"]', lambda value: value == ["text"]), "text is what there is"
-        ),
-        "response_format": Accepted(
-            Kind('{"type": "text"}', lambda value: value == {"type": "text"}),
-            "text is what there is; other formats are refused",
         ),
         "tools": Accepted(list_of(anything, 0), "an empty list asks for nothing"),
         "tool_choice": Accepted(choice("none", "auto"), "there are no tools to choose from"),
