@@ -59,6 +59,21 @@ def load_drafter(
     Warns:
         DriftWarning: What you should know of a conversion, a line each.
     """
+    folder = find_drafter(
+        path_or_hf_repo, model, revision=revision, on_convert=on_convert, **options
+    )
+    return load_converted(folder, model, drafter_bits)
+
+
+def find_drafter(
+    path_or_hf_repo: str,
+    model: nn.Module,
+    *,
+    revision: str | None = None,
+    on_convert: Callable[[Path], None] | None = None,
+    **options: Any,
+) -> Path:
+    """Finds the folder of a converted drafter; arguments and errors are those of `load_drafter`."""
     if (path := existing(path_or_hf_repo)) is not None:
         if not path.is_dir():
             raise DriftError(
@@ -66,15 +81,13 @@ def load_drafter(
                 f"mlx-drift convert {path} --mlx-path OUT"
             )
         _refuse_options(path_or_hf_repo, "a folder", options)
-        return load_converted(path, model, drafter_bits)
+        return path
     repository = find_hub_folder(path_or_hf_repo, revision, "drafter")
     if _is_converted(repository):
         _refuse_options(path_or_hf_repo, "converted already", options)
         repository.path(WEIGHTS)
-        return load_converted(repository.path("config.json").parent, model, drafter_bits)
-    shape = Target(model).shape
-    folder = convert_once(repository, shape, options, on_convert)
-    return load_converted(folder, model, drafter_bits)
+        return repository.path("config.json").parent
+    return convert_once(repository, Target(model).shape, options, on_convert)
 
 
 def _refuse_options(name: str, what: str, options: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ COMMANDS = {
     "cache-prompt": "Process how prompts begin, once: generate --prompt-cache-file goes on from "
     "there.",
     "convert": "Convert a PyTorch drafter checkpoint, or a model's MTP head, to MLX.",
+    "adapt": "Train a head for your own target, on this machine, on what the target itself says.",
     "export": "Give a converted drafter back to PyTorch: vLLM, SGLang, SpecForge, speculators.",
     "inspect": "Tell what a drafter checkpoint is, without downloading its weights.",
     "doctor": "Tell caches, taps, memory and what is refused, before any weights are loaded.",

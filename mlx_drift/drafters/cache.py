@@ -83,10 +83,15 @@ class TrainTimeTestCache:
     At step j the query of row i, at position i + j, attends causally to the keys of step 0 and
     only to its own key, the diagonal, of each step 1 … j (SafeAILab/EAGLE
     `traineagle3/cnets.py` L253–305). A window is anchored at row i, as in training.
+
+    Args:
+        window: Key j is visible to query i while i − j < window; None for all keys.
+        recompute: Attend once more for the gradients instead of keeping all weights.
     """
 
-    def __init__(self, window: int | None = None):
+    def __init__(self, window: int | None = None, recompute: bool = False):
         self.window = window
+        self.recompute = recompute
         self.rows = TrainTimeTestRows(window)
         self._keys: list[mx.array] = []
         self._values: list[mx.array] = []
@@ -100,10 +105,17 @@ class TrainTimeTestCache:
         """Appends one step and attends; shapes as in `ChainCache.attend`, M = L."""
         self._keys.append(keys)
         self._values.append(values)
+        attend = mx.checkpoint(self._attend) if self.recompute else self._attend
+        return attend(queries * scale, [*self._keys], [*self._values])
+
+    def _attend(
+        self, queries: mx.array, keys: list[mx.array], values: list[mx.array]
+    ) -> mx.array:
+        """Attends with scaled queries: a function of its arguments alone."""
         rows = queries.shape[2]
-        weights = self._weigh(queries, scale)
-        output = weights[..., :rows] @ self._values[0][:, :, None]
-        for step, v in enumerate(self._values[1:]):
+        weights = self._weigh(queries, keys)
+        output = weights[..., :rows] @ values[0][:, :, None]
+        for step, v in enumerate(values[1:]):
             output = output + weights[..., rows + step, None] * v[:, :, None]
         return output.reshape(queries.shape)
 
@@ -118,17 +130,17 @@ class TrainTimeTestCache:
             `[heads, L, L + j]` float32: the rows of step 0, then the row's own keys of the steps
             1 … j.
         """
-        return self._weigh(queries.astype(mx.float32), scale).flatten(0, 2)
+        return self._weigh(queries.astype(mx.float32) * scale, self._keys).flatten(0, 2)
 
-    def _weigh(self, queries: mx.array, scale: float) -> mx.array:
-        """Weighs all keys for the queries of one step: `[1, kv_heads, groups, L, L + j]`."""
+    def _weigh(self, queries: mx.array, keys: list[mx.array]) -> mx.array:
+        """Weighs all keys for scaled queries of one step: `[1, kv_heads, groups, L, L + j]`."""
         rows = queries.shape[2]
-        grouped = _grouped(queries * scale, self._keys[0])
-        causal = grouped @ self._keys[0][:, :, None].swapaxes(-1, -2)
+        grouped = _grouped(queries, keys[0])
+        causal = grouped @ keys[0][:, :, None].swapaxes(-1, -2)
         i, j = mx.arange(rows)[:, None], mx.arange(rows)[None]
         visible = (j <= i) if self.window is None else (j <= i) & (i - j < self.window)
         causal = mx.where(visible, causal, -mx.inf)
-        own = [(grouped * k[:, :, None]).sum(-1, keepdims=True) for k in self._keys[1:]]
+        own = [(grouped * k[:, :, None]).sum(-1, keepdims=True) for k in keys[1:]]
         return mx.softmax(mx.concatenate([causal, *own], axis=-1), axis=-1, precise=True)
 
 

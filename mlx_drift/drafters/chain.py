@@ -129,8 +129,8 @@ class ChainDrafter(LayersDrafter):
         log_q = mx.concatenate(drawn_with) if drawn_with else None
         return Draft(mx.concatenate(tokens), log_q, finite)
 
-    def train_time_test_steps(
-        self, tokens: mx.array, taps: mx.array, steps: int
+    def train_time_test_states(
+        self, tokens: mx.array, taps: mx.array, steps: int, *, recompute: bool = False
     ) -> Iterator[tuple[mx.array, mx.array]]:
         """Runs the teacher-forced chain of every position at once, step by step.
 
@@ -141,19 +141,56 @@ class ChainDrafter(LayersDrafter):
             tokens: Token ids `[L+1]`.
             taps: The target's states, `taps[i]` captured at `tokens[i]`, `[L, A, T]`.
             steps: How many chain steps.
+            recompute: Attend once more for the gradients instead of keeping all weights.
 
         Yields:
-            Draft logits `[L, D]` and the states the next step gets `[L, H]`, a pair a step.
+            The states that the head reads and those the next step gets, `[L, H]`, a pair a step.
         """
         rows = taps.shape[0]
-        layers = range(self.config.num_layers)
-        caches = [TrainTimeTestCache(self.config.window_of(layer)) for layer in layers]
+        caches = self._train_time_test_caches(recompute)
         tokens = mx.pad(tokens, (0, steps - 1))
         state = self.network.fuse(taps)
         for step in range(steps):
             embedding = self._embed(tokens[step + 1 : step + 1 + rows])
             normed, state = self.network(embedding, state, caches)
+            yield normed, state
+
+    def train_time_test_steps(
+        self, tokens: mx.array, taps: mx.array, steps: int
+    ) -> Iterator[tuple[mx.array, mx.array]]:
+        """Runs `train_time_test_states`, and the head.
+
+        Yields:
+            Draft logits `[L, D]` and the states the next step gets `[L, H]`, a pair a step.
+        """
+        for normed, state in self.train_time_test_states(tokens, taps, steps):
             yield self._head(normed), state
+
+    def chains(self, tokens: mx.array, taps: mx.array, steps: int) -> Iterator[mx.array]:
+        """Drafts from every position at once, each chain reading its own drafts, greedily.
+
+        Args:
+            tokens: Token ids `[L+1]`.
+            taps: As in `train_time_test_states`.
+            steps: Drafts of a chain.
+
+        Yields:
+            Of each row i the draft of ``tokens[i+2+j]``, `[L]` int32, once a step j.
+        """
+        caches = self._train_time_test_caches()
+        read, state = tokens[1:], self.network.fuse(taps)
+        for _ in range(steps):
+            normed, state = self.network(self._embed(read), state, caches)
+            read = self.choose(self._head(normed))
+            yield read
+
+    def head(self, normed: mx.array) -> mx.array:
+        """Maps the states that the head reads `[M, H]` to draft logits `[M, D]`."""
+        return self._head(normed)
+
+    def _train_time_test_caches(self, recompute: bool = False) -> list[TrainTimeTestCache]:
+        layers = range(self.config.num_layers)
+        return [TrainTimeTestCache(self.config.window_of(layer), recompute) for layer in layers]
 
     def train_time_test(
         self, tokens: mx.array, taps: mx.array, steps: int

@@ -12,9 +12,12 @@ from mlx_drift.errors import DriftError
 from mlx_drift.files.paths import inside
 from mlx_drift.files.tensors import read_safetensors
 from mlx_drift.target.model import Target
+from mlx_drift.train.low_rank import add_low_rank
 
 
-def load_trainable(folder: Path, model: nn.Module) -> ChainDrafter:
+def load_trainable(
+    folder: Path, model: nn.Module, *, rank: int = 0, seed: int = 0
+) -> ChainDrafter:
     """Loads a converted head so that it can be trained.
 
     Its embedding stays frozen, as it does in EAGLE-3's own training (SafeAILab/EAGLE
@@ -23,6 +26,9 @@ def load_trainable(folder: Path, model: nn.Module) -> ChainDrafter:
     Args:
         folder: A folder that `convert_drafter` wrote.
         model: The target, as `mlx_lm.load` returns it.
+        rank: Train low-rank factors of its linear layers, of this rank, and nothing else; 0 for
+            the whole head.
+        seed: Of the factors.
 
     Raises:
         DriftError: If the head is missing, damaged, quantized, made for another target, or of a
@@ -41,14 +47,16 @@ def load_trainable(folder: Path, model: nn.Module) -> ChainDrafter:
     weights = read_safetensors(folder / WEIGHTS)
     d2t = weights.pop("d2t", None)
     network = load_network(config, weights, folder / WEIGHTS)
+    network.set_dtype(mx.float32)
+    if rank:
+        add_low_rank(network, rank, seed)
+    elif "embed_tokens" in network:
+        network.embed_tokens.freeze()
     drafter = build_drafter(config, network, target, target_ids(config, d2t, folder / WEIGHTS))
     if not isinstance(drafter, ChainDrafter):
         raise DriftError(
             f"{folder}: a drafter of the type {config.drafter_type!r} drafts no chain; EAGLE-1/2, "
             "EAGLE-3, EAGLE-3.1 and MTP heads are trained here"
         )
-    network.set_dtype(mx.float32)
-    if "embed_tokens" in network:
-        network.embed_tokens.freeze()
     mx.eval(network.parameters())
     return drafter

@@ -8,6 +8,7 @@ The train-time test (paper §2, §5.1; SafeAILab/EAGLE `traineagle3/cnets.py`) i
 from dataclasses import dataclass
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.train.losses import LOSSES, Loss
@@ -45,23 +46,34 @@ class Objective:
         steps: How many steps it is unrolled.
         loss: A name of `LOSSES`.
         decay: What each step weighs beside the one before: 0.8 in SafeAILab/EAGLE and SpecForge.
+        recompute: Compute logits, losses and attention once more for the gradients instead of
+            keeping them: those of all steps are most of what a long row takes.
     """
 
     steps: int = 4
     loss: str = "soft-ce"
     decay: float = 0.8
+    recompute: bool = False
 
     def __call__(self, drafter: ChainDrafter, row: Row) -> mx.array:
         """Returns the sum over the steps of weight times mean loss, a float32 scalar."""
         loss: Loss = LOSSES[self.loss]
+
+        def judge(normed: mx.array, target: mx.array) -> mx.array:
+            return loss(drafter.head(normed), target)
+
+        if self.recompute:
+            judge = nn.utils.checkpoint(drafter.network, judge)
         total = mx.array(0.0)
-        chain = drafter.train_time_test_steps(row.tokens, row.taps, self.steps)
-        for step, (logits, _) in enumerate(chain):
+        chain = drafter.train_time_test_states(
+            row.tokens, row.taps, self.steps, recompute=self.recompute
+        )
+        for step, (normed, _) in enumerate(chain):
             rows = row.length - step  # those after have no token to embed
             if rows < 1:
                 break
             target, counted = row.logits[1 + step :], row.counted[1 + step :]
-            each = loss(logits[:rows], mx.stop_gradient(target[:rows]))
+            each = judge(normed[:rows], mx.stop_gradient(target[:rows]))
             total = total + self.decay**step * _mean(each, counted[:rows])
         return total
 

@@ -6,6 +6,9 @@ from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.target.model import Target
 from mlx_drift.train.objective import Row
 
+CHUNK = 512
+"""Tokens that the target reads at a time: of all its logits only the draft vocabulary's are kept."""
+
 
 def see(target: Target, drafter: ChainDrafter, tokens: mx.array, learned: mx.array) -> Row:
     """Runs the target over a text, once, and keeps what the drafter learns from.
@@ -18,17 +21,22 @@ def see(target: Target, drafter: ChainDrafter, tokens: mx.array, learned: mx.arr
             says *before* each of these that counts.
 
     Returns:
-        The row, evaluated, in float32.
+        The row, evaluated; taps in float32, logits in the target's dtype.
     """
-    logits, taps = target(tokens, target.make_cache())
-    over_draft = drafter.of_draft_vocabulary(logits)
-    inside = drafter.drafts(mx.argmax(logits, axis=-1))
+    cache = target.make_cache()
+    taps, over_draft, inside = [], [], []
+    for start in range(0, tokens.size, CHUNK):
+        logits, states = target(tokens[start : start + CHUNK], cache)
+        taps.append(states.astype(mx.float32))
+        over_draft.append(drafter.of_draft_vocabulary(logits))
+        inside.append(drafter.drafts(mx.argmax(logits, axis=-1)))
+        mx.eval(taps[-1], over_draft[-1], inside[-1], cache.state)
     before = mx.concatenate([learned[1:], mx.array([False])])
     row = Row(
         tokens=tokens,
-        taps=taps[:-1].astype(mx.float32),
-        logits=over_draft.astype(mx.float32),
-        counted=inside & before,
+        taps=mx.concatenate(taps)[:-1],
+        logits=mx.concatenate(over_draft),
+        counted=mx.concatenate(inside) & before,
     )
     mx.eval(row.taps, row.logits, row.counted)
     return row

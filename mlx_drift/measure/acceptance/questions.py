@@ -74,12 +74,12 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[Question]
         DriftError: If there is no such file, it is too large, or a record is none that is known.
             The message names the file, the line and the field.
     """
-    file, source = _find(str(path))
+    file, source = find_file(str(path))
     found = []
     seen: dict[str, int] = {}
-    for place, record in itertools.islice(_records(file), limit):
+    for place, record in itertools.islice(records(file), limit):
         try:
-            question = _question(record, place.rpartition(" ")[2], source)
+            question = as_question(record, place.rpartition(" ")[2], source)
         except ValueError as error:
             raise DriftError(f"{path}, {place}: {error}") from None
         count = seen[question.id] = seen.get(question.id, 0) + 1
@@ -111,7 +111,7 @@ def read_question_files(paths: Sequence[str | Path], limit: int | None = None) -
     return questions
 
 
-def _find(text: str) -> tuple[Path, str]:
+def find_file(text: str) -> tuple[Path, str]:
     """Returns the local file of a path or data set, and what to call it."""
     path = existing(text)
     if path is None and (match := _ON_HUB.fullmatch(text)) and _names_the_hub(text):
@@ -135,7 +135,7 @@ def _names_the_hub(text: str) -> bool:
     return text.startswith("hf://datasets/") or ":" in text
 
 
-def _records(file: Path) -> Iterator[tuple[str, Any]]:
+def records(file: Path) -> Iterator[tuple[str, Any]]:
     """Yields what a file holds, each with the place it is at: JSON values, or text."""
     suffix = file.suffix.lower()
     try:
@@ -207,7 +207,7 @@ def _parse(text: str, where: str) -> Any:
         raise DriftError(f"{where}: not valid JSON that can be read") from None
 
 
-def _question(record: Any, number: str, source: str) -> Question:
+def as_question(record: Any, number: str, source: str) -> Question:
     """Turns a record into a question.
 
     Raises:
@@ -238,7 +238,7 @@ def _turns(record: dict[str, Any]) -> Said:
     turns = record["turns"]
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"turns is {brief(turns)}; expected a list of texts")
-    return tuple(_text(turn, f"turns[{i}]") for i, turn in enumerate(turns)), None
+    return tuple(checked_text(turn, f"turns[{i}]") for i, turn in enumerate(turns)), None
 
 
 def _messages(record: dict[str, Any]) -> Said:
@@ -255,46 +255,46 @@ def _messages(record: dict[str, Any]) -> Said:
                 f"messages[{i}].role is {brief(role)}; expected system, user or assistant"
             )
         if role != "assistant":
-            said[role].append(_content(message.get("content"), f"messages[{i}].content"))
+            said[role].append(content_text(message.get("content"), f"messages[{i}].content"))
     if not said["user"]:
         raise ValueError("messages has none of the user's")
     return tuple(said["user"]), "\n\n".join(said["system"]) or None
 
 
-def _content(content: Any, field: str) -> str:
+def content_text(content: Any, field: str) -> str:
     """Returns the text of a message, which may be in parts."""
     if not isinstance(content, list):
-        return _text(content, field)
+        return checked_text(content, field)
     texts = []
     for i, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text":
             raise ValueError(f"{field}[{i}] is {brief(part)}; expected a part of type text")
-        texts.append(_text(part.get("text"), f"{field}[{i}].text"))
-    return _text("".join(texts), field)
+        texts.append(checked_text(part.get("text"), f"{field}[{i}].text"))
+    return checked_text("".join(texts), field)
 
 
 def _live_code_bench(record: dict[str, Any]) -> Said:
-    text = _text(record["question_content"], "question_content")
+    text = checked_text(record["question_content"], "question_content")
     if starter := _optional(record, "starter_code"):
         text += f"\n\nStart from this code:\n\n```python\n{starter}\n```"
     return (text,), None
 
 
 def _gpqa(record: dict[str, Any]) -> Said:
-    text = _text(record["Question"], "Question")
-    choices = sorted(_text(record.get(field), field) for field in CHOICES)
+    text = checked_text(record["Question"], "Question")
+    choices = sorted(checked_text(record.get(field), field) for field in CHOICES)
     listed = (f"{letter}) {choice}" for letter, choice in zip("ABCD", choices, strict=True))
     return ("\n".join([text, "", *listed]),), None
 
 
 def _alpaca(record: dict[str, Any]) -> Said:
-    text = _text(record["instruction"], "instruction")
+    text = checked_text(record["instruction"], "instruction")
     given = _optional(record, "input")
     return (f"{text}\n\n{given}" if given else text,), None
 
 
 def _one(field: str) -> Callable[[dict[str, Any]], Said]:
-    return lambda record: ((_text(record[field], field),), None)
+    return lambda record: ((checked_text(record[field], field),), None)
 
 
 KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], Said]]] = {
@@ -310,7 +310,7 @@ KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], Said]]] = {
 """By the field that tells what a record is: the category if it names none, and how it is read."""
 
 
-def _text(value: Any, field: str) -> str:
+def checked_text(value: Any, field: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{field} is {brief(value)}; expected a text")
     if not value.strip():
@@ -327,4 +327,4 @@ def _encodable(text: str, field: str) -> str:
 
 def _optional(record: dict[str, Any], field: str) -> str | None:
     value = record.get(field)
-    return None if value is None or value == "" else _text(value, field)
+    return None if value is None or value == "" else checked_text(value, field)

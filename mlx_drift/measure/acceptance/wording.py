@@ -64,7 +64,7 @@ class Wording:
         if raw:
             laid_out = "\n\n".join(message["content"] for message in messages)
         else:
-            laid_out = self._lay_out(tokenizer, messages)
+            laid_out = self.lay_out(tokenizer, messages)
         check_text(laid_out, f"{self.name}: a prompt, as it is laid out,")
         tokens: list[int] = tokenizer.encode(laid_out, add_special_tokens=raw)
         bos = tokenizer.bos_token_id
@@ -82,8 +82,15 @@ class Wording:
         same = itertools.takewhile(lambda both: both[0] == both[1], zip(*pair, strict=False))
         return sum(1 for _ in same)
 
-    def _lay_out(self, tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> str:
-        keywords = {"add_generation_prompt": True, **self.keywords, "tokenize": False}
+    def lay_out(
+        self, tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, Any]], **more: Any
+    ) -> str:
+        """Lays the chat template around messages; `more` are keywords of its own.
+
+        Raises:
+            DriftError: If the template refuses.
+        """
+        keywords = {"add_generation_prompt": True, **self.keywords, **more, "tokenize": False}
         if self.chat_template is not None:
             keywords["chat_template"] = self.chat_template
         try:

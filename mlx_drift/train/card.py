@@ -1,0 +1,107 @@
+"""The model card of an adapted head: what it was, what it learned from, what that changed."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCardData
+
+from mlx_drift.convert.card import kind_of, repository_of
+from mlx_drift.drafters.config import read_config
+from mlx_drift.measure.acceptance.count import ALL, Condition
+from mlx_drift.measure.bootstrap import Interval
+
+if TYPE_CHECKING:
+    from mlx_drift.train.adapt import Adapted
+
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+BODY = """
+# {name}
+
+{what}, adapted from `{original}` to {target} with `mlx-drift adapt`: {best} steps of {batch} texts,
+of {texts} in all, whose answers {whose}.
+
+```bash
+mlx-drift generate --model {model} --drafter {name} -p "…"
+```
+
+Accepted drafts a round (of {k}), greedily, over the target's own answers, with 95 % bootstrap
+intervals:
+
+| | before | after | after ÷ before |
+|---|---|---|---|
+{rows}
+
+{distinct:.0%} of the 4-grams in what was held out are distinct. `adapted.json` has all settings and
+figures. The licence is that of the original head.
+"""
+
+
+def adapted_card(
+    name: str,
+    original: Path,
+    called: str,
+    target: str | None,
+    done: "Adapted",
+    settings: dict[str, Any],
+) -> str:
+    """Writes the `README.md` of an adapted head.
+
+    Args:
+        name: Its repository, or else its folder's name.
+        original: The folder of the head as it was.
+        called: What the user called that.
+        target: What the user called the target, if anything.
+        done: What came of it.
+        settings: Those of the run.
+    """
+    config = read_config(original)
+    kind, tag = kind_of(config)
+    is_repository = bool(_REPOSITORY.fullmatch(called)) and not Path(called).exists()
+    source = repository_of(config) or (called if is_repository else None)
+    data = ModelCardData(
+        library_name="mlx",
+        base_model=source,
+        base_model_relation="finetune" if source else None,
+        tags=["mlx", "mlx-drift", "speculative-decoding", tag],
+    )
+    body = BODY.format(
+        name=name,
+        what=kind,
+        original=source or Path(called).name,
+        target="a target of its own" if target is None else f"`{Path(target).name}`",
+        model="TARGET" if target is None or not _REPOSITORY.fullmatch(target) else target,
+        best=done.progress.best_step,
+        batch=settings["batch_size"],
+        texts=done.texts,
+        whose="the target gave itself" if settings["answers"] == "self" else "came with the data",
+        k=settings["num_draft_tokens"],
+        rows="\n".join(row for condition in done.measured for row in _rows(condition)),
+        distinct=done.distinct,
+    )
+    return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _rows(condition: Condition) -> list[str]:
+    """Lays out a condition: its acceptance_length, then what is accepted at each position."""
+    (before, after), ratio = condition.acceptance.values(), [*condition.ratio.values()][1]
+    rows = [(condition.name, before[ALL].acceptance_length, after[ALL].acceptance_length, ratio)]
+    for group in [name for name in before if name != ALL]:
+        lengths = before[group].acceptance_length, after[group].acceptance_length
+        rows.append((f"{condition.name}: {group}", *lengths, None))
+    positions = zip(
+        before[ALL].conditional_acceptance, after[ALL].conditional_acceptance, strict=False
+    )
+    for number, shares in enumerate(positions, 1):
+        rows.append((f"{condition.name}: draft {number}, if all before are right", *shares, None))
+    return [
+        f"| {name} | " + " | ".join(_shown(one) for one in figures) + " |"
+        for name, *figures in rows
+    ]
+
+
+def _shown(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    return f"{interval.value:.2f} ({interval.low:.2f}–{interval.high:.2f})"

@@ -1,0 +1,131 @@
+"""Gathers what is learned from and what is measured on, asking the target for what is missing."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mlx_drift.decode.fingerprint import fingerprint
+from mlx_drift.errors import DriftError
+from mlx_drift.train.answer_file import AnswerFile
+from mlx_drift.train.answers import Answerer, varied
+from mlx_drift.train.conversations import Conversation
+from mlx_drift.train.held_out import Held
+from mlx_drift.train.layout import Text
+
+
+class Gathering:
+    """Texts of conversations, most of them said by the target.
+
+    Args:
+        answerer: The target, answering.
+        file: Where its answers are kept.
+        stop: Asked after each answer whether to stop; then no more are asked for.
+        tell: Told of `answers`: how many there are, of how many.
+
+    Attributes:
+        stopped: It was cut short, and not all are there.
+        notes: What was left out and why, a line each.
+    """
+
+    def __init__(
+        self,
+        answerer: Answerer,
+        file: Path,
+        stop: Callable[[], bool],
+        tell: Callable[[str, dict[str, Any]], None],
+    ):
+        settings = {
+            **asdict(answerer.asking),
+            "wordings": [asdict(wording) for wording in answerer.layout.wordings],
+            "target": fingerprint(answerer.model),
+        }
+        self.answerer, self.layout, self.stop, self.tell = answerer, answerer.layout, stop, tell
+        self.file = AnswerFile(file, settings)
+        self.stopped = False
+        self.notes: list[str] = []
+
+    def to_learn(self, conversations: Sequence[Conversation], *, given: bool) -> list[Text]:
+        """Returns the texts to learn from.
+
+        Args:
+            conversations: Where they are from.
+            given: With the answers they came with; else the target answers.
+
+        Raises:
+            DriftError: If one has nothing to learn from.
+        """
+        if given:
+            return self._given(conversations)
+        found: list[Text] = []
+        repeating = 0
+        for texts in self._asked(conversations, "answers to learn from", None):
+            if varied(texts):
+                found += texts
+            else:
+                repeating += 1
+        self._note(repeating, "of conversations say the same again and again, and are left out")
+        return found
+
+    def to_measure(self, conversations: Sequence[Conversation]) -> list[Held]:
+        """Returns what the target answers greedily; a text is measured on as it is."""
+        asked = [one for one in conversations if one.text is None]
+        answered = dict(
+            zip(
+                [one.digest for one in asked],
+                self._asked(asked, "answers to measure on", 0.0),
+                strict=False,  # it may have been stopped
+            )
+        )
+        several = len(self.layout.wordings) > 1
+        found = []
+        for one in conversations:
+            texts = self._cut(self.layout.given(one)) if one.text else answered.get(one.digest, [])
+            if texts:
+                named = several and one.text is None
+                category = self.layout.wording(one).name if named else one.category
+                found.append(Held(one.source, one.id, category, tuple(texts)))
+        return found
+
+    def _asked(
+        self, conversations: Sequence[Conversation], what: str, temp: float | None
+    ) -> list[list[Text]]:
+        """Returns the answers to each, asking for those that are not in the file."""
+        found: list[list[Text]] = []
+        empty = 0
+        for number, one in enumerate(conversations):
+            key = one.digest if temp is None else f"{one.digest}-{temp:g}"
+            texts = self.file.find(key)
+            if texts is None:
+                if self.stopped or self.stop():
+                    self.stopped = True
+                    break
+                texts = self.answerer.answer(one, temp)
+                self.file.add(key, texts)
+            found.append(texts)
+            empty += not texts
+            self.tell("answers", {"what": what, "done": number + 1, "of": len(conversations)})
+        self._note(empty, f"prompts leave no room in {self.answerer.asking.max_seq_length} tokens")
+        return found
+
+    def _given(self, conversations: Sequence[Conversation]) -> list[Text]:
+        for one in conversations:
+            if not one.has_answers:
+                raise DriftError(
+                    f"{one.source}, {one.id}: there is no assistant's message to learn from; let "
+                    "the target answer with --answers self"
+                )
+        found = [self._cut(self.layout.given(one)) for one in conversations]
+        self._note(
+            sum(not texts for texts in found),
+            f"conversations say nothing within {self.answerer.asking.max_seq_length} tokens",
+        )
+        return [text for texts in found for text in texts]
+
+    def _cut(self, texts: Sequence[Text]) -> list[Text]:
+        cut = [text.cut(self.answerer.asking.max_seq_length) for text in texts]
+        return [text for text in cut if text.said]
+
+    def _note(self, count: int, what: str) -> None:
+        if count:
+            self.notes.append(f"{count} {what}")
