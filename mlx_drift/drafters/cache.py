@@ -108,9 +108,7 @@ class TrainTimeTestCache:
         attend = mx.checkpoint(self._attend) if self.recompute else self._attend
         return attend(queries * scale, [*self._keys], [*self._values])
 
-    def _attend(
-        self, queries: mx.array, keys: list[mx.array], values: list[mx.array]
-    ) -> mx.array:
+    def _attend(self, queries: mx.array, keys: list[mx.array], values: list[mx.array]) -> mx.array:
         """Attends with scaled queries: a function of its arguments alone."""
         rows = queries.shape[2]
         weights = self._weigh(queries, keys)

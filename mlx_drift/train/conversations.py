@@ -98,9 +98,7 @@ def read_data(path: str, limit: int | None = None, seed: int = 0) -> Data:
         DriftError: If there is no such thing, or it holds nothing to learn from. The message names
             the file, the line and the field.
     """
-    parts = {
-        name: read_conversations(file, limit) for name, file in _files(path).items() if file
-    }
+    parts = {name: read_conversations(file, limit) for name, file in _files(path).items() if file}
     train, valid = parts["train"], parts.get("valid")
     if valid is None:
         train, valid = _hold_out(train, path, seed)
@@ -190,9 +188,7 @@ def _conversation(record: Any, number: str, source: str) -> Conversation:
             {"role": role, "content": checked_text(record[field], field)}
             for role, field in (("user", "prompt"), ("assistant", "completion"))
         )
-        return Conversation(
-            number, source, "completion", messages, _tools(record.get("tools"))
-        )
+        return Conversation(number, source, "completion", messages, _tools(record.get("tools")))
     if isinstance(record, dict) and record.keys() == {"text"}:
         return Conversation(number, source, "text", text=checked_text(record["text"], "text"))
     question = as_question(record, number, source)

@@ -15,9 +15,7 @@ from mlx_drift.target.model import Target
 from mlx_drift.train.low_rank import add_low_rank
 
 
-def load_trainable(
-    folder: Path, model: nn.Module, *, rank: int = 0, seed: int = 0
-) -> ChainDrafter:
+def load_trainable(folder: Path, model: nn.Module, *, rank: int = 0, seed: int = 0) -> ChainDrafter:
     """Loads a converted head so that it can be trained.
 
     Its embedding stays frozen, as it does in EAGLE-3's own training (SafeAILab/EAGLE

@@ -7,7 +7,7 @@ from mlx_drift.target.model import Target
 from mlx_drift.train.objective import Row
 
 CHUNK = 512
-"""Tokens that the target reads at a time: of all its logits only the draft vocabulary's are kept."""
+"""Tokens the target reads at a time: of its logits only the draft vocabulary's are kept."""
 
 
 def see(target: Target, drafter: ChainDrafter, tokens: mx.array, learned: mx.array) -> Row:

@@ -262,7 +262,11 @@ def _messages(record: dict[str, Any]) -> Said:
 
 
 def content_text(content: Any, field: str) -> str:
-    """Returns the text of a message, which may be in parts."""
+    """Returns the text of a message, which may be in parts.
+
+    Raises:
+        ValueError: If there is none.
+    """
     if not isinstance(content, list):
         return checked_text(content, field)
     texts = []
@@ -311,6 +315,11 @@ KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], Said]]] = {
 
 
 def checked_text(value: Any, field: str) -> str:
+    """Returns a field that is a text.
+
+    Raises:
+        ValueError: If it is none, or empty.
+    """
     if not isinstance(value, str):
         raise ValueError(f"{field} is {brief(value)}; expected a text")
     if not value.strip():

@@ -1,0 +1,87 @@
+"""A tiny target and head to adapt in no time; as a program, a run that may be killed.
+
+    python adapting.py FOLDER OUT
+
+adapts, telling each event as a line on stdout.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_tokenizer
+
+from mlx_drift.demo import TARGET
+from mlx_drift.train.adapt import adapt_drafter
+from mlx_drift.train.answers import Asking
+from mlx_drift.train.learner import Recipe
+from tiny import tiny_drafter, tiny_llama
+
+VOCABULARY, SPOKEN = 4096, 64
+"""Tokens of the tokenizer, and those of them that the target ever says: enough to learn."""
+
+RECIPE = {
+    "iters": 24,
+    "batch_size": 2,
+    "learning_rate": 1e-2,
+    "steps": 2,
+    "save_every": 3,
+    "steps_per_report": 1,
+    "steps_per_eval": 8,
+    "patience": 0,
+    "num_draft_tokens": 2,
+}
+ASKING = {"max_tokens": 24, "max_seq_length": 96}
+
+
+def tiny_pair():
+    """A target that speaks the embedded tokenizer's language, and that tokenizer."""
+    model = tiny_llama(vocab_size=VOCABULARY)
+    model.lm_head.weight[SPOKEN:] = 0
+    mx.eval(model.parameters())
+    return model, load_tokenizer(TARGET)
+
+
+def write_tiny_head(folder: Path, model) -> Path:
+    """Writes a random head for it."""
+    drafter = tiny_drafter(model, draft_vocab_size=SPOKEN, own_head=True)
+    folder.mkdir()
+    weights = dict(tree_flatten(drafter.network.parameters()))
+    weights["d2t"] = mx.zeros(SPOKEN, mx.int64)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(drafter.config.to_dict()))
+    return folder
+
+
+def write_data(folder: Path, count: int = 12) -> Path:
+    """Writes questions."""
+    file = folder / "questions.jsonl"
+    lines = [json.dumps({"turns": [f"What is {n}?", "And then?"]}) for n in range(count)]
+    file.write_text("\n".join(lines))
+    return file
+
+
+def adapt(folder: Path, out: Path, model, tokenizer, **keywords):
+    """Adapts the head of a folder."""
+    recipe = Recipe(**RECIPE | keywords.pop("recipe", {}))
+    return adapt_drafter(
+        model,
+        tokenizer,
+        str(folder / "head"),
+        str(folder / "questions.jsonl"),
+        out,
+        recipe=recipe,
+        asking=Asking(**ASKING),
+        **keywords,
+    )
+
+
+if __name__ == "__main__":
+    folder, out = map(Path, sys.argv[1:])
+
+    def tell(kind, told):
+        print(kind, told.get("iteration", ""), flush=True)
+
+    adapt(folder, out, *tiny_pair(), tell=tell)

@@ -1,0 +1,172 @@
+"""Adapting a head: what it learns from, that it goes on exactly, what it refuses."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from adapting import adapt, tiny_pair, write_data, write_tiny_head
+
+from mlx_drift import DriftError, load_drafter
+from mlx_drift.decode.fingerprint import fingerprint
+from mlx_drift.files.tensors import read_safetensors
+from mlx_drift.train.adapt import Stopped
+
+CHILD = Path(__file__).with_name("adapting.py")
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return tiny_pair()
+
+
+@pytest.fixture(scope="module")
+def folder(pair, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapt")
+    write_tiny_head(folder / "head", pair[0])
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(pair, folder):
+    """The result of a run that nothing disturbed."""
+    return adapt(folder, folder / "unbroken", *pair)
+
+
+def weights(path: Path) -> dict[str, bytes]:
+    return {name: bytes(memoryview(a)) for name, a in read_safetensors(path).items()}
+
+
+def same_result(out: Path, other: Path) -> bool:
+    """Whether two runs came to the same weights, in training and in what was written."""
+    files = "model.safetensors", "../{}.run/checkpoint.safetensors"
+    return all(
+        weights(out / file.format(out.name)) == weights(other / file.format(other.name))
+        for file in files
+    )
+
+
+def test_a_random_head_learns(pair, folder, unbroken):
+    history = unbroken.progress.history
+    assert [one["step"] for one in history] == [0, 8, 16, 24]
+    assert history[-1]["val_loss"] < history[0]["val_loss"]
+    before, after = unbroken.measured[0].acceptance.values()
+    assert after["all"].acceptance_length.value > before["all"].acceptance_length.value
+    report = json.loads((unbroken.path / "adapted.json").read_text())
+    assert report["best_step"] == unbroken.progress.best_step > 0
+    assert "after ÷ before" in (unbroken.path / "README.md").read_text()
+    load_drafter(str(unbroken.path), pair[0])
+
+
+def test_stopped_after_any_step_it_goes_on(pair, folder, unbroken):
+    out, asked = folder / "stopped", random.Random(5)
+    while not out.exists():
+        left = asked.randrange(1, 12)
+
+        def stop():
+            nonlocal left
+            left -= 1
+            return left < 0
+
+        try:
+            adapt(folder, out, *pair, stop=stop)
+        except Stopped as stopped:
+            assert stopped.run == folder / "stopped.run"
+    assert same_result(out, unbroken.path)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_at_random_moments_it_goes_on(folder, unbroken, kills):
+    out, drawn = folder / f"killed-{kills}", random.Random(kills)
+    killed = 0
+    while not out.exists():
+        child = subprocess.Popen(
+            [sys.executable, str(CHILD), str(folder), str(out)],
+            stdout=subprocess.PIPE,
+            env={"PYTHONPATH": ":".join(sys.path)},
+        )
+        if killed < kills:
+            for _ in range(drawn.randrange(1, 60 // kills + 2)):
+                child.stdout.readline()
+            time.sleep(drawn.random() * 0.05)
+            child.kill()
+        child.communicate()
+        killed += child.returncode == -signal.SIGKILL
+        assert child.returncode in (0, -signal.SIGKILL)
+    assert killed == kills
+    assert same_result(out, unbroken.path)
+
+
+def test_a_run_goes_on_as_it_was_begun_or_not_at_all(pair, folder, unbroken):
+    again = folder / "again"
+    with pytest.raises(Stopped):
+        adapt(folder, again, *pair, stop=lambda: True)
+    with pytest.raises(DriftError, match=r"with another learning_rate was begun in it, 0\.01"):
+        adapt(folder, again, *pair, recipe={"learning_rate": 1e-3})
+    with pytest.raises(DriftError, match="exists already"):
+        adapt(folder, unbroken.path, *pair)
+
+
+def test_low_rank_factors_are_merged(pair, folder):
+    before = fingerprint(pair[0])
+    done = adapt(folder, folder / "low rank", *pair, recipe={"rank": 4, "learning_rate": 1e-2})
+    assert done.progress.best_step > 0
+    old, new = (
+        read_safetensors(path / "model.safetensors") for path in (folder / "head", done.path)
+    )
+    assert old.keys() == new.keys()
+    changed = {name for name in old if not mx.array_equal(old[name], new[name])}
+    assert changed == {name for name in old if old[name].ndim == 2}
+    difference = np.array(new["fc.weight"] - old["fc.weight"])
+    assert np.linalg.matrix_rank(difference, tol=1e-4) <= 4
+    assert fingerprint(pair[0]) == before
+
+
+def test_a_loss_that_is_no_number_stops(pair, folder, tmp_path):
+    spoilt = tmp_path / "head"
+    shutil.copytree(folder / "head", spoilt)
+    weights = read_safetensors(spoilt / "model.safetensors")
+    weights["fc.weight"] = mx.full(weights["fc.weight"].shape, 1e38)
+    mx.eval(weights)
+    mx.save_safetensors(str(spoilt / "model.safetensors"), weights)
+    shutil.copy(folder / "questions.jsonl", tmp_path)
+    with pytest.raises(DriftError, match=r"of step 1 is not a finite number; the best head so far"):
+        adapt(tmp_path, tmp_path / "out", *pair)
+    assert not (tmp_path / "out").exists()
+    load_drafter(str(tmp_path / "out.run" / "best"), pair[0])
+
+
+def test_what_does_not_fit_is_refused_before_it_begins(pair, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_drift.train.memory.machine_memory", lambda: 1 << 20)
+    with pytest.raises(DriftError, match=r"would take about 0\.0 GB \(target 0\.0, head.*has 0\.0"):
+        adapt(folder, tmp_path / "out", *pair)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command(cli, tmp_path):
+    """The embedded pair, every turn of what is written, and what an interruption says."""
+    data = tmp_path / "train.jsonl"
+    chat = [("user", "What is json?"), ("assistant", "A format."), ("user", "And csv?")]
+    chat.append(("assistant", "Another one."))
+    line = json.dumps({"messages": [{"role": role, "content": text} for role, text in chat]})
+    data.write_text("\n".join([line, line.replace("json", "toml")]))
+    out = tmp_path / "out"
+    arguments = ["adapt", "--data", tmp_path, "--mlx-path", out, "--answers", "given"]
+    arguments += ["--iters", 2, "--batch-size", 1, "--steps", 2, "--max-tokens", 16, "--json"]
+    code, told, err = cli(*arguments)
+    assert code == 0, err
+    report = json.loads(told)
+    assert report["step"] == 2
+    assert report["conditions"][0]["condition"] == "held out"
+    assert "step 2 of 2: loss" in err
+    code, told, err = cli("adapt", "--data", tmp_path, "--mlx-path", out)
+    assert (code, told) == (1, "")
+    assert err == f"error: {out} exists already; choose another --mlx-path, or remove it first\n"

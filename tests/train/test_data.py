@@ -1,0 +1,240 @@
+"""What is learned from: records in the forms they come in, and what of them the assistant says."""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_drift import DriftError, load_demo
+from mlx_drift.measure.acceptance.asking import Settings, answer
+from mlx_drift.measure.acceptance.wording import Wording
+from mlx_drift.target.model import Target
+from mlx_drift.train.answer_file import AnswerFile
+from mlx_drift.train.answers import Answerer, Asking, distinct
+from mlx_drift.train.checkpoint import order
+from mlx_drift.train.conversations import Conversation, read_conversations, read_data
+from mlx_drift.train.held_out import Held, replay, rounds
+from mlx_drift.train.layout import Layout, Text
+from mlx_drift.train.objective import Objective
+from mlx_drift.train.rows import see
+
+SAID = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is json?"},
+    {"role": "assistant", "content": "A format."},
+    {"role": "user", "content": "And csv?"},
+    {"role": "assistant", "content": "Another."},
+]
+CHAT = Conversation("1", "file", "chat", tuple(SAID))
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_demo()
+
+
+def write(path, *records):
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return str(path)
+
+
+def test_records_of_every_form(tmp_path):
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {}}}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "now"}}]}
+    path = write(
+        tmp_path / "all.jsonl",
+        {"messages": SAID, "category": "short"},
+        {"messages": [SAID[1], call, {"role": "tool", "content": "12:00"}], "tools": tools},
+        {"prompt": "One?", "completion": "Two."},
+        {"text": "All of it."},
+        {"question_id": 81, "turns": ["Why?", "How?"]},
+    )
+    chat, tool, completion, text, question = read_conversations(path)
+    assert (chat.messages, chat.category, chat.calls_tools) == (tuple(SAID), "short", False)
+    assert (tool.tools, tool.calls_tools) == (tuple(tools), True)
+    assert [m["content"] for m in completion.messages] == ["One?", "Two."]
+    assert (text.text, text.messages, text.has_answers) == ("All of it.", (), True)
+    assert [m["role"] for m in question.messages] == ["user", "user"]
+    assert (question.id, question.has_answers) == ("81", False)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": []}, r"messages is \[\]; expected a list"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, r"messages\[0\]\.role is 'bot'"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\]\.content is None; expected a text"),
+        ({"messages": [SAID[0]]}, "none of the user's and none of the assistant's"),
+        ({"messages": SAID, "tools": [1]}, r"tools is \[1\]; expected a list of objects"),
+        ({"prompt": "x", "completion": 3}, "completion is 3; expected a text"),
+        ({"text": " "}, "text is empty"),
+        ({"other": 1}, "none of the fields"),
+    ],
+)
+def test_a_record_that_is_none_is_told_by_line_and_field(record, message, tmp_path):
+    path = write(tmp_path / "x.jsonl", {"text": "fine"}, record)
+    with pytest.raises(DriftError, match=rf"x\.jsonl, line 2: .*{message}"):
+        read_conversations(path)
+
+
+def test_a_folder_says_what_is_held_out_and_a_file_does_not(tmp_path):
+    with pytest.raises(DriftError, match=r"has no train\.jsonl; expected one, as for mlx_lm\.lora"):
+        read_data(str(tmp_path))
+    for name in ("train", "valid", "test"):
+        write(tmp_path / f"{name}.jsonl", *({"text": f"{name} {n}"} for n in range(30)))
+    data = read_data(str(tmp_path), limit=3)
+    assert [len(part) for part in (data.train, data.valid, data.test)] == [3, 3, 3]
+    assert data.valid[0].text == "valid 0"
+    one = read_data(str(tmp_path / "train.jsonl"))
+    assert (len(one.train), len(one.valid), one.test) == (27, 3, [])
+    assert read_data(str(tmp_path / "train.jsonl"), seed=1).valid != one.valid
+    assert not {c.text for c in one.train} & {c.text for c in one.valid}
+    with pytest.raises(DriftError, match="one conversation; expected at least two"):
+        read_data(write(tmp_path / "one.jsonl", {"text": "x"}))
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(DriftError, match="there are no conversations in it"):
+        read_data(str(tmp_path / "empty.jsonl"))
+
+
+def test_every_turn_of_the_assistant_counts(demo):
+    _, tokenizer, _ = demo
+    (text,) = Layout(tokenizer, [Wording()]).given(CHAT)
+    assert text.tokens == tokenizer.apply_chat_template(SAID)
+    said = [tokenizer.decode(text.tokens[start:stop]) for start, stop in text.said]
+    assert said == [f"{answer}{tokenizer.eos_token}" for answer in ("A format.", "Another.")]
+    cut = text.cut(text.said[1][0])
+    assert cut.said == text.said[:1]
+    assert sum(text.cut(text.said[1][0] + 1).learned) == sum(cut.learned) + 1
+
+
+def test_a_template_that_rewrites_what_was_said_begins_a_text_anew(demo):
+    _, tokenizer, _ = demo
+    forgetful = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role != 'assistant' or loop.last %}"
+        "{{ m.content }}{% else %}…{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    wording = Wording(chat_template=forgetful, system_prompt="Other.")
+    first, second = Layout(tokenizer, [wording]).given(CHAT)
+    assert tokenizer.decode(first.tokens).startswith("system: Other.\nuser: What is json?\n")
+    assert "assistant: …" in tokenizer.decode(second.tokens)
+    for text, said in ((first, "A format."), (second, "Another.")):
+        ((start, stop),) = text.said
+        assert tokenizer.decode(text.tokens[start:stop]).strip() == said
+
+
+def test_each_conversation_draws_its_wording(demo):
+    _, tokenizer, _ = demo
+    layout = Layout(tokenizer, [Wording("a"), Wording("b", system_prompt="B.")])
+    drawn = [layout.wording(Conversation(str(n), "x", "y", tuple(SAID))).name for n in range(40)]
+    assert {*drawn} == {"a", "b"}
+    assert 10 < drawn.count("a") < 30
+
+
+def test_answers_do_not_depend_on_which_others_are_asked_for(demo):
+    model, tokenizer, drafter = demo
+    layout = Layout(tokenizer, [Wording()])
+    asking = Asking(max_tokens=16, sampled=1.0, num_draft_tokens=2)
+    answerer = Answerer(model, tokenizer, layout, asking, drafter)
+    others = [Conversation(str(n), "x", "y", ({"role": "user", "content": "Hm?"},)) for n in "12"]
+    alone = answerer.answer(CHAT)
+    answered = [answerer.answer(one) for one in others]
+    assert answerer.answer(CHAT) == alone
+    assert answered[0] != answered[1]
+    assert len(alone[0].said) == 2
+    prompt = tokenizer.apply_chat_template(SAID[:2], add_generation_prompt=True)
+    assert alone[0].tokens[: alone[0].said[0][0]] == prompt
+    full = Answerer(model, tokenizer, layout, Asking(max_seq_length=20)).answer(CHAT)
+    assert full == []
+
+
+def test_a_call_is_answered_after_what_the_file_has(demo):
+    model, tokenizer, _ = demo
+    said = [*SAID[1:3], {"role": "tool", "content": "12:00"}, SAID[4]]
+    called = Conversation("1", "x", "y", tuple(said))
+    texts = Answerer(model, tokenizer, Layout(tokenizer, [Wording()]), Asking(8)).answer(called, 0)
+    assert len(texts) == 2
+    for text, number in zip(texts, (1, 3), strict=True):
+        prompt = tokenizer.apply_chat_template(said[:number], add_generation_prompt=True)
+        assert text.tokens[: text.said[0][0]] == prompt
+
+
+@pytest.mark.parametrize("kind", ["eagle3.1", "eagle3", "mtp"])
+def test_replayed_rounds_are_those_of_decoding(kind):
+    """Answers that end by themselves, and such as are cut short, at every K."""
+    model, tokenizer, drafter = load_demo(kind)
+    layout = Layout(tokenizer, [Wording()])
+    target = Target(model, drafter.taps)
+    question = Conversation("1", "x", "y", (SAID[1],))
+    for length, k in ((40, 4), (23, 2), (200, 5)):
+        (text,) = Answerer(model, tokenizer, layout, Asking(length)).answer(question, 0.0)
+        held = Held("x", "1", "y", (text,))
+        settings = Settings(num_draft_tokens=k, max_tokens=length)
+        prompt = text.tokens[: text.said[0][0]]
+        real = answer(model, tokenizer, {"x": drafter}, prompt, settings)[1]["x"]
+        assert replay(target, drafter, held, k, layout.stops) == real
+
+
+def test_rounds_end_with_the_text():
+    tokens = [7, 7, 1, 2, 3, 4]
+    right = [[tokens[min(i + 2 + j, 5)] for i in range(4)] for j in range(3)]
+    assert rounds(tokens, right, (2, 6), ends=False) == [(3, 3)]
+    assert rounds(tokens, right, (2, 5), ends=False) == [(2, 2)]
+    assert rounds(tokens, right, (2, 5), ends=True) == [(3, 3)]
+    wrong = [[0] * 4] * 3
+    assert rounds(tokens, wrong, (2, 6), ends=False) == [(1, 0)] * 3 + [(0, 0)]
+
+
+def test_gradients_are_the_same_when_they_are_computed_again(demo):
+    from mlx_drift.demo import DEMO
+    from mlx_drift.train.head import load_trainable
+
+    model, tokenizer, _ = demo
+    drafter = load_trainable(DEMO / "eagle3.1", model)
+    (text,) = Layout(tokenizer, [Wording()]).given(CHAT)
+    target = Target(model, drafter.taps)
+    row = see(target, drafter, mx.array(text.tokens), mx.array(text.learned))
+
+    def gradients(recompute):
+        objective = Objective(3, recompute=recompute)
+        value, found = nn.value_and_grad(drafter.network, lambda: objective(drafter, row))()
+        return value.item(), dict(tree_flatten(found))
+
+    (value, kept), (other, again) = gradients(False), gradients(True)
+    assert value == other
+    for name, gradient in kept.items():
+        np.testing.assert_allclose(again[name], gradient, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_every_text_comes_once_an_epoch():
+    taken = [i for step in range(14) for i in order(step, 3, 7, seed=1)]
+    epochs = [taken[start : start + 7] for start in range(0, 42, 7)]
+    assert all(sorted(epoch) == [*range(7)] for epoch in epochs)
+    assert len({*map(tuple, epochs)}) == 6
+    assert order(5, 3, 7, seed=1) == taken[15:18]
+
+
+def test_answers_survive_a_line_that_was_cut(tmp_path):
+    path, texts = tmp_path / "answers.jsonl", [Text([1, 2, 3], [(1, 3)])]
+    AnswerFile(path, {"seed": 0}).add("a", texts)
+    with path.open("ab") as stream:
+        stream.write(b'{"conversation": "b", "te')
+    again = AnswerFile(path, {"seed": 0})
+    assert (again.find("a"), again.find("b")) == (texts, None)
+    again.add("b", [])
+    assert AnswerFile(path, {"seed": 0}).find("b") == []
+    with pytest.raises(DriftError, match="holds answers of another seed, 0, not 1"):
+        AnswerFile(path, {"seed": 1})
+    with path.open("ab") as stream:
+        stream.write(b"no json\n")
+    with pytest.raises(DriftError, match="damaged in line 4"):
+        AnswerFile(path, {"seed": 0})
+
+
+def test_distinct_4_grams():
+    assert distinct([[1, 2, 3, 4, 5]]) == 1
+    assert distinct([[1] * 13]) == 0.1
+    assert distinct([[1, 2]]) == 1
