@@ -15,8 +15,12 @@ from mlx_drift.grammar.grammar import Grammar
 from mlx_drift.loading import load_drafter
 from mlx_drift.target.load import load
 from mlx_drift.target.model import remove_taps
+from mlx_drift.train.adapt import adapt_drafter
+from mlx_drift.train.answers import Asking
+from mlx_drift.train.learner import Recipe
 
 __all__ = [
+    "Asking",
     "CopyingDrafter",
     "DraftModelDrafter",
     "DriftError",
@@ -25,7 +29,9 @@ __all__ = [
     "Grammar",
     "PromptCache",
     "PromptLookupDrafter",
+    "Recipe",
     "Statistics",
+    "adapt_drafter",
     "convert_drafter",
     "doctor",
     "export_drafter",

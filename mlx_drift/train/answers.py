@@ -101,7 +101,7 @@ class Answerer:
         texts = Texts()
         for number, prompt in enumerate(self._prompts(conversation)):
             room = min(self.asking.max_tokens, self.asking.max_seq_length - len(prompt.tokens))
-            if room < LEAST_ROOM:
+            if room < min(LEAST_ROOM, self.asking.max_tokens):
                 break
             seed = draw(self.asking.seed, conversation.digest, str(number))
             tokens, said = self._say(prompt.tokens, room, temp, seed)

@@ -56,7 +56,7 @@ def replay(
         drafts = []
         for draft in drafter.chains(tokens, read_taps(target, tokens[:-1]), steps):
             mx.eval(draft)
-            drafts.append(np.array(draft))
+            drafts.append(np.array(draft).tolist())
         for start, stop in text.said:
             first = max(start, 2)  # a chain needs a row before it
             if first >= stop:

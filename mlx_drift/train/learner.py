@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -139,7 +139,7 @@ class Learner:
 
     def __init__(self, target: Target, drafter: ChainDrafter, recipe: Recipe):
         self.target, self.drafter, self.recipe = target, drafter, recipe
-        self.network: Any = drafter.network
+        self.network = cast(Any, drafter.network)
         self.objective = recipe.objective
         self.optimizer = optim.AdamW(
             recipe.learning_rate,

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -76,10 +77,8 @@ def test_stopped_after_any_step_it_goes_on(pair, folder, unbroken):
             left -= 1
             return left < 0
 
-        try:
+        with suppress(Stopped):
             adapt(folder, out, *pair, stop=stop)
-        except Stopped as stopped:
-            assert stopped.run == folder / "stopped.run"
     assert same_result(out, unbroken.path)
 
 

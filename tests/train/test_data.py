@@ -114,12 +114,12 @@ def test_a_template_that_rewrites_what_was_said_begins_a_text_anew(demo):
     _, tokenizer, _ = demo
     forgetful = (
         "{% for m in messages %}{{ m.role }}: {% if m.role != 'assistant' or loop.last %}"
-        "{{ m.content }}{% else %}…{% endif %}\n{% endfor %}"
+        "{{ m.content }}{% else %}…{% endif %} {% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     wording = Wording(chat_template=forgetful, system_prompt="Other.")
     first, second = Layout(tokenizer, [wording]).given(CHAT)
-    assert tokenizer.decode(first.tokens).startswith("system: Other.\nuser: What is json?\n")
+    assert tokenizer.decode(first.tokens).startswith("system: Other. user: What is json? ")
     assert "assistant: …" in tokenizer.decode(second.tokens)
     for text, said in ((first, "A format."), (second, "Another.")):
         ((start, stop),) = text.said
@@ -144,7 +144,7 @@ def test_answers_do_not_depend_on_which_others_are_asked_for(demo):
     answered = [answerer.answer(one) for one in others]
     assert answerer.answer(CHAT) == alone
     assert answered[0] != answered[1]
-    assert len(alone[0].said) == 2
+    assert sum(len(text.said) for text in alone) == 2
     prompt = tokenizer.apply_chat_template(SAID[:2], add_generation_prompt=True)
     assert alone[0].tokens[: alone[0].said[0][0]] == prompt
     full = Answerer(model, tokenizer, layout, Asking(max_seq_length=20)).answer(CHAT)
