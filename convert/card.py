@@ -13,10 +13,13 @@ _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # what may stand in a command
 KINDS = {
     "eagle": ("An EAGLE-1/2 drafter", "eagle"),
     "eagle3": ("An EAGLE-3 drafter", "eagle3"),
+    "eagle4": ("An EAGLE-4 drafter", "eagle4"),
     "p-eagle": ("A P-EAGLE drafter", "p-eagle"),
     "dflash": ("A DFlash drafter", "dflash"),
     "dspark": ("A DSpark drafter", "dspark"),
     "medusa": ("A set of Medusa heads", "medusa"),
+    "hydra": ("A set of Hydra heads", "hydra"),
+    "hydra-prefix": ("A set of Hydra heads behind a prefix layer (Hydra++)", "hydra"),
     "mtp": ("A multi-token-prediction (MTP) head", "mtp"),
 }
 """What each type of drafter is, in words and as a tag."""

@@ -31,10 +31,7 @@ def understand_dflash(
         DriftError: If anything is missing or contradictory, or an override says what such a head
             has not.
     """
-    if overrides.feedback is not None and "feedback" not in overrides.probed:
-        raise DriftError(
-            f"{weights} is a block drafter, which feeds no state back; leave --feedback out"
-        )
+    overrides.refuse(f"{weights} is a block drafter, which feeds no state back", "feedback")
     hidden_size = values.size("hidden_size")
     made_for = read_target(values, target, values.size("target_hidden_size", hidden_size))
     if values.take("num_target_layers") is not None:

@@ -38,6 +38,20 @@ class Overrides:
     slots: Slots | None = None
     probed: frozenset[str] = frozenset()
 
+    def refuse(self, why: str, *flags: str) -> None:
+        """Refuses what the user says of a head that has no such thing.
+
+        Args:
+            why: What the head is.
+            flags: The overrides that say nothing of it, under their names here.
+
+        Raises:
+            DriftError: Naming the first that was given.
+        """
+        for flag in flags:
+            if getattr(self, flag) is not None and flag not in self.probed:
+                raise DriftError(f"{why}; leave --{flag.replace('_', '-')} out")
+
 
 def read_layers(values: Values, tensors: Tensors, overrides: Overrides) -> dict[str, Any]:
     """Reads what is common to all drafters that chain Llama layers.
@@ -60,7 +74,7 @@ def read_layers(values: Values, tensors: Tensors, overrides: Overrides) -> dict[
     num_layers = _count_layers(values, tensors)
     window, full = _window(values, num_layers, overrides.window)
     return {
-        "intermediate_size": values.size("intermediate_size"),
+        "intermediate_size": _intermediate_size(values, tensors),
         "num_layers": num_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": values.size("num_key_value_heads", heads),
@@ -95,6 +109,14 @@ def _count_layers(values: Values, tensors: Tensors) -> int:
     values.look("num_hidden_layers")
     numbers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
     return values.rule("num_layers", len(numbers), "the layers in the file")
+
+
+def _intermediate_size(values: Values, tensors: Tensors) -> int:
+    """Takes the inner width of the feed-forward layer; it shows in the tensors."""
+    inner = tensors.get("layers.0.mlp.gate_proj.weight")
+    if values.take("intermediate_size") is not None or inner is None:
+        return values.size("intermediate_size")
+    return values.rule("intermediate_size", inner.shape[0], "rows of gate_proj")
 
 
 def _head_dim(values: Values, tensors: Tensors, heads: int) -> int:

@@ -3,17 +3,13 @@
 FasterDecoding's v1.3 heads say that there are 2, and the file has 5.
 """
 
-import re
-from collections.abc import Mapping
 from typing import Any
 
 from mlx_drift.convert.conventions import BOOKKEEPING, TapConvention, Undecided, Values
+from mlx_drift.convert.heads import count_heads, read_last_state
 from mlx_drift.convert.layers import Overrides, Tensors
-from mlx_drift.convert.read.stored import StoredTensor
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.target.model import TargetShape
-
-PART = re.compile(r"heads\.(\d{1,3})\.(?:blocks\.(\d{1,3})\.(?:weight|bias)|lm_head\.weight)")
 
 
 def understand_medusa(
@@ -30,13 +26,11 @@ def understand_medusa(
         DriftError: If anything is missing or contradictory, or an override says what such heads
             have not.
     """
-    for flag in ("taps", "feedback", "rope_theta", "window", "slots"):
-        if getattr(overrides, flag) is not None and flag not in overrides.probed:
-            raise DriftError(
-                f"{weights} holds Medusa heads, which read the target's final norm and feed "
-                f"nothing back; leave --{flag.replace('_', '-')} out"
-            )
-    heads, blocks = _count(tensors, weights)
+    overrides.refuse(
+        f"{weights} holds Medusa heads, which read the target's final norm and feed nothing back",
+        *("taps", "feedback", "rope_theta", "window", "slots"),
+    )
+    heads, blocks = count_heads(tensors, weights, "Medusa")
     first = tensors["heads.0.lm_head.weight"]
     rows, hidden_size = first.shape
     for key, value in (("original_lm_head", False), ("logit_scale", 1.0)):
@@ -72,36 +66,5 @@ def understand_medusa(
         "draft_vocab_size": values.rule("draft_vocab_size", rows, "rows of the heads"),
         "target": {"hidden_size": hidden_size, "vocab_size": vocab, "num_layers": num_layers},
     }
-    if num_layers is None:
-        return fields, Undecided(
-            f"{weights}: Medusa heads read the target's final norm; which tap that is depends on "
-            "the target's number of layers. Give the target: --target MODEL"
-        )
-    why = "Medusa heads read the target's final normed state"
-    return fields | {"taps": values.rule("taps", (num_layers + 1,), why)}, None
-
-
-def _count(tensors: Mapping[str, StoredTensor], weights: str) -> tuple[int, int]:
-    """Counts heads, and blocks of each.
-
-    Raises:
-        DriftError: If there are none, or one is not counted through.
-    """
-    found: dict[int, set[int]] = {}
-    for name in tensors:
-        if name in ("d2t", "t2d"):
-            continue
-        part = PART.fullmatch(name)
-        if part is None:
-            raise DriftError(f"{weights} has the tensor {name}, which no Medusa head has")
-        found.setdefault(int(part[1]), set()).update([int(part[2])] if part[2] else [])
-    blocks = len(found.get(0, ()))
-    for head in range(max(found, default=0) + 1):
-        whole = found.get(head) == set(range(blocks))
-        layer = tensors.get(f"heads.{head}.lm_head.weight")
-        if not whole or layer is None or layer.ndim != 2:
-            raise DriftError(
-                f"{weights}: head {head} is not like head 0; expected {blocks} blocks and a matrix "
-                "over the vocabulary in each"
-            )
-    return len(found), blocks
+    taps, undecided = read_last_state(values, num_layers, f"{weights}: a Medusa head")
+    return fields | taps, undecided

@@ -24,10 +24,7 @@ def understand_p_eagle(
         DriftError: If anything is missing or contradictory, or an override says what such a head
             has not.
     """
-    if overrides.feedback is not None and "feedback" not in overrides.probed:
-        raise DriftError(
-            f"{weights} is a P-EAGLE head, which feeds no state back; leave --feedback out"
-        )
+    overrides.refuse(f"{weights} is a P-EAGLE head, which feeds no state back", "feedback")
     if "mask_hidden" not in tensors:
         raise DriftError(f"{weights} lacks the tensor mask_hidden")
     fields, undecided = understand_eagle3(values, tensors, weights, tap_ids, target, overrides)

@@ -1,6 +1,8 @@
 """What the converter looks at of a target: its config, and what a drafter may share with it."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +23,14 @@ def target_folder(path_or_hf_repo: str) -> Path:
     return resolve(path_or_hf_repo, "target", None, ["config.json", "tokenizer.json"])
 
 
-def read_target_shape(path_or_hf_repo: str) -> TargetShape:
+@dataclass(frozen=True)
+class TargetConfig(TargetShape):
+    """The sizes of a target, and all that its config says beside them."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def read_target_shape(path_or_hf_repo: str) -> TargetConfig:
     """Reads the sizes of a target from its config alone.
 
     Raises:
@@ -40,7 +49,10 @@ def read_target_shape(path_or_hf_repo: str) -> TargetShape:
                 "positive whole number"
             )
         sizes.append(size)
-    return TargetShape(hidden_size=sizes[0], vocab_size=sizes[1], num_layers=sizes[2])
+    hidden_size, vocab_size, num_layers = sizes
+    return TargetConfig(
+        hidden_size=hidden_size, vocab_size=vocab_size, num_layers=num_layers, config=config
+    )
 
 
 def shared_with_target(

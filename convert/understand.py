@@ -15,6 +15,8 @@ from mlx_drift.convert.dialects.angelslim import ANGELSLIM
 from mlx_drift.convert.dialects.automodel import AUTOMODEL
 from mlx_drift.convert.dialects.dflash import DFLASH_DIALECTS
 from mlx_drift.convert.dialects.eagle import EAGLE
+from mlx_drift.convert.dialects.eagle4 import EAGLE4_DIALECTS
+from mlx_drift.convert.dialects.hydra import HYDRA_DIALECTS
 from mlx_drift.convert.dialects.medusa import MEDUSA
 from mlx_drift.convert.dialects.modelopt import MODELOPT
 from mlx_drift.convert.dialects.p_eagle import P_EAGLE_DIALECTS
@@ -26,6 +28,8 @@ from mlx_drift.convert.dialects.speculators import SPECULATORS
 from mlx_drift.convert.dialects.torchspec import TORCHSPEC
 from mlx_drift.convert.eagle import understand_eagle
 from mlx_drift.convert.eagle3 import understand_eagle3
+from mlx_drift.convert.eagle4 import understand_eagle4
+from mlx_drift.convert.hydra import understand_hydra, understand_hydra_prefix
 from mlx_drift.convert.layers import Overrides
 from mlx_drift.convert.medusa import understand_medusa
 from mlx_drift.convert.mtp.understand import understand_mtp
@@ -40,9 +44,11 @@ from mlx_drift.target.model import TargetShape
 
 # The first that recognises a checkpoint; SpecForge's layout is what most others started from.
 DIALECTS = (
+    *HYDRA_DIALECTS,
     MEDUSA,
     *DFLASH_DIALECTS,
     *P_EAGLE_DIALECTS,
+    *EAGLE4_DIALECTS,
     SPECULATORS,
     EAGLE,
     SPECDRIFT,
@@ -55,11 +61,14 @@ DIALECTS = (
 )
 UNDERSTAND = {
     "eagle3": understand_eagle3,
+    "eagle4": understand_eagle4,
     "p-eagle": understand_p_eagle,
     "dflash": understand_dflash,
     "dspark": understand_dspark,
     "eagle": understand_eagle,
     "medusa": understand_medusa,
+    "hydra": understand_hydra,
+    "hydra-prefix": understand_hydra_prefix,
 }
 """What resolves the fields of each kind."""
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")

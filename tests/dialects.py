@@ -19,6 +19,7 @@ from torch_files import write_bin
 LAYERS = 12  # of the target
 DRAFT_VOCAB = 40
 HEADS, KV_HEADS, HEAD_DIM, INNER = 4, 2, 8, 64
+RANK = 32  # of an EAGLE-4 head's cheap head
 
 
 @dataclass(frozen=True)
@@ -305,6 +306,30 @@ def variant(dialect: str, made: Head, spell: Callable[..., None], **keywords: An
     subfolder = keywords.pop("subfolder", "")
     return Variant(dialect, made, lambda m, folder: spell(m, folder, **keywords), subfolder)
 
+
+def eagle4() -> Head:
+    """An EAGLE-3.1 head, and a cheap one that chooses the rows of its own."""
+    cheap = {
+        "candidate_down.weight": random("down", RANK, HIDDEN),
+        "candidate_up.weight": random("up", DRAFT_VOCAB, RANK),
+    }
+    return Head(NORMALIZED.tensors | cheap, NORMALIZED.taps, NORMALIZED.values)
+
+
+CHEAP = (
+    ("candidate_down.", "efficient_lm_head_down_proj."),
+    ("candidate_up.", "efficient_lm_head."),
+)
+CANDIDATES = {"type": "low_rank", "rank": RANK, "num_candidates": 12}
+EAGLE4 = variant(
+    "EAGLE-4",
+    eagle4(),
+    specforge,
+    renames=CHEAP,
+    architectures=["LlamaForCausalLMEagle4"],
+    efficient_lm_head_config=CANDIDATES,
+)
+"""No other trainer can write it."""
 
 VARIANTS = {
     "specforge": variant("SpecForge", PLAIN, specforge),

@@ -1,12 +1,13 @@
-"""Random heads of every kind that drafts a block, for any target."""
+"""Random heads of every kind, for any target."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_drift.drafters.config import config_from_dict
+from mlx_drift.drafters.config import CONFIGS, config_from_dict
 from mlx_drift.drafters.head import HeadDrafter
 from mlx_drift.drafters.load import build_drafter, build_network
 from mlx_drift.target.model import Target
@@ -24,19 +25,15 @@ LAYERS: dict[str, Any] = {
     "qk_norm": True,
 }
 BLOCKS = LAYERS | {"block_size": BLOCK, "mask_token_id": 1}
+EAGLE = LAYERS | {
+    "feedback": "pre",
+    "fc_norm": True,
+    "norm_before_fc": False,
+    "norm_before_residual": True,
+}
 SPARK = BLOCKS | {"drafter_type": "dspark", "markov_rank": 4}
 KINDS: dict[str, dict[str, Any]] = {
-    "p-eagle": LAYERS
-    | {
-        "drafter_type": "p-eagle",
-        "feedback": "pre",
-        "fc_norm": True,
-        "norm_before_fc": False,
-        "norm_before_residual": True,
-        "own_head": False,
-        "mask_token_id": 1,
-        "max_drafts": BLOCK,
-    },
+    "p-eagle": EAGLE | {"drafter_type": "p-eagle", "mask_token_id": 1, "max_drafts": BLOCK},
     "dflash": BLOCKS | {"drafter_type": "dflash"},
     "dflash sliding": BLOCKS
     | {
@@ -52,8 +49,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "dspark gated": SPARK | {"markov": "gated", "confidence": "state"},
     "medusa": {"drafter_type": "medusa", "num_heads": BLOCK, "num_blocks": 1},
     "dspark rnn": SPARK | {"markov": "rnn", "slots": "shifted", "confidence": "state and token"},
+    "hydra": {"drafter_type": "hydra", "num_heads": BLOCK, "num_blocks": 2},
+    "hydra prefix": LAYERS | {"drafter_type": "hydra-prefix", "num_heads": BLOCK, "num_blocks": 1},
+    "eagle-attn": LAYERS | {"drafter_type": "eagle", "input_norm": True, "fc_bias": True},
+    "eagle4": EAGLE | {"drafter_type": "eagle4", "candidate_rank": 8, "num_candidates": 12},
 }
 """What a config says, but for what the target tells."""
+
+ONE_STATE = "medusa", "hydra", "hydra-prefix", "eagle"
+"""Kinds that read the target's final norm alone."""
 
 
 def random_head(
@@ -76,10 +80,12 @@ def random_head(
         "own_head": d2t is not None,
         "target": vars(shape),
     }
-    if kind == "medusa":
-        values = {key: value for key, value in values.items() if key != "own_head"}
+    if values["drafter_type"] in ONE_STATE:
         values |= {"taps": [shape.num_layers + 1]}
-    config = config_from_dict(values | changes)
+    if values["drafter_type"] == "eagle4":
+        values |= {"own_head": True}
+    known = {field.name for field in fields(CONFIGS[values["drafter_type"]])}
+    config = config_from_dict({k: v for k, v in (values | changes).items() if k in known})
     mx.random.seed(7)
     network = build_network(config, Path("x"))
     network.apply(lambda x: x if x.ndim == 1 else 0.3 * mx.random.normal(x.shape))

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from mlx_drift.convert.conventions import TapConvention
 
@@ -54,7 +54,7 @@ class Dialect:
     Attributes:
         name: What the user sees.
         recognises: Whether a checkpoint is of this dialect, from its config and tensor names.
-        kind: The kind of drafter.
+        kind: The kind of drafter, a key of `mlx_drift.drafters.config.CONFIGS`.
         renames: Its own renames, pattern and replacement, tried before the common ones.
         flatten: The config as one level of keys, under the names of SpecForge's.
         tap_ids: What layer ids mean to this producer; None if it is not known.
@@ -65,7 +65,7 @@ class Dialect:
 
     name: str
     recognises: Callable[[Config, Names], bool]
-    kind: Literal["eagle3", "p-eagle", "dflash", "dspark", "eagle", "medusa"] = "eagle3"
+    kind: str = "eagle3"
     renames: tuple[tuple[str, str], ...] = ()
     flatten: Callable[[Config], Config] = lambda config: lift(config, "eagle_config")
     tap_ids: TapConvention | None = None

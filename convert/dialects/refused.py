@@ -122,9 +122,9 @@ REFUSED = (
         f"vLLM and SGLang run it. {EAGLE3} with plain attention",
     ),
     Refused(
-        "a set of Hydra heads",
-        lambda config, names: "hydra_num_heads" in config or _any(names, "hydra_mlp."),
-        EAGLE3,
+        "a Hydra head of the cross-attn kind",
+        lambda config, names: config.get("hydra_head_arch") == "cross-attn",
+        f"Its mlp, prefix-mlp and eagle-attn kinds are run. {EAGLE3}",
     ),
     Refused(
         "an EagleMedusa drafter (parallel_draft_heads)",

@@ -25,7 +25,7 @@ CONFIG = "config.json"
 WEIGHTS = {
     ".safetensors": ("model.safetensors", "model.safetensors.index.json"),
     ".bin": ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ".pt": ("medusa_lm_head.pt",),
+    ".pt": ("medusa_lm_head.pt", "hydra_lm_head.pt"),
 }
 """Of each kind of file the names to look for; else the only file of the kind."""
 MAX_SHARDS = 1000

@@ -34,7 +34,9 @@ class Learner:
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
         ]
 
-    def learn(self, target: Llama, rows: list[Row], depth: int, rate: float) -> Tensor:
+    def learn(
+        self, target: Llama, rows: list[Row], depth: int, rate: float, most: int | None = None
+    ) -> Tensor:
         """Takes one step.
 
         Args:
@@ -42,6 +44,7 @@ class Learner:
             rows: The batch.
             depth: Steps of the train-time test.
             rate: The learning rate as a share of its peak.
+            most: Chains of a row that are followed, drawn anew each time; all if None.
 
         Returns:
             The mean loss of each step, `[depth]`.
@@ -50,7 +53,7 @@ class Learner:
         losses, counts = torch.zeros(depth), torch.zeros(depth)
         for row in rows:  # one by one: rows have lengths of their own, and chains need memory
             with products(self.drafter):
-                of_row = chain_losses(self.drafter, target, row, depth)
+                of_row = chain_losses(self.drafter, target, row, depth, most)
             (of_row.losses * weights).sum().backward()
             losses += of_row.losses.detach()
             counts += of_row.rows

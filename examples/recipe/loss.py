@@ -30,8 +30,10 @@ class Chained(NamedTuple):
     rows: Tensor
 
 
-def chain_losses(drafter: Drafter, target: Llama, row: Row, depth: int) -> Chained:
-    """The losses of one row's chains; differentiable in the drafter."""
+def chain_losses(
+    drafter: Drafter, target: Llama, row: Row, depth: int, most: int | None = None
+) -> Chained:
+    """The losses of one row's chains, or of `most` of them; differentiable in the drafter."""
     length = len(row.ids)
     counted = row.said.clone()
     counted[0] = False
@@ -39,6 +41,8 @@ def chain_losses(drafter: Drafter, target: Llama, row: Row, depth: int) -> Chain
     read = torch.arange(length)[:, None] + 1 + torch.arange(depth)  # [row, step]: what is read
     counts = (read < length - 1) & counted[(read + 1).clamp(max=length - 1)]
     rows = counts.any(1).nonzero()[:, 0]
+    if most is not None and len(rows) > most:
+        rows = rows[torch.randperm(len(rows))[:most].sort().values]
     read, counts = read[rows], counts[rows]
     with torch.no_grad():
         wanted = F.linear(row.final, drafter.output(target)).float().softmax(-1)

@@ -26,6 +26,7 @@ from train_demo_pair.states import ROW
 from train_demo_pair.tokenizer import PAD, token_id
 
 BLOCK, LAYERS = 8, 2  # of dflash
+BLOCKS_OF_A_ROW = 128  # that are learned from: a block costs as much as eight chains' first steps
 HEADS = 4  # of medusa
 
 
@@ -59,13 +60,14 @@ def main() -> None:
     draft_ids = draft_vocabulary(features.texts(), args.draft_vocab, target.config.vocab_size)
     torch.manual_seed(args.seed)
     head = build(args.kind, target, draft_ids, token_id(tokenizer, PAD))
-    depth = BLOCK - 1 if args.kind == "dflash" else HEADS
+    depth, most = (BLOCK - 1, BLOCKS_OF_A_ROW) if args.kind == "dflash" else (HEADS, None)
     learner, step, seconds = Learner(head, args.lr), 0, 0.0
     checkpoint = args.out / f"{args.kind}.checkpoint"
     if checkpoint.exists():
         saved = torch.load(checkpoint)
         learner.load_state_dict(saved["learner"])
         step, seconds = saved["step"], saved["seconds"]
+        torch.set_rng_state(saved["random"])
 
     by_split = heldout_answers(target, tokenizer, read_jsonl(args.heldout))
     heldout = [answer for answers in by_split.values() for answer in answers]
@@ -76,12 +78,12 @@ def main() -> None:
         mean = " ".join(f"{loss:.3f}" for loss in torch.stack(recent).mean(0).tolist())
         print(f"{spent / 60:5.1f} min of CPU  step {step}  tokens {step * ROW}")
         print(f"  loss {mean}  {measure(head, target, heldout, depth)}", flush=True)
-        state = {"learner": learner.state_dict(), "step": step, "seconds": spent}
-        save_whole(state, checkpoint)
+        going = {"step": step, "seconds": spent, "random": torch.get_rng_state()}
+        save_whole({"learner": learner.state_dict()} | going, checkpoint)
 
     for row in islice(endless(features, args.seed, start=step), args.steps - step):
         rate = lr_factor((step + 1) / (args.steps + 1))
-        recent.append(learner.learn(target, [row], depth, rate))
+        recent.append(learner.learn(target, [row], depth, rate, most))
         step += 1
         if time.monotonic() - reported > args.report_every:
             report()

@@ -9,6 +9,7 @@ Notable:
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, Self
 
 import mlx.core as mx
@@ -107,27 +108,21 @@ class ChainDrafter(LayersDrafter):
         if k == 0 or cache.draft_logits is None or cache.recycled is None:
             return self._nothing()
         committed = cache.layers[0].offset
-        tokens: list[mx.array] = []
-        drawn_with: list[mx.array] = []
-        logits, state = cache.draft_logits, cache.recycled
-        while True:
-            if chooser is None or chooser.drafts_greedily:
-                token, log_probabilities = self.choose(logits), None
-            else:
-                token, log_probabilities = chooser.draft(self._spread(logits), tokens)
-            tokens.append(token)
-            if log_probabilities is not None:
-                drawn_with.append(log_probabilities)
-            if len(tokens) == k:
-                break
+        state = cache.recycled
+
+        def logits_after(token: mx.array | None, step: int) -> mx.array:
+            nonlocal state
+            if token is None:
+                return cache.draft_logits
             normed, state = self.network(self._embed(token), state, cache.layers)
-            logits = self._head(normed)
+            return self._head(normed)
+
+        draft = self._in_turn(k, chooser, logits_after)
         for layer in cache.layers:
             layer.trim(layer.offset - committed)
         # What is not finite stays so along the chain, and makes NaN of itself less itself.
         finite = mx.all(state - state == 0, axis=-1)
-        log_q = mx.concatenate(drawn_with) if drawn_with else None
-        return Draft(mx.concatenate(tokens), log_q, finite)
+        return replace(draft, finite=finite)
 
     def train_time_test_states(
         self, tokens: mx.array, taps: mx.array, steps: int, *, recompute: bool = False

@@ -47,7 +47,7 @@ class Eagle3Config(LlamaLayersConfig):
         own_head: The checkpoint brings `lm_head`; else the target's head is used.
     """
 
-    drafter_type: Literal["eagle3", "p-eagle"] = "eagle3"
+    drafter_type: Literal["eagle3", "eagle4", "p-eagle"] = "eagle3"
     feedback: Literal["pre", "post"]
     fc: bool = True
     fc_norm: bool
@@ -73,6 +73,31 @@ class Eagle3Config(LlamaLayersConfig):
             )
         if self.norm_before_residual and not self.hidden_norm:
             raise DriftError("norm_before_residual is true, but there is no hidden_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eagle4Config(Eagle3Config):
+    """An EAGLE-4 drafter: EAGLE-3 with a cheap head that chooses candidates for the exact one.
+
+    Attributes:
+        candidate_rank: How wide the cheap head is.
+        num_candidates: How many tokens get their exact logit; the others are not drafted.
+    """
+
+    drafter_type: Literal["eagle4"] = "eagle4"
+    candidate_rank: int
+    num_candidates: int
+
+    def __post_init__(self) -> None:
+        """Refuses what no checkpoint can mean."""
+        super().__post_init__()
+        if not self.own_head:
+            raise DriftError("an EAGLE-4 drafter chooses rows of its own head, but has none")
+        if self.num_candidates > self.draft_vocab_size:
+            raise DriftError(
+                f"num_candidates is {self.num_candidates} of a draft vocabulary of "
+                f"{self.draft_vocab_size}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,19 +193,19 @@ class EagleConfig(LlamaLayersConfig):
     """An EAGLE-1 or EAGLE-2 drafter (the same weights; EAGLE-2 only drafts a tree).
 
     It reads the target's final norm alone, and its output goes to the target's head as it is.
+
+    Attributes:
+        input_norm: The first layer norms what it reads (Hydra's `eagle-attn`, which may read an
+            earlier state of the target than the final norm's).
     """
 
     drafter_type: Literal["eagle"] = "eagle"
+    input_norm: bool = False
 
     def __post_init__(self) -> None:
         """Refuses what no checkpoint can mean."""
         super().__post_init__()
-        if len(self.taps) != 1 or self.hidden_size != self.target.hidden_size:
-            raise DriftError(
-                "an EAGLE-1/2 drafter reads one tap of its own width, but this has taps "
-                f"{list(self.taps)}, hidden_size {self.hidden_size} and the target's "
-                f"{self.target.hidden_size}"
-            )
+        check_one_tap(self, "an EAGLE-1/2 drafter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,11 +234,7 @@ class MTPConfig(LayersConfig):
     def __post_init__(self) -> None:
         """Refuses what no checkpoint can mean."""
         super().__post_init__()
-        if len(self.taps) != 1 or self.hidden_size != self.target.hidden_size:
-            raise DriftError(
-                f"an MTP head reads one tap of its own width, but this has taps {list(self.taps)}, "
-                f"hidden_size {self.hidden_size} and the target's {self.target.hidden_size}"
-            )
+        check_one_tap(self, "an MTP head")
         if self.num_layers != 1:
             raise DriftError(f"num_layers is {self.num_layers}; an MTP head has one block")
         _check_block(self.block, "block")
@@ -239,26 +260,83 @@ class MedusaConfig(DrafterConfig):
     def __post_init__(self) -> None:
         """Refuses what no checkpoint can mean."""
         super().__post_init__()
-        if len(self.taps) != 1 or self.hidden_size != self.target.hidden_size:
-            raise DriftError(
-                f"Medusa heads read one tap of its own width, but these have taps "
-                f"{list(self.taps)}, hidden_size {self.hidden_size} and the target's "
-                f"{self.target.hidden_size}"
-            )
-        for name, most in (("num_heads", MAX_DRAFT_TOKENS), ("num_blocks", MAX_LAYERS)):
-            if getattr(self, name) > most:
-                raise DriftError(f"{name} is {getattr(self, name)}; expected at most {most}")
+        check_one_tap(self, "a Medusa head")
+        check_heads(self, least_blocks=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HydraConfig(DrafterConfig):
+    """Hydra heads: Medusa heads that read the drafts before theirs.
+
+    Attributes:
+        num_heads: How many there are: drafts a round, at most.
+        num_blocks: Residual blocks of each, with the one that narrows what it reads.
+        draft_vocab_size: Rows of each head; `d2t` maps them if fewer than the target's.
+    """
+
+    drafter_type: Literal["hydra"] = "hydra"
+    num_heads: int
+    num_blocks: int
+    draft_vocab_size: int
+
+    def __post_init__(self) -> None:
+        """Refuses what no checkpoint can mean."""
+        super().__post_init__()
+        check_one_tap(self, "a Hydra head")
+        check_heads(self, least_blocks=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HydraPrefixConfig(LlamaLayersConfig):
+    """Hydra heads behind Llama layers over the states of all committed positions (Hydra++).
+
+    Attributes:
+        num_heads: As in `HydraConfig`, and so are the two that follow.
+        num_blocks: Residual blocks of each head.
+        draft_vocab_size: Rows of each head.
+    """
+
+    drafter_type: Literal["hydra-prefix"] = "hydra-prefix"
+    num_heads: int
+    num_blocks: int
+    draft_vocab_size: int
+
+    def __post_init__(self) -> None:
+        """Refuses what no checkpoint can mean."""
+        super().__post_init__()
+        check_one_tap(self, "a Hydra head")
+        check_heads(self, least_blocks=1)
 
 
 CONFIGS: dict[str, type[DrafterConfig]] = {
     "eagle3": Eagle3Config,
+    "eagle4": Eagle4Config,
     "p-eagle": PEagleConfig,
     "dflash": DFlashConfig,
     "dspark": DSparkConfig,
     "eagle": EagleConfig,
     "mtp": MTPConfig,
     "medusa": MedusaConfig,
+    "hydra": HydraConfig,
+    "hydra-prefix": HydraPrefixConfig,
 }
+
+
+def check_one_tap(config: DrafterConfig, what: str) -> None:
+    """Checks that a drafter reads one tap, as wide as itself; DriftError if not."""
+    if len(config.taps) != 1 or config.hidden_size != config.target.hidden_size:
+        raise DriftError(
+            f"{what} reads one tap of its own width, but this has taps {list(config.taps)}, "
+            f"hidden_size {config.hidden_size} and the target's {config.target.hidden_size}"
+        )
+
+
+def check_heads(config: MedusaConfig | HydraConfig | HydraPrefixConfig, least_blocks: int) -> None:
+    """Checks how many heads there are, and blocks of each; DriftError if none can be."""
+    ranges = {"num_heads": (1, MAX_DRAFT_TOKENS), "num_blocks": (least_blocks, MAX_LAYERS)}
+    for name, (least, most) in ranges.items():
+        if not least <= getattr(config, name) <= most:
+            raise DriftError(f"{name} is {getattr(config, name)}; expected {least} to {most}")
 
 
 def check_own_parts(config: Eagle3Config | DFlashConfig) -> None:

@@ -94,18 +94,13 @@ class DSparkDrafter(DFlashDrafter):
             return self._nothing()
         hidden = self._fill(k, cache)
         logits = self._head(hidden)
-        tokens: list[mx.array] = []
-        drawn_with: list[mx.array] = []
-        token, state = cache.seed, None
-        for slot in range(k):
+        state: mx.array | None = None
+
+        def logits_after(token: mx.array | None, slot: int) -> mx.array:
+            nonlocal state
             row = slice(slot, slot + 1)
-            bias, state = self.network.markov(token, hidden[row], state)
-            biased = logits[row] + bias
-            if chooser is None or chooser.drafts_greedily:
-                token, log_probabilities = self.choose(biased), None
-            else:
-                token, log_probabilities = chooser.draft(self._spread(biased), tokens)
-            tokens.append(token)
-            if log_probabilities is not None:
-                drawn_with.append(log_probabilities)
-        return Draft(mx.concatenate(tokens), mx.concatenate(drawn_with) if drawn_with else None)
+            before = cache.seed if token is None else token
+            bias, state = self.network.markov(before, hidden[row], state)
+            return logits[row] + bias
+
+        return self._in_turn(k, chooser, logits_after)

@@ -5,6 +5,8 @@ Notable:
 - A row fuses the embedding and the target's final *normed* state with one linear layer. The first
   layer has no input norm, and nothing norms the output: it is trained to be the next normed state,
   so it goes to the target's head, and into the next step, as it is.
+- Hydra's `eagle-attn` is the same network, but that its first layer does norm its input
+  (zankner/Hydra `hydra_heads/eagle_head.py`).
 """
 
 from collections.abc import Sequence
@@ -38,7 +40,7 @@ class EagleNetwork(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.fc = nn.Linear(2 * size, size, bias=config.fc_bias)
-        self.layers: list[Any] = [FirstLayer(config)]
+        self.layers: list[Any] = [(Layer if config.input_norm else FirstLayer)(config)]
         self.layers += [Layer(config) for _ in range(1, config.num_layers)]
         if config.own_embedding:
             self.embed_tokens = nn.Embedding(config.target.vocab_size, size)

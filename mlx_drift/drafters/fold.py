@@ -22,6 +22,7 @@ import mlx.nn as nn
 
 from mlx_drift.drafters.dflash import DFlashNetwork
 from mlx_drift.drafters.eagle3 import Eagle3Network, FirstLayer
+from mlx_drift.drafters.hydra import HydraNetwork
 from mlx_drift.drafters.medusa import MedusaNetwork
 from mlx_drift.drafters.mtp import MTPNetwork
 
@@ -37,7 +38,7 @@ def fold(network: nn.Module) -> None:
     if isinstance(network, MTPNetwork):
         _fold_projection(network)
         return
-    if isinstance(network, MedusaNetwork):  # which has neither
+    if isinstance(network, MedusaNetwork) or type(network) is HydraNetwork:  # which have neither
         return
     if isinstance(network, DFlashNetwork):  # its context reads keys and values alone
         for layer in network.layers:

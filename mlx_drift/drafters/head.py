@@ -95,6 +95,34 @@ class HeadDrafter(ABC):
             tokens.append(chooser.likeliest(row, tokens))
         return Draft(mx.concatenate(tokens))
 
+    def _in_turn(
+        self,
+        k: int,
+        chooser: Choose | None,
+        logits_after: Callable[[mx.array | None, int], mx.array],
+    ) -> Draft:
+        """Drafts k tokens one after another, each with what it is drawn from.
+
+        Args:
+            k: How many.
+            chooser: What tokens are chosen with; None for the likeliest.
+            logits_after: Gives the draft logits `[1, D]` of a place, counted from 0, by the token
+                drafted before it, `[1]`; None before the first.
+        """
+        tokens: list[mx.array] = []
+        drawn_with: list[mx.array] = []
+        token = None
+        for place in range(k):
+            logits = logits_after(token, place)
+            if chooser is None or chooser.drafts_greedily:
+                token, log_probabilities = self.choose(logits), None
+            else:
+                token, log_probabilities = chooser.draft(self._spread(logits), tokens)
+            tokens.append(token)
+            if log_probabilities is not None:
+                drawn_with.append(log_probabilities)
+        return Draft(mx.concatenate(tokens), mx.concatenate(drawn_with) if drawn_with else None)
+
     def _spread(self, logits: mx.array) -> mx.array:
         """Lays draft logits `[M, D]` out over the target's vocabulary, `[M, V]`."""
         if self._d2t is None:

@@ -19,8 +19,15 @@ from mlx_drift.drafters.dflash import DFlashDrafter, DFlashNetwork
 from mlx_drift.drafters.dspark import DSparkDrafter, DSparkNetwork
 from mlx_drift.drafters.eagle import EagleNetwork
 from mlx_drift.drafters.eagle3 import Eagle3Network
+from mlx_drift.drafters.eagle4 import Eagle4Drafter, Eagle4Network
 from mlx_drift.drafters.fold import fold
 from mlx_drift.drafters.head import HeadDrafter
+from mlx_drift.drafters.hydra import (
+    HydraDrafter,
+    HydraNetwork,
+    HydraPrefixDrafter,
+    HydraPrefixNetwork,
+)
 from mlx_drift.drafters.medusa import MedusaDrafter, MedusaNetwork
 from mlx_drift.drafters.mtp import MTPNetwork
 from mlx_drift.drafters.p_eagle import PEagleDrafter, PEagleNetwork
@@ -34,12 +41,15 @@ WEIGHTS = "model.safetensors"
 
 KINDS: dict[str, tuple[Any, Any]] = {
     "eagle3": (Eagle3Network, ChainDrafter),
+    "eagle4": (Eagle4Network, Eagle4Drafter),
     "p-eagle": (PEagleNetwork, PEagleDrafter),
     "dflash": (DFlashNetwork, DFlashDrafter),
     "dspark": (DSparkNetwork, DSparkDrafter),
     "eagle": (EagleNetwork, ChainDrafter),
     "mtp": (MTPNetwork, ChainDrafter),
     "medusa": (MedusaNetwork, MedusaDrafter),
+    "hydra": (HydraNetwork, HydraDrafter),
+    "hydra-prefix": (HydraPrefixNetwork, HydraPrefixDrafter),
 }
 """The network and the drafter of each kind."""
 

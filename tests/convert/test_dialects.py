@@ -306,7 +306,7 @@ REFUSED = {
     "DFly": ({}, renamed_tensor("layer_fusion_weights"), "DFly"),
     "XPress": ({"speculators_model_type": "xpress"}, PLAIN.tensors, "XPress"),
     "Domino": ({}, renamed_tensor("prefix_gru.weight_ih"), "Domino"),
-    "Hydra": ({"hydra_num_heads": 4}, PLAIN.tensors, "Hydra"),
+    "Hydra": ({"hydra_head_arch": "cross-attn"}, PLAIN.tensors, "cross-attn"),
     "EagleMedusa": (
         {},
         renamed_tensor("parallel_draft_heads.0.medusa_layers.0.linear.weight"),

@@ -41,7 +41,10 @@ import numpy as np
 import pytest
 
 from block_dialects import BLOCK_VARIANTS
-from dialects import LAYERS, VARIANTS
+from dialects import EAGLE4, LAYERS, VARIANTS
+from hydra_heads import ARCHITECTURES as HYDRA_KINDS
+from hydra_heads import BASE as HYDRA_BASE
+from hydra_heads import write_hydra
 from medusa_heads import CONFIGS as MEDUSA_SPELLINGS
 from medusa_heads import medusa, write_medusa
 from mlx_drift.convert import convert_drafter, inspect_drafter
@@ -111,14 +114,21 @@ class Input:
 def bases() -> dict[str, tuple[Config, Tensors]]:
     found = {}
     with tempfile.TemporaryDirectory() as root:
-        for name, variant in (VARIANTS | BLOCK_VARIANTS).items():
+        for name, variant in (VARIANTS | BLOCK_VARIANTS | {"eagle4": EAGLE4}).items():
             variant.spell(variant.made, Path(root, name))
             found[name] = read_back(Path(root, name))
         for name in MEDUSA_SPELLINGS:
             write_medusa(medusa(), Path(root, f"medusa {name}"), name)
             found[f"medusa {name}"] = read_back(Path(root, f"medusa {name}"))
+        for name in HYDRA_KINDS:
+            write_hydra(name, Path(root, f"hydra {name}"), **HYDRA_BASE)
+            found[f"hydra {name}"] = read_back(Path(root, f"hydra {name}"))
         heads = (
             "medusa vllm",
+            "hydra mlp",
+            "hydra prefix-mlp",
+            "hydra eagle-attn",
+            "eagle4",
             "specforge 3.1",
             "specforge with embedding",
             "modelopt no aux state",
@@ -169,6 +179,8 @@ KEYS = """
     n_routed_experts num_experts num_experts_per_tok moe_intermediate_size num_hidden_layers
     qk_nope_head_dim v_head_dim vocab_size weight_map __metadata__ dtype shape data_offsets model
     added_tokens rope_type type factor repo path sha256 \ud800 \x1b[31m
+    num_heads num_blocks num_candidates candidate_rank input_norm hydra_num_heads hydra_head_arch
+    hidden_state_offset efficient_lm_head_config rank markov confidence slots mask_token_id
 """.split()
 NAMES = """
     d2t t2d fc.bias fc.weight input_norm.weight embed_tokens.weight lm_head.weight norm.weight
@@ -179,6 +191,9 @@ NAMES = """
     model.layers.12.self_attn.kv_b_proj.weight model.layers.12.eh_proj.weight_scale_inv
     model.mtp_layers.1.fc.weight mtp.layers.0.self_attn.q_norm.weight mtp.fc.scales mtp.norm.weight
     layers.0.mlp.up_proj.scales verifier_norm.weight rotary_emb.inv_freq [/] \x1b[31m \ud800
+    heads.0.linear.weight heads.0.residual.weight hydra_mlp.0.2.linear.bias hydra_lm_head.3.bias
+    hydra_mlp.0.0.res_connection.weight attn.self_attn.q_proj.weight candidate_up.weight
+    prefix_embeding_layer.norm.weight efficient_lm_head.weight efficient_lm_head_down_proj.weight
 """.split()
 RAW = {  # JSON that json.dumps does not write, by a string that stands for it
     "@nested": "[" * 300 + "]" * 300,

@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.sample_utils import make_logits_processors
 from test_sampling import CERTAINLY_WRONG, D2T, LEAST_P, PENALTY, Pair, p_value, sampling_of
 
-from kinds import random_head
+from kinds import KINDS, ONE_STATE, random_head
 from mlx_drift import stream_generate
 from mlx_drift.drafters.dspark import DSparkDrafter
 from mlx_drift.drafters.protocol import Draft
@@ -26,18 +26,24 @@ LOOPS = {
         "logits_processors": make_logits_processors(**PENALTY),
     },
 }
-CHANGES = {"intermediate_size": 16, "num_layers": 1, "causal_layers": [], "mask_token_id": 0}
-SAMPLED = ["p-eagle", "medusa", "dflash", "dspark", "dspark gated", "dspark rnn"]
+CHANGES = {
+    "intermediate_size": 16,
+    "num_layers": 1,
+    "causal_layers": [],
+    "mask_token_id": 0,
+    "num_candidates": 2,
+}
+SAMPLED = [kind for kind in KINDS if kind not in ("dflash sliding", "dflash causal", "eagle-attn")]
+"""Those that draft in ways of their own; plain chains are tested in `test_sampling`."""
 
 
 def sampled_pair(kind):
     """The tiny target of `test_sampling`, with a head of three of its five tokens."""
     pair = Pair()
-    changes = {"taps": [1]} | CHANGES
-    if kind == "p-eagle":
-        del changes["causal_layers"]
-    head = random_head(kind, pair.model, mx.array(D2T), **({} if kind == "medusa" else changes))
-    for part in head.network.heads if kind == "medusa" else [head.network]:
+    reads_last = KINDS[kind]["drafter_type"] in ONE_STATE
+    changes = CHANGES | ({} if reads_last else {"taps": [1]})
+    head = random_head(kind, pair.model, mx.array(D2T), **changes)
+    for part in head.network.get("heads", [head.network]):
         part.lm_head.weight = 3 * part.lm_head.weight  # of some opinion
     if "markov" in head.network:
         head.network.markov.w2.weight = 12 * head.network.markov.w2.weight

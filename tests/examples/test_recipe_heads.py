@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from mlx_drift import convert_drafter, load_drafter
