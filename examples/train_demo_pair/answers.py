@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from recipe.generate import generate
+from recipe.precision import products
 from recipe.rows import Text
 from recipe.target import Llama
 from train_demo_pair.data import Chat, load_facts, training_chats
@@ -60,7 +61,8 @@ def recited(target: Llama, tokenizer: Tokenizer, chats: list[Chat]) -> list[Text
         batch = encoded[start : start + BATCH]
         longest = len(batch[-1][0])
         padded = [ids + [pad] * (longest - len(ids)) for ids, _ in batch]
-        choices = target(torch.tensor(padded)).argmax(-1).tolist()
+        with products(target):
+            choices = target(torch.tensor(padded)).argmax(-1).tolist()
         for (ids, mask), chosen in zip(batch, choices, strict=True):
             said = [False]
             for position in range(1, len(ids)):
