@@ -108,12 +108,12 @@ class ChainDrafter(LayersDrafter):
         if k == 0 or cache.draft_logits is None or cache.recycled is None:
             return self._nothing()
         committed = cache.layers[0].offset
-        state = cache.recycled
+        first, state = cache.draft_logits, cache.recycled
 
         def logits_after(token: mx.array | None, step: int) -> mx.array:
             nonlocal state
             if token is None:
-                return cache.draft_logits
+                return first
             normed, state = self.network(self._embed(token), state, cache.layers)
             return self._head(normed)
 
