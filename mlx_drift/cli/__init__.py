@@ -18,6 +18,7 @@ from mlx_drift.errors import DriftError, DriftWarning, printable
 
 COMMANDS = {
     "generate": "Generate text through a drafter, losing nothing by it.",
+    "chat": "Chat with a model: the conversation stays in the caches from turn to turn.",
     "serve": "Serve OpenAI's API: conversations that take turns, caches that are found again.",
     "cache-prompt": "Process how prompts begin, once: generate --prompt-cache-file goes on from "
     "there.",

@@ -103,7 +103,7 @@ def generate(
     held_to = read_grammar(json_schema, regex, grammar)
     template_keywords = parse_object(chat_template_config, "--chat-template-config")
     # The embedded pair shows drafting, whether it pays or not.
-    k = _draft_tokens(num_draft_tokens or ("3" if model is None else "auto"))
+    k = draft_tokens(num_draft_tokens or ("3" if model is None else "auto"))
     if not no_draft:
         check_num_draft_tokens(k)
     if prompt_cache_file is not None:
@@ -206,8 +206,12 @@ def generate(
         raise typer.Exit(INTERRUPTED)
 
 
-def _draft_tokens(text: str) -> int | Literal["auto"]:
-    """Reads `--num-draft-tokens`."""
+def draft_tokens(text: str) -> int | Literal["auto"]:
+    """Reads `--num-draft-tokens`.
+
+    Raises:
+        DriftError: If it is neither a number nor `auto`.
+    """
     if text == "auto":
         return "auto"
     try:

@@ -17,7 +17,7 @@ from mlx_drift.cli import options
 from mlx_drift.cli.load import PROMPT_LOOKUP, load_model, load_pair
 from mlx_drift.cli.prompts import parse_object
 from mlx_drift.convert.target import target_folder
-from mlx_drift.demo import TARGET
+from mlx_drift.demo import NAME, TARGET
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from mlx_drift.serve.models import Known
 
 KEY = "MLX_DRIFT_API_KEY"
-EMBEDDED = "mlx-drift-demo"
-"""What the embedded pair is called."""
-
 DRAFTS_OF_EMBEDDED = 3
 
 
@@ -147,7 +144,7 @@ def serve_command(
 
     def load() -> "LoadedModel":
         return _load(
-            EMBEDDED if model is None else called(model),
+            NAME if model is None else called(model),
             settings,
             lambda: (
                 _without_drafts(model, adapter_path, trust_remote_code)
@@ -165,10 +162,10 @@ def serve_command(
         )
 
     default = Known(
-        EMBEDDED if model is None else called(model),
+        NAME if model is None else called(model),
         load,
         lambda: weight_bytes(model or str(TARGET)),
-        frozenset({EMBEDDED} if model is None else {model, called(model)}),
+        frozenset({NAME} if model is None else {model, called(model)}),
     )
     serve(
         [default, *(_allowed(name, settings, console) for name in allow_models or [])],

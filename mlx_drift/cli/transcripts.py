@@ -42,7 +42,7 @@ def read_transcripts(
         if not line.strip():
             continue
         try:
-            messages = _messages(json.loads(line))
+            messages = messages_of(json.loads(line))
         except (ValueError, RecursionError) as error:
             raise DriftError(f"{path}, line {number}: {error}; {EXPECTED}") from None
         try:
@@ -57,8 +57,8 @@ def read_transcripts(
     return found
 
 
-def _messages(line: Any) -> list[dict[str, str]]:
-    """Checks one line.
+def messages_of(line: Any) -> list[dict[str, str]]:
+    """Returns the messages of a line that was read as JSON.
 
     Raises:
         ValueError: If it is no conversation.

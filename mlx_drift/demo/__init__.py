@@ -18,6 +18,7 @@ from mlx_drift.drafters.load import load_converted
 DEMO = Path(__file__).parent
 TARGET = DEMO / "target"
 DRAFTERS = ("eagle3.1", "eagle3", "mtp")  # the normalized one first: it is the default
+NAME = "mlx-drift-demo"
 QUESTION = "Show me the source of `shlex.quote`."
 """What the command line asks when it is given nothing: a text the target has seen."""
 
