@@ -23,8 +23,9 @@ from mlx_drift.measure.acceptance.questions import read_question_files
 from mlx_drift.measure.bootstrap import Interval
 from mlx_drift.measure.inside.drift import RECENT, STEPS, Arm, Drift, Settings, drift
 from mlx_drift.measure.inside.drift_plot import plot_drift
-from mlx_drift.measure.inside.figures import CLASSES, Figures
+from mlx_drift.measure.inside.figures import CLASSES, Attention, Figures
 from mlx_drift.measure.inside.intervene import intervention
+from mlx_drift.measure.inside.still import Still
 from mlx_drift.measure.pictures import check_matplotlib
 from mlx_drift.measure.speed.bench import PROMPTS
 
@@ -162,7 +163,8 @@ def _print(found: Drift, heads: bool) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=COLUMNS)
-    console.print(_summary(found))
+    if found.arms:
+        console.print(_summary(found))
     for arm in found.arms:
         free, forced = arm.free_running, arm.teacher_forced
         rounds = f"free-running, {free.chains} rounds of {found.settings.steps} drafts"
@@ -173,7 +175,29 @@ def _print(found: Drift, heads: bool) -> None:
             console.print()
             console.print(as_is(f"{arm.name} · heads, {rounds}", style="bold"))
             console.print(_heads(free))
+    for still in found.still:
+        _print_still(console, still, heads)
     typer.echo(_about(found))
+
+
+def _print_still(console: Console, still: Still, heads: bool) -> None:
+    """Shows a drafter that recycles nothing: its acceptance, and where its rows look."""
+    looks = still.attention
+    console.print()
+    console.print(as_is(f"{still.drafter} · recycles no state: nothing drifts", style="bold"))
+    accepted = f"accepted {_bounded(still.acceptance_length)}"
+    if looks is None:
+        console.print(f"{accepted}; its drafts look at no other position", highlight=False)
+        return
+    console.print(f"{accepted}; of {looks.chains} rounds:", highlight=False)
+    names = [*CLASSES[:-1], "block"]
+    table = Table("draft", "entropy", *names, box=None, header_style="dim")
+    for step, entropy in enumerate(looks.entropy):
+        means = [of[step].value for of in looks.attention.values()]
+        table.add_row(str(step + 1), _bounded(entropy), *(f"{mean:.2f}" for mean in means))
+    console.print(table)
+    if heads:
+        console.print(_heads(looks))
 
 
 def _print_column(console: Console, arm: Arm, title: str, figures: Figures) -> None:
@@ -222,8 +246,8 @@ def _steps(figures: Figures) -> Table:
     return table
 
 
-def _heads(figures: Figures) -> Table:
-    last = len(figures.rms)
+def _heads(figures: Attention) -> Table:
+    last = len(figures.entropy)
     names = [f"{name} 1 → {last}" for name in ("entropy", *CLASSES)]
     table = Table("head", *names, box=None, header_style="dim")
     for head in figures.heads:
@@ -255,4 +279,5 @@ prompt    on the rest of the prompt
 answer    on the committed answer
 recent    of both, on the last {recent} committed tokens
 drafts    on its own drafts, the query's own position included
+block     on the rows that were filled in the same pass, the query's own included
 """

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from mlx_drift.drafters.cache import ChainCache
+from mlx_drift.drafters.cache import ChainCache, weigh
 
 
 class BlockCache(ChainCache):
@@ -37,6 +37,26 @@ class BlockCache(ChainCache):
         self.rows.trim(slots)
         mask = self._visible(slots, keys.shape[2] - slots)
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+    def weights(self, queries: mx.array, scale: float) -> mx.array:
+        """Returns what the slots of the block attended last look at.
+
+        Args:
+            queries: Theirs, as `attend` was given them.
+            scale: Factor of the scores.
+
+        Returns:
+            `[heads, B, offset + B]` float32: the context, then the block; 0 where it is not seen.
+        """
+        slots, context = queries.shape[2], self.offset
+        keys = self.rows.keys[..., : context + slots, :]  # the block is forgotten, not yet gone
+        key, row = mx.arange(context + slots), mx.arange(context, context + slots)[:, None]
+        visible = key <= row if self.causal else mx.ones((slots, context + slots), mx.bool_)
+        if self.window is not None:
+            seen_from = row if self.by_slot else context
+            in_reach = (seen_from - key < self.window) | (key < min(self.sinks, context))
+            visible = visible & in_reach
+        return weigh(queries, keys, visible, scale)
 
     def _visible(self, slots: int, context: int) -> mx.array | str | None:
         """Returns the mask over `context` rows and a block of slots `[slots, context + slots]`."""

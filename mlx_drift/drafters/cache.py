@@ -71,10 +71,7 @@ class ChainCache:
         visible = distance >= 0
         if self.window is not None:
             visible = visible & ((distance < self.window) | (key < self.sinks))
-        keys = self.rows.keys[..., : self.offset, :]
-        grouped = _grouped(queries.astype(mx.float32) * scale, keys)
-        scores = mx.where(visible, grouped @ keys[:, :, None].swapaxes(-1, -2), -mx.inf)
-        return mx.softmax(scores, axis=-1).flatten(0, 2)
+        return weigh(queries, self.rows.keys[..., : self.offset, :], visible, scale)
 
 
 class TrainTimeTestCache:
@@ -173,6 +170,20 @@ class TrainTimeTestRows:
         by_step = mx.unflatten(weights, -1, (-1, weights.shape[1]))  # [heads, L, j + 1, L]
         own = mx.diagonal(by_step[:, :, 1:], axis1=1, axis2=3)
         return mx.concatenate([by_step[:, :, 0], own.swapaxes(1, 2)], axis=-1)
+
+
+def weigh(queries: mx.array, keys: mx.array, visible: mx.array, scale: float) -> mx.array:
+    """Weighs keys for queries, by plain operations: `[heads, M, keys]` float32.
+
+    Args:
+        queries: `[1, heads, M, head_dim]`.
+        keys: `[1, kv_heads, N, head_dim]`.
+        visible: Which are seen, `[M, N]` bool.
+        scale: Factor of the scores.
+    """
+    grouped = _grouped(queries.astype(mx.float32) * scale, keys)
+    scores = mx.where(visible, grouped @ keys[:, :, None].swapaxes(-1, -2), -mx.inf)
+    return mx.softmax(scores, axis=-1).flatten(0, 2)
 
 
 def _grouped(queries: mx.array, keys: mx.array) -> mx.array:

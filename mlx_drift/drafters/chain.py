@@ -7,10 +7,9 @@ Notable:
   when the chain is done.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -70,16 +69,6 @@ class ChainDrafter(LayersDrafter):
 
     recycles = True
     network: Network
-
-    def through(self, network: Network) -> Self:
-        """Returns this drafter with another network in its place: one around its own, say.
-
-        Args:
-            network: What fuses taps and runs the steps; embedding and head stay what they are.
-        """
-        other = copy.copy(self)
-        other.network = network
-        return other
 
     def make_cache(self) -> ChainState:
         """Makes the empty state of one conversation."""

@@ -44,6 +44,16 @@ class HeadDrafter(ABC):
         if own is not None and rows < self._vocab_size:  # padding may be spoken, if it never is
             self._embed = lambda tokens: own(mx.minimum(tokens, rows - 1))
 
+    def through(self, network: Any) -> Self:
+        """Returns this drafter with another network in its place: one around its own, say.
+
+        Args:
+            network: What does what its own did; embedding and head stay what they are.
+        """
+        other = copy.copy(self)
+        other.network = network
+        return other
+
     @abstractmethod
     def make_cache(self) -> Any:
         """Makes the empty state of one conversation."""

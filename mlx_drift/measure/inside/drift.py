@@ -11,7 +11,7 @@ Notable:
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +22,23 @@ import numpy.typing as npt
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.drafters.head import HeadDrafter
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.generate import stream_generate
 from mlx_drift.measure.bootstrap import Interval, ratio, ratio_of_ratios
-from mlx_drift.measure.inside.figures import Figures, Head, Split, Sums, add_up, figures_of
+from mlx_drift.measure.inside.figures import (
+    Attention,
+    Figures,
+    Head,
+    Split,
+    Sums,
+    add_up,
+    figures_of,
+)
 from mlx_drift.measure.inside.intervene import Intervention, intervention
 from mlx_drift.measure.inside.observe import Chain, Observed
+from mlx_drift.measure.inside.still import Still, watch
 from mlx_drift.target.model import Target
 
 STEPS = 8
@@ -134,12 +144,14 @@ class Drift:
         settings: What was measured.
         prompts: On how many prompts.
         dtype: The target's activations.
+        still: Drafters that recycle no state, so that nothing of theirs drifts.
     """
 
     arms: tuple[Arm, ...]
     settings: Settings
     prompts: int
     dtype: str
+    still: tuple[Still, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures for `--json`, without the maps.
@@ -151,6 +163,7 @@ class Drift:
             "prompts": self.prompts,
             "dtype": self.dtype,
             "arms": [_plain(arm, self.prompts > 1) for arm in self.arms],
+            "recycle_nothing": [_plain(one, self.prompts > 1) for one in self.still],
         }
 
 
@@ -179,7 +192,8 @@ def drift(
     Args:
         model: The target, as `mlx_lm.load` returns it.
         tokenizer: Its tokenizer.
-        drafters: Drafters that chain a network (EAGLE-1 to 3.1, MTP), loaded for it, by name.
+        drafters: Heads loaded for it, by name: those that chain a network (EAGLE, MTP), and those
+            that recycle nothing, of which only acceptance and attention are there to measure.
         prompts: Token ids of each prompt.
         settings: What to measure; None for the defaults.
         interventions: What to do to each drafter
@@ -187,26 +201,39 @@ def drift(
         progress: Told after each answer.
 
     Raises:
-        DriftError: If there is nothing to measure, an intervention is unknown, or a drafter does
-            not fit or has no chain.
+        DriftError: If there is nothing to measure, an intervention is unknown or has nothing to
+            change, or a drafter does not fit or is no head.
     """
     settings = settings or Settings()
     if not drafters or not prompts:
         raise DriftError("there is nothing to measure: give a drafter and a prompt")
-    chained = {
-        name: one
-        for name, one in drafters.items()
-        if isinstance(one, ChainDrafter) and one.recycles
-    }
-    if others := drafters.keys() - chained.keys():
+    chained, heads = _sorted(drafters)
+    if heads and interventions:
         raise DriftError(
-            f"{min(others)} recycles no state that could drift: no step reads what another made. "
-            "Give an EAGLE or MTP head"
+            f"{min(heads)} recycles no state, so {interventions[0]} has nothing to change: leave "
+            "--intervene out, or the drafter"
         )
     treatments: dict[str | None, Intervention] = {None: lambda drafter, seed: drafter}
     treatments |= {text: intervention(text) for text in interventions}
-    total = len(drafters) * len(treatments) * len(prompts)
+    total = (len(chained) * len(treatments) + len(heads)) * len(prompts)
     done = 0
+
+    def generate(drafter: Drafter, prompt: list[int]) -> Iterator[Any]:
+        nonlocal done
+        with warnings.catch_warnings():
+            # That hardly any draft is accepted is what the figures say.
+            warnings.filterwarnings("ignore", "only .* of the first drafts", DriftWarning)
+            yield from stream_generate(
+                model,
+                tokenizer,
+                prompt,
+                settings.max_tokens,
+                drafter=drafter,
+                num_draft_tokens=settings.steps,
+            )
+        done += 1
+        progress(done, total)
+
     arms: list[Arm] = []
     for name, drafter in chained.items():
         baseline: list[_Answer] = []
@@ -214,21 +241,42 @@ def drift(
             answers = []
             for number, prompt in enumerate(prompts):
                 treated = treat(drafter, settings.seed + number)
-                with warnings.catch_warnings():
-                    # That hardly any draft is accepted is what the figures say.
-                    warnings.filterwarnings("ignore", "only .* of the first drafts", DriftWarning)
-                    answers.append(_answer(model, tokenizer, treated, prompt, settings))
-                done += 1
-                progress(done, total)
+                answers.append(_answer(model, generate, treated, prompt, settings))
             baseline = baseline or answers
             arms.append(_arm(name, text, answers, baseline, drafter.config.num_layers))
+    still = tuple(
+        watch(name, head, prompts, settings.steps, settings.sinks, settings.recent, generate)
+        for name, head in heads.items()
+    )
     dtype = str(Target(model).dtype).removeprefix("mlx.core.")
-    return Drift(tuple(arms), settings, len(prompts), dtype)
+    return Drift(tuple(arms), settings, len(prompts), dtype, still)
+
+
+def _sorted(
+    drafters: Mapping[str, Drafter],
+) -> tuple[dict[str, ChainDrafter], dict[str, HeadDrafter]]:
+    """Sorts heads into those that recycle a state and those that do not.
+
+    Raises:
+        DriftError: If one is no head.
+    """
+    chained, others = {}, {}
+    for name, drafter in drafters.items():
+        if isinstance(drafter, ChainDrafter) and drafter.recycles:
+            chained[name] = drafter
+        elif isinstance(drafter, HeadDrafter):
+            others[name] = drafter
+        else:
+            raise DriftError(
+                f"{name} recycles no state that could drift, and is no head to look into. Give an "
+                "EAGLE or MTP head"
+            )
+    return chained, others
 
 
 def _answer(
     model: nn.Module,
-    tokenizer: TokenizerWrapper,
+    generate: Callable[[Drafter, list[int]], Iterator[Any]],
     drafter: ChainDrafter,
     prompt: list[int],
     settings: Settings,
@@ -239,14 +287,7 @@ def _answer(
     text = list(prompt)
     sums: Sums | None = None
     first: Map | None = None
-    for response in stream_generate(
-        model,
-        tokenizer,
-        prompt,
-        settings.max_tokens,
-        drafter=drafter.through(seen),
-        num_draft_tokens=settings.steps,
-    ):
+    for response in generate(drafter.through(seen), prompt):
         text.append(response.token)
         for chain in seen.take():
             if len(chain.steps) < settings.steps:
@@ -327,6 +368,6 @@ def _plain(value: Any, bounded: bool) -> Any:
         return [_plain(element, bounded) for element in value]
     if isinstance(value, dict):
         return {name: _plain(element, bounded) for name, element in value.items()}
-    if isinstance(value, Arm | Figures | Head):
+    if isinstance(value, Arm | Still | Attention | Head):
         return _plain({k: v for k, v in vars(value).items() if k != "map"}, bounded)
     return value

@@ -55,6 +55,10 @@ def plot_drift(found: Drift, folder: Path) -> list[Path]:
         DriftError: If matplotlib is not installed, or a file cannot be written.
     """
     check_matplotlib()
+    if not found.arms:
+        raise DriftError(
+            "none of the drafters recycles a state, and that is what is drawn: leave --plot out"
+        )
     pictures = {"growth": growth, "attention": attention, "map": round_map}
     paths = [folder / f"{name}.png" for name in pictures]
     try:

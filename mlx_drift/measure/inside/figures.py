@@ -125,6 +125,38 @@ def add_up(chain: Chain, rows: slice, committed: Sequence[int], split: Split) ->
 
 
 @dataclass(frozen=True)
+class Looks:
+    """Sums over the rounds of one prompt, K rows and N heads (those of all layers) each.
+
+    Attributes:
+        chains: How many there are.
+        entropy: `[K, N]`.
+        attention: `[K, N, 5]`.
+    """
+
+    chains: int
+    entropy: Array
+    attention: Array
+
+    def __add__(self, other: "Looks") -> "Looks":
+        """Adds the rounds of another."""
+        return Looks(
+            self.chains + other.chains,
+            self.entropy + other.entropy,
+            self.attention + other.attention,
+        )
+
+
+def look(rows: Sequence[Array], committed: int, split: Split) -> Looks:
+    """Measures what each row of a round attends to, `[N, keys]`, behind `committed` ones."""
+    return Looks(
+        1,
+        np.stack([_entropy(row) for row in rows]),
+        np.stack([split.masses(row, committed) for row in rows]),
+    )
+
+
+@dataclass(frozen=True)
 class Head:
     """One head's attention: means over rounds, for each step.
 
@@ -142,32 +174,41 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """The means over chains, with intervals over prompts; lists have one element a step.
+class Attention:
+    """What steps look at: means over rounds, intervals over prompts; lists have one each a step.
 
     Attributes:
         chains: How many chains: rounds, or positions of the teacher-forced chain.
-        taps: The RMS of each tap, at the last committed token.
-        fused: The RMS of the fused input there.
-        rms: That of the recycled state.
-        growth: The RMS of the last step over that of the first.
-        cosine: Of the recycled state to the one before.
-        update: The size of the difference between the two, in parts of the one before.
         entropy: Of attention, in nats; a mean over heads.
         attention: The mass on each of `CLASSES`; a mean over heads.
         heads: The same for each head.
     """
 
     chains: int
+    entropy: list[Interval]
+    attention: dict[str, list[Interval]]
+    heads: list[Head]
+
+
+@dataclass(frozen=True)
+class Figures(Attention):
+    """What steps look at and recycle.
+
+    Attributes:
+        taps: The RMS of each tap, at the last committed token.
+        fused: The RMS of the fused input there.
+        rms: That of the recycled state.
+        growth: The RMS of the last step over that of the first.
+        cosine: Of the recycled state to the one before.
+        update: The size of the difference between the two, in parts of the one before.
+    """
+
     taps: list[Interval]
     fused: Interval
     rms: list[Interval]
     growth: Interval
     cosine: list[Interval]
     update: list[Interval]
-    entropy: list[Interval]
-    attention: dict[str, list[Interval]]
-    heads: list[Head]
 
 
 def figures_of(prompts: Sequence[Sums], layers: int) -> Figures:
@@ -179,6 +220,25 @@ def figures_of(prompts: Sequence[Sums], layers: int) -> Figures:
     """
     chains = [sums.chains for sums in prompts]
     states = np.stack([sums.states for sums in prompts])
+
+    def over_chains(sums: Array) -> list[Interval]:
+        """Divides sums `[prompts, K]` by the chains."""
+        return [ratio(column, chains) for column in sums.T]
+
+    return Figures(
+        **vars(attention_of(prompts, layers)),
+        taps=over_chains(np.stack([sums.taps for sums in prompts])),
+        fused=ratio([sums.fused for sums in prompts], chains),
+        rms=over_chains(states[..., 0]),
+        growth=ratio(states[:, -1, 0].tolist(), states[:, 0, 0].tolist()),
+        cosine=over_chains(states[..., 1]),
+        update=over_chains(states[..., 2]),
+    )
+
+
+def attention_of(prompts: Sequence[Sums | Looks], layers: int) -> Attention:
+    """Takes the means of what is attended to; arguments as in `figures_of`."""
+    chains = [sums.chains for sums in prompts]
     entropy = np.stack([sums.entropy for sums in prompts])
     attention = np.stack([sums.attention for sums in prompts])
 
@@ -189,14 +249,8 @@ def figures_of(prompts: Sequence[Sums], layers: int) -> Figures:
     total = sum(chains)
     mean_entropy, mean_attention = entropy.sum(axis=0) / total, attention.sum(axis=0) / total
     count = entropy.shape[-1]
-    return Figures(
+    return Attention(
         chains=total,
-        taps=over_chains(np.stack([sums.taps for sums in prompts])),
-        fused=ratio([sums.fused for sums in prompts], chains),
-        rms=over_chains(states[..., 0]),
-        growth=ratio(states[:, -1, 0].tolist(), states[:, 0, 0].tolist()),
-        cosine=over_chains(states[..., 1]),
-        update=over_chains(states[..., 2]),
         entropy=over_chains(entropy.mean(axis=-1)),
         attention={
             name: over_chains(attention[..., i].mean(axis=-1)) for i, name in enumerate(CLASSES)
