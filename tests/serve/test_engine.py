@@ -157,23 +157,29 @@ def test_random_conversations(family):
     assert run_conversations(tiny(family), 24, 1, 1 << 30, (4, 12)) > 0
 
 
+BOUNDS = {"roomy": lambda model: 1 << 30, "tight": lambda model: 4 * model.footprint.bytes(300)}
+"""Of the caches' bytes. So few that conversations have to leave, in the second."""
+
+
 @pytest.mark.long
+@pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("k", [3, "auto", 0])
 @pytest.mark.parametrize("family", [*TARGETS, "gemma3_text", "falcon_h1", "nemotron_h", "llama4"])
-def test_many_random_conversations(family, k):
+def test_many_random_conversations(family, k, bound):
     model = tiny(family, k=k)
-    for bound in (1 << 30, 4 * model.footprint.bytes(300)):
-        assert run_conversations(model, 200, 2, bound, (1, 4, 12, 30)) > 0
+    assert run_conversations(model, 200, 2, BOUNDS[bound](model), (1, 4, 12, 30)) > 0
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("name", ["eagle3.1", "mtp", None])
-def test_many_random_conversations_of_the_embedded_pair(name):
+def test_many_random_conversations_of_the_embedded_pair(name, bound, part):
+    """200 in all, in parts of some minutes each."""
     model, tokenizer, drafter = load_demo(name or "eagle3.1")
     drafter = drafter if name else PromptLookupDrafter(model)
     whole = loaded(model, drafter, tokenizer)
-    for bound in (1 << 30, 4 * whole.footprint.bytes(300)):
-        assert run_conversations(whole, 40, 3, bound, (1, 8, 30), 4096) > 0
+    assert run_conversations(whole, 40, 3 + part, BOUNDS[bound](whole), (1, 8, 30), 4096) > 0
 
 
 def test_the_bound_holds_and_the_oldest_leave(llama):
