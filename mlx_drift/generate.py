@@ -30,7 +30,6 @@ from mlx_drift.decode.answer import Chunk, answer
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.fork import LogitsProcessor, unforkable
 from mlx_drift.decode.one_thread import one_thread_at_a_time
-from mlx_drift.decode.plain import time_plain_steps
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
 from mlx_drift.decode.sampling import Sampler, Sampling
 from mlx_drift.decode.speculate import every
@@ -254,6 +253,7 @@ def stream_generate(
     count, told = 0, False
     with wired_limit([model, drafter.network]):
         start = time.perf_counter()
+        number = prompt_cache.begin()
         steps = answer(
             prompt_cache,
             tokens,
@@ -264,6 +264,7 @@ def stream_generate(
             sampling=sampling,
             key=_random_key(seed) if sampling.is_random else None,
             statistics=statistics,
+            number=number,
         )
         for step in steps:
             if isinstance(step, Chunk):
@@ -306,10 +307,9 @@ def stream_generate(
                 )
         seconds = draft_length.costs.known().get(PLAIN)
         if compare_plain and seconds is None:
-            last = mx.array(round.tokens[-1:])
-            with prompt_cache.under_way():
-                seconds = time_plain_steps(prompt_cache.target, last, prompt_cache.target_cache)
-            draft_length.costs.know(PLAIN, seconds)
+            seconds = prompt_cache.time_plain(round.tokens[-1], number)
+            if seconds is not None:
+                draft_length.costs.know(PLAIN, seconds)
         statistics.plain_step_seconds = seconds
         if num_draft_tokens == "auto":
             remember(drafter, draft_length)

@@ -40,6 +40,7 @@ def answer(
     key: mx.array | None,
     statistics: Statistics,
     clock: Clock | None = None,
+    number: int | None = None,
 ) -> Generator[Chunk | Round]:
     """Reads a prompt and answers it.
 
@@ -55,13 +56,14 @@ def answer(
         key: The randomness, at a temperature above 0.
         statistics: Grows with the rounds.
         clock: What the steps are timed by; see `speculate`.
+        number: What `prompt_cache.begin()` returned; None to begin here.
 
     Yields:
         A `Chunk` before the first chunk of the prompt and after each, then a `Round` for each
         target pass.
     """
     tokens = list(prompt)
-    number = prompt_cache.begin()
+    number = prompt_cache.begin() if number is None else number
     for done in prompt_cache.reading(tokens, cut=cut, marks=marks, number=number):
         yield Chunk(done, len(tokens))
     statistics.record_prompt(prompt_cache.reuse, len(tokens), prompt_cache.reused)

@@ -108,6 +108,7 @@ def decode_plain(
                 seconds=seconds,
                 host_seconds=seconds - (read - built),
                 is_plain=True,
+                is_last=text.finished,
                 settle=settle,
             )
             clock.go()

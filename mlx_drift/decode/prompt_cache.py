@@ -24,6 +24,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_drift.decode.draft_length import DraftLength
+from mlx_drift.decode.plain import time_plain_steps
 from mlx_drift.decode.speculate import Cut, Progress, every, prefill
 from mlx_drift.decode.text import Round, Settle
 from mlx_drift.drafters.protocol import Drafter, DrafterCache
@@ -39,8 +40,8 @@ over."""
 
 IN_USE = "the prompt cache is in use by another thread; make one for each conversation, or fork it"
 MEANWHILE = (
-    "the prompt cache was used for another prompt meanwhile, so this answer cannot go on; make a "
-    "prompt cache for each conversation"
+    "the prompt cache was finished or used for another prompt meanwhile, so this answer cannot go "
+    "on; make a prompt cache for each conversation"
 )
 MOST_KEPT = 4
 """Snapshots of marks that are kept, beside those of turns."""
@@ -244,19 +245,18 @@ class PromptCache:
         """Passes the rounds of the answer of that number on, and keeps their tokens.
 
         Raises:
-            DriftError: If another prompt was read since, or another thread is in a step.
+            DriftError: If it was ended meanwhile, or another thread is in a step.
         """
-        round: Round | None = None
+        is_last = False
         try:
-            while True:
+            while not is_last:
                 with self.under_way(number):
                     self._under_way = rounds
-                    round = next(rounds, None)
-                    if round is not None:
-                        self.tokens += round.tokens
-                        self._settle = round.settle
-                if round is None:
-                    break
+                    round = next(rounds)
+                    self.tokens += round.tokens
+                    self._settle = round.settle
+                    if is_last := round.is_last:  # nobody comes in between
+                        self._finish()
                 yield round
         finally:
             # Where another thread is in a step, that of a fork say, the next one to use it ends it.
@@ -270,11 +270,12 @@ class PromptCache:
     def finish(self) -> None:
         """Ends the answer under way, if there is one: takes back what is ahead of its tokens.
 
+        Whoever asks for more of that answer is told so.
+
         Raises:
             DriftError: If another thread is in the middle of a step.
         """
-        with self.alone():
-            self._finish()
+        self.begin()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -302,6 +303,22 @@ class PromptCache:
         """Computes what is still lazy, which belongs to this thread, for whoever comes next."""
         if not self.single_use:
             mx.async_eval(self.target_cache.state, self.drafter_cache.state)
+
+    def time_plain(self, last: int, number: int) -> float | None:
+        """Times plain steps after an answer; None if the caches have gone on to another prompt.
+
+        Args:
+            last: The answer's last token.
+            number: The answer's.
+
+        Returns:
+            Seconds of one.
+        """
+        try:
+            with self.under_way(number):
+                return time_plain_steps(self.target, mx.array([last]), self.target_cache)
+        except DriftError:
+            return None
 
     @contextmanager
     def under_way(self, number: int | None = None) -> Iterator[None]:

@@ -187,6 +187,7 @@ def speculate(
             host_seconds,
             source.is_copy,
             is_finite=is_finite,
+            is_last=text.finished,
         )
         start = clock()
         clock.stop()

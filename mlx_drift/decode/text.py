@@ -47,6 +47,7 @@ class Round:
     is_copy: bool = False  # the drafts were copied from further back
     is_plain: bool = False  # a token of plain decoding: nothing was drafted
     is_finite: bool = True  # all that the drafter computed for it
+    is_last: bool = False  # nothing is wanted after it
     settle: Settle | None = None  # what the caches need until the next round, if they are ahead
 
     @property

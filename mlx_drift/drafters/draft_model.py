@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Choose, Draft
+from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Choose, Draft, are_finite
 from mlx_drift.errors import DriftError
 from mlx_drift.target.caches import TargetCache
 from mlx_drift.target.model import Target
@@ -129,9 +129,12 @@ class DraftModelDrafter:
             if len(tokens) == k:
                 break
             self._feed(token, cache)
+        assert cache.logits is not None
+        finite = are_finite(cache.logits)  # what is not stays so: its rows are seen by all after it
         cache.restore(before, fed - 1)
         cache.logits = logits
-        return Draft(mx.concatenate(tokens), mx.concatenate(drawn_with) if drawn_with else None)
+        log_q = mx.concatenate(drawn_with) if drawn_with else None
+        return Draft(mx.concatenate(tokens), log_q, finite)
 
     def _feed(self, tokens: mx.array, cache: DraftModelState) -> None:
         cache.fed += tokens.size

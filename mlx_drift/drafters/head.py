@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import mlx.core as mx
 
-from mlx_drift.drafters.protocol import Choose, Draft
+from mlx_drift.drafters.protocol import Choose, Draft, are_finite
 from mlx_drift.drafters.schema import DrafterConfig, LayersConfig
 from mlx_drift.errors import DriftError
 from mlx_drift.target.model import Target
@@ -99,11 +99,11 @@ class HeadDrafter(ABC):
         accepted (z-lab/dflash #169).
         """
         if chooser is None or not chooser.processes:
-            return Draft(self.choose(logits))
+            return Draft(self.choose(logits), finite=are_finite(logits))
         tokens: list[mx.array] = []
         for row in mx.split(self._spread(logits), logits.shape[0]):
             tokens.append(chooser.likeliest(row, tokens))
-        return Draft(mx.concatenate(tokens))
+        return Draft(mx.concatenate(tokens), finite=are_finite(logits))
 
     def _in_turn(
         self,
@@ -121,9 +121,11 @@ class HeadDrafter(ABC):
         """
         tokens: list[mx.array] = []
         drawn_with: list[mx.array] = []
+        rows: list[mx.array] = []
         token = None
         for place in range(k):
             logits = logits_after(token, place)
+            rows.append(logits)
             if chooser is None or chooser.drafts_greedily:
                 token, log_probabilities = self.choose(logits), None
             else:
@@ -131,7 +133,8 @@ class HeadDrafter(ABC):
             tokens.append(token)
             if log_probabilities is not None:
                 drawn_with.append(log_probabilities)
-        return Draft(mx.concatenate(tokens), mx.concatenate(drawn_with) if drawn_with else None)
+        log_q = mx.concatenate(drawn_with) if drawn_with else None
+        return Draft(mx.concatenate(tokens), log_q, are_finite(mx.concatenate(rows)))
 
     def _spread(self, logits: mx.array) -> mx.array:
         """Lays draft logits `[M, D]` out over the target's vocabulary, `[M, V]`."""

@@ -24,8 +24,8 @@ class Draft:
             if there was no chance in it, and in a tree.
         parents: Which draft each one follows, one before it, `[k]` int32; −1 for the last committed
             token. None where each follows the one before: a chain.
-        finite: Whether the drafter's states were finite to the end, `[1]` bool; None if it has
-            none.
+        finite: Whether the drafter's states, or logits, were finite to the end, `[1]` bool; None
+            if it has none.
     """
 
     tokens: mx.array
@@ -42,6 +42,14 @@ class Draft:
         if self.parents is None or self.parents.size < 2:
             return None
         return Tree.of(self.parents)
+
+
+def are_finite(logits: mx.array) -> mx.array:
+    """Tells of draft logits `[M, V]` whether they mean something, `[1]` bool.
+
+    Some are minus infinity where tokens are ruled out; the largest of a row is a number.
+    """
+    return mx.all(mx.isfinite(mx.max(logits, axis=-1)), keepdims=True)
 
 
 class Choose(Protocol):

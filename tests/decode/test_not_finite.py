@@ -5,8 +5,10 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
-from mlx_drift import DriftWarning, Statistics, stream_generate
+from kinds import KINDS, random_head
+from mlx_drift import DraftModelDrafter, DriftWarning, Statistics, stream_generate
 from tiny import NoText, plain_greedy, tiny_drafter, tiny_llama
 
 PROMPT, COUNT = [3, 1, 4, 1, 5], 24
@@ -75,6 +77,36 @@ def test_weights_that_are_nan_in_any_dtype():
     assert statistics.not_finite == statistics.rounds - 1
     (warning,) = told
     assert "its weights may hold NaN" in warning
+
+
+@pytest.mark.parametrize("kind", ["draft model", *KINDS])
+def test_drafters_of_other_kinds(kind):
+    """A draft model, and heads that draft a block; a chain's is above."""
+    model = tiny_llama()
+    if kind == "draft model":
+        draft_model = tiny_llama()
+        draft_model.layers[0].mlp.down_proj.weight *= float("nan")
+        drafter = DraftModelDrafter(draft_model, model)
+    else:
+        drafter = random_head(kind, model)
+        name, weight = tree_flatten(drafter.network.parameters())[0]
+        drafter.network.load_weights([(name, weight * float("nan"))], strict=False)
+    tokens, statistics, told = say(model, drafter, num_draft_tokens=3)
+    assert tokens == plain_greedy(model, PROMPT, COUNT)
+    assert statistics.not_finite == statistics.rounds - 1  # the last token needs no draft
+    (warning,) = told
+    assert warning.startswith("the drafter's states are not finite")
+    _, statistics, told = say(model, sound(kind, model), num_draft_tokens=3)
+    assert statistics.not_finite == 0
+    assert not [warning for warning in told if "not finite" in warning]
+
+
+def sound(kind, model):
+    return (
+        DraftModelDrafter(tiny_llama(), model)
+        if kind == "draft model"
+        else random_head(kind, model)
+    )
 
 
 def test_sampling_keeps_the_target_s_distribution():

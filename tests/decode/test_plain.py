@@ -192,9 +192,24 @@ def test_only_tokens_that_overlap_with_the_next_step_are_timed(model, count):
 
 
 def test_after_a_short_answer_it_is_what_was_timed_and_not_one_tokens_time(model, monkeypatch):
-    monkeypatch.setattr(import_module("mlx_drift.generate"), "time_plain_steps", lambda *_: 7.0)
+    caches = import_module("mlx_drift.decode.prompt_cache")
+    monkeypatch.setattr(caches, "time_plain_steps", lambda *_: 7.0)
     for count in (1, 2, 3):
         drafter = tiny_drafter(model)
         keywords = {"drafter": drafter, "num_draft_tokens": "auto", "compare_plain": True}
         *_, last = stream_generate(model, NoText(), PROMPT, count, **keywords)
         assert last.statistics.plain_step_seconds == 7.0
+
+
+def test_a_cache_that_went_on_to_another_prompt_is_not_timed(model):
+    drafter = tiny_drafter(model)
+    cache = make_prompt_cache(model, drafter)
+    keywords = {"drafter": drafter, "prompt_cache": cache}
+    first = stream_generate(model, NoText(), PROMPT, 3, **keywords, compare_plain=True)
+    responses = [next(first) for _ in range(3)]
+    second = stream_generate(model, NoText(), [9, 8, 7], 9, **keywords)
+    said = [next(second).token]
+    assert list(first) == []  # it is whole, and nothing of it is told a second time
+    assert responses[-1].statistics.plain_step_seconds is None
+    said += [response.token for response in second]
+    assert said == plain_greedy(model, [9, 8, 7], 9)

@@ -19,6 +19,7 @@ from mlx_drift import (
     save_prompt_cache,
     stream_generate,
 )
+from mlx_drift.decode.draft_length import DraftLength
 from mlx_drift.target.model import Target
 from tiny import VOCAB, NoText, tiny_drafter, tiny_llama
 
@@ -201,10 +202,10 @@ def test_interrupted_anywhere_it_goes_on_with_what_is_whole(monkeypatch):
             for name in ("__call__", "verify"):
                 inner = getattr(Target, name)
 
-                def counting(self, tokens, caches, inner=inner):
+                def counting(self, *arguments, inner=inner):
                     nonlocal left
                     left -= 1
-                    result = inner(self, tokens, caches)
+                    result = inner(self, *arguments)
                     if left < 0:
                         raise KeyboardInterrupt
                     return result
@@ -320,6 +321,39 @@ def test_an_answer_that_another_prompt_overtook_is_refused():
         list(paused)
     prompt = [*prompt, *tokens, 8]
     assert say(model, drafter, prompt, cache)[0] == say(model, drafter, prompt)[0]
+
+
+@pytest.mark.parametrize("k", [3, 0])
+def test_an_answer_whose_cache_was_finished_says_so(k, tmp_path):
+    model = tiny_llama()
+    drafter = tiny_drafter(model)
+    cache = make_prompt_cache(model, drafter)
+    cache.draft_length = DraftLength(fixed=k)
+    keywords = {"drafter": drafter, "prompt_cache": cache, "num_draft_tokens": "auto"}
+    paused = stream_generate(model, NoText(), [1, 2, 3], **keywords)
+    next(paused)
+    cache.finish()
+    save_prompt_cache(tmp_path / "whole.safetensors", cache)
+    with pytest.raises(DriftError, match="was finished or used"):
+        list(paused)
+
+
+@pytest.mark.parametrize("k", [3, 0])
+def test_with_its_last_round_an_answer_is_over(k, tmp_path):
+    """Whoever takes the cache then, in whichever thread, finds nothing under way."""
+    model = tiny_llama()
+    drafter = tiny_drafter(model)
+    cache = make_prompt_cache(model, drafter)
+    cache.draft_length = DraftLength(fixed=k)
+    keywords = {"drafter": drafter, "prompt_cache": cache, "num_draft_tokens": "auto"}
+    answer = stream_generate(model, NoText(), [1, 2, 3], ANSWER, **keywords)
+    tokens = [next(answer).token for _ in range(ANSWER)]
+    assert not cache.is_ahead
+    cache.finish()
+    save_prompt_cache(tmp_path / "whole.safetensors", cache)
+    assert list(answer) == []
+    follow = [1, 2, 3, *tokens, 8]
+    assert say(model, drafter, follow, cache)[0] == say(model, drafter, follow)[0]
 
 
 @pytest.mark.parametrize("step", [0, -1])
