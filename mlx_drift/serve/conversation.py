@@ -17,6 +17,8 @@ from mlx_drift.decode.statistics import Statistics
 from mlx_drift.decode.text import Round
 from mlx_drift.serve.model import LoadedModel
 from mlx_drift.serve.request import Ended, Event, Piece, Reading, Request, Scored, Usage
+from mlx_drift.serve.said import Said, joined
+from mlx_drift.serve.steering import steering
 from mlx_drift.serve.wording import Wording
 
 Sink = Callable[[Event], None]
@@ -71,7 +73,7 @@ class Conversation:
         self._holds_up = holds_up
         self._steps: Generator[Chunk | Round] | None = None
         self._draft_length: DraftLength | None = None
-        self._wording = Wording(self.model.tokenizer, self.request.stop)
+        self._wording = Wording(self.model.tokenizer, self.request.stop, self.request.speech)
         self._done = 0
         self._count = 0
 
@@ -89,6 +91,7 @@ class Conversation:
         self._draft_length = draft_length
         self.statistics.draft_length = draft_length
         processors = make_logits_processors(**request.penalties)
+        processors += steering(self.model.tokenizer, request.speech, len(request.tokens))
         if request.grammar is not None:
             processors.append(request.grammar.processor(self.model.tokenizer, request.tokens))
         sampling = replace(request.sampling, logits_processors=tuple(processors))
@@ -155,26 +158,30 @@ class Conversation:
     def _events(self, round: Round) -> list[Event]:
         """Returns what a round added; the answer may end within it."""
         ends = self.model.tokenizer.eos_token_ids
-        text = ""
-        reason: Literal["stop", "length"] | None = None
+        said: list[Said] = []
+        reason: Literal["stop", "tool_calls", "length"] | None = None
         scored: list[Scored] = []
         for token, log_probabilities in zip(round.tokens, round.log_probabilities, strict=True):
             self._count += 1
             if token in ends:
                 reason = "stop"
                 break
-            text += self._wording.add(token)
+            said += self._wording.add(token)
             if self.request.top_logprobs is not None:
                 scored.append(_score(token, log_probabilities, self.request.top_logprobs))
-            if self._wording.stopped or self._count == self.request.max_tokens:
+            if self._wording.is_over:
+                reason = "stop"
+                break
+            if self._count == self.request.max_tokens:
                 reason = "length"
                 break
         if reason is not None:
-            text += self._wording.end()
-        events: list[Event] = [Piece(text, scored)] if text or scored else []
+            said += self._wording.end(is_cut=reason == "length")
+            if self._wording.is_over or reason == "stop":
+                reason = "tool_calls" if self._wording.calls else "stop"
+        events: list[Event] = [Piece(joined(said), scored)] if said or scored else []
         if reason is not None:
-            reason = "stop" if self._wording.stopped else reason
-            events.append(Ended(reason, self.usage))
+            events.append(Ended(reason, self.usage, self._wording.stopped))
         return events
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from mlx_drift.decode.sampling import Sampling
 from mlx_drift.grammar.grammar import Grammar
+from mlx_drift.serve.said import Said, Speech, Text
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Request:
         top_logprobs: How many of the likeliest tokens to tell with each token; None for not even
             its own log-probability.
         marks: Numbers of tokens after which other prompts may branch off: the system prompt's.
+        speech: How the answer is told apart; None for text alone.
     """
 
     tokens: list[int]
@@ -36,6 +38,7 @@ class Request:
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
     marks: tuple[int, ...] = ()
+    speech: Speech | None = None
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,17 @@ class Piece:
     """What a round added to the answer.
 
     Attributes:
-        text: Its text; what may be the start of a stop text is held back.
+        said: What is certain of it; what may be the start of a stop text or marker is held back.
         scored: Its tokens, where log-probabilities were asked for.
     """
 
-    text: str
+    said: list[Said]
     scored: list[Scored]
+
+    @property
+    def text(self) -> str:
+        """Its text: neither reasoning nor calls."""
+        return "".join(one.text for one in self.said if isinstance(one, Text))
 
 
 @dataclass(frozen=True)
@@ -93,10 +101,17 @@ class Usage:
 
 @dataclass(frozen=True)
 class Ended:
-    """The answer is whole: a stop token or text came, or `max_tokens`."""
+    """There is nothing more to the answer.
 
-    reason: Literal["stop", "length"]
+    Attributes:
+        reason: A stop token or text came; so it did after whole calls of tools; or `max_tokens`.
+        usage: What it took.
+        stop: The stop text that came.
+    """
+
+    reason: Literal["stop", "tool_calls", "length"]
     usage: Usage
+    stop: str | None = None
 
 
 @dataclass(frozen=True)

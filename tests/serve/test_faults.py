@@ -27,11 +27,31 @@ def running():
     assert process.returncode == 0
 
 
+HISTORY = [
+    {"role": "user", "content": [{"type": "text", "text": QUESTION}]},
+    {
+        "role": "assistant",
+        "reasoning_content": "hm",
+        "tool_calls": [
+            {"id": "a", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "a", "content": "b"},
+]
+
+
 def valid():
     return {
         "/v1/chat/completions": said(
-            QUESTION, max_tokens=2, stop=["a"], logit_bias={"5": 1}, stream_options={}
-        ),
+            QUESTION,
+            max_tokens=2,
+            stop=["a"],
+            logit_bias={"5": 1},
+            stream_options={},
+            tools=[{"type": "function", "function": {"name": "look", "parameters": {}}}],
+            tool_choice="none",
+        )
+        | {"messages": HISTORY},
         "/v1/completions": {"prompt": "def", "max_tokens": 2, "temperature": 0.5, "seed": 1},
         "/tokenize": {"messages": [{"role": "user", "content": "a"}]},
     }
@@ -146,7 +166,10 @@ def test_two_thousand_malformed_bodies(running):
         ),
         ({"role": "user", "content": [{"type": "input_audio"}]}, "input_audio"),
         ({"role": "user", "content": [{"type": "file", "file": {"file_id": "a"}}]}, "file"),
-        ({"role": "tool", "content": "a"}, "role"),
+        ({"role": "tool", "content": "a"}, "tool_call_id"),
+        ({"role": "function", "content": "a"}, "role"),
+        ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "tool_calls[0].function"),
+        ({"role": "user", "tool_calls": []}, "tool_calls"),
         ({"role": "user", "content": 5}, "content"),
         ({"role": "user"}, "messages"),
         ({"content": "a"}, "role"),

@@ -8,7 +8,8 @@ from openai.resources.chat.completions import Completions as Chat
 from openai.resources.completions import Completions
 
 import mlx_drift.serve
-from mlx_drift.serve.api.fields import ACCEPTED, CHAT, COMPLETIONS, EVERY, BadRequest
+from mlx_drift.serve.api.fields import BadRequest
+from mlx_drift.serve.api.tables import ACCEPTED, CHAT, COMPLETIONS, EVERY
 
 README = Path(mlx_drift.serve.__file__).parent / "README.md"
 
@@ -54,9 +55,11 @@ GOOD = {
     "prediction": {"type": "content", "content": "a"},
     "modalities": ["text"],
     "response_format": {"type": "text"},
-    "tools": [],
-    "tool_choice": "auto",
-    "parallel_tool_calls": True,
+    "tools": [{"type": "function", "function": {"name": "a"}}],
+    "tool_choice": {"type": "function", "function": {"name": "a"}},
+    "parallel_tool_calls": False,
+    "reasoning_effort": "low",
+    "thinking_budget": 5,
     "echo": False,
     "best_of": 1,
 }
@@ -101,9 +104,11 @@ BAD = {
     "prompt_cache_options": "explicit",
     "modalities": ["audio"],
     "response_format": {"type": "jsonobject"},
-    "tools": [{"type": "function"}],
-    "tool_choice": "required",
+    "tools": ["a"],
+    "tool_choice": {"type": "function"},
     "parallel_tool_calls": "yes",
+    "reasoning_effort": "much",
+    "thinking_budget": -1,
     "echo": True,
     "best_of": 2,
 }

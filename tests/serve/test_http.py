@@ -248,6 +248,16 @@ def test_tokenize(running, demo):
     assert post(f"{running.root}/tokenize", {}).status == 400
 
 
+def test_a_model_without_tools_says_so(running):
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    body = said(QUESTION, max_tokens=1, tools=tools)
+    answered = post(f"{running.url}/chat/completions", body)
+    assert (answered.status, answered.error["param"]) == (400, "tools")
+    assert "mlx-drift-demo calls none" in answered.error["message"]
+    answered = post(f"{running.url}/chat/completions", body | {"tool_choice": "none"})
+    assert answered.status == 200
+
+
 def test_health_and_metrics(running, client):
     assert fetch(f"{running.root}/health").json == {"status": "ok"}
     client.chat.completions.create(model="mlx-drift-demo", messages=user(QUESTION), max_tokens=8)

@@ -11,9 +11,10 @@ from mlx_drift.decode.sampling import Sampling
 from mlx_drift.errors import DriftError
 from mlx_drift.grammar.grammar import Grammar
 from mlx_drift.serve.api.fields import BadRequest, Fields
-from mlx_drift.serve.api.prompts import check_length
+from mlx_drift.serve.api.prompts import Prompt, check_length
 from mlx_drift.serve.api.served import Served
 from mlx_drift.serve.request import Ended, Piece, Request, Usage
+from mlx_drift.serve.said import Block, Blocks, CallBegan, Reasoning, Speech, Text
 
 MINUS_INFINITY = -9999.0
 """As OpenAI's API writes it: JSON has no infinity."""
@@ -27,13 +28,39 @@ class Answer:
     ended: Ended
 
     @property
+    def blocks(self) -> list[Block]:
+        """What it says, in stretches; of calls, those that are whole or that the limit cut."""
+        blocks = Blocks()
+        for piece in self.pieces:
+            for said in piece.said:
+                blocks.add(said)
+        is_cut = self.ended.reason == "length"
+        return [b for b in blocks.every if b.kind is not CallBegan or b.is_whole or is_cut]
+
+    @property
     def text(self) -> str:
         """Its text."""
-        return "".join(piece.text for piece in self.pieces)
+        return "".join(block.text for block in self.blocks if block.kind is Text)
+
+    @property
+    def reasoning(self) -> str:
+        """What came before it."""
+        return "".join(block.text for block in self.blocks if block.kind is Reasoning)
+
+    @property
+    def calls(self) -> list[Block]:
+        """Its calls."""
+        return [block for block in self.blocks if block.kind is CallBegan]
 
 
 class Reply(Protocol):
-    """How a dialect writes its answers: whole, or as server-sent events."""
+    """How a dialect writes its answers: whole, or as server-sent events.
+
+    Attributes:
+        keepalive: The event that says nothing.
+    """
+
+    keepalive: str
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """Returns the body of a response."""
@@ -49,6 +76,9 @@ class Reply(Protocol):
 
     def closing(self, ended: Sequence[Ended]) -> str:
         """Returns the events that come last."""
+
+    def failed(self, error: BadRequest) -> str:
+        """Returns the event that comes last if there will be no more of the answers."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +116,11 @@ class Dialect(Protocol):
 def ask(
     given: dict[str, Any],
     served: Served,
-    prompts: Sequence[tuple[list[int], tuple[int, ...]]],
+    prompts: Sequence[Prompt],
     *,
     param: str,
     top_logprobs: int | None,
+    speech: Speech | None = None,
     grammar: Grammar | None = None,
 ) -> list[Request]:
     """Makes the engine's requests: `n` for every prompt.
@@ -97,9 +128,10 @@ def ask(
     Args:
         given: The fields that all completions have in common.
         served: The model.
-        prompts: Token ids of each, and where others may branch off.
+        prompts: What is to be answered.
         param: The field they came from.
         top_logprobs: How many of the likeliest tokens to tell; None for no log-probabilities.
+        speech: How answers are told apart.
         grammar: What the answers must be (`mlx_drift.serve.api.formats`); None for anything.
 
     Raises:
@@ -128,14 +160,14 @@ def ask(
         raise BadRequest(f"temperature: {error}", "temperature") from None
     stop = given.get("stop", [])
     requests = []
-    for tokens, marks in prompts:
-        check_length(served, tokens, param)
-        room = served.context - len(tokens)
+    for prompt in prompts:
+        check_length(served, prompt.tokens, param)
+        room = served.context - len(prompt.tokens)
         for choice in range(given.get("n", 1)):
             seed = given.get("seed")
             requests.append(
                 Request(
-                    tokens=tokens,
+                    tokens=prompt.tokens,
                     max_tokens=min(most or defaults.max_tokens, room),
                     sampling=sampling,
                     penalties=_penalties(given, served),
@@ -144,7 +176,8 @@ def ask(
                     num_draft_tokens=given.get("num_draft_tokens"),
                     stop=tuple(s for s in ([stop] if isinstance(stop, str) else stop) if s),
                     top_logprobs=top_logprobs,
-                    marks=marks,
+                    marks=prompt.marks,
+                    speech=speech,
                 )
             )
     return requests

@@ -14,12 +14,16 @@ from mlx_drift.serve.api.asking import (
     openai_error,
     usage,
 )
-from mlx_drift.serve.api.events import DONE, data
-from mlx_drift.serve.api.fields import CHAT, BadRequest
+from mlx_drift.serve.api.events import DONE, KEEPALIVE, data
+from mlx_drift.serve.api.fields import BadRequest
 from mlx_drift.serve.api.formats import response_format
+from mlx_drift.serve.api.history import read_messages
 from mlx_drift.serve.api.prompts import lay_out
 from mlx_drift.serve.api.served import Served
+from mlx_drift.serve.api.tables import CHAT
+from mlx_drift.serve.api.tools import check_free, check_tools, read_tools
 from mlx_drift.serve.request import Ended, Piece, Scored
+from mlx_drift.serve.said import CallArguments, CallBegan, Reasoning, Said, Speech, Text
 
 CHUNK = "chat.completion.chunk"
 
@@ -32,13 +36,39 @@ class Chat:
 
     def read(self, given: dict[str, Any], served: Served, name: str) -> Asked:
         """Reads the fields of a request."""
-        prompt = lay_out(served, given["messages"], given.get("chat_template_kwargs", {}))
+        tools = read_tools(given.get("tools", []))
+        choice = given.get("tool_choice", "auto")
+        must_call = None
+        if isinstance(choice, dict):
+            must_call = choice["function"]["name"]
+        elif choice == "required":
+            must_call = ""
+        offered = [] if choice == "none" else tools
+        check_tools(served, offered, must_call)
+        keywords = effort(given.get("reasoning_effort")) | given.get("chat_template_kwargs", {})
+        prompt = lay_out(served, read_messages(given["messages"]), keywords, offered)
+        speech = Speech(
+            tools=offered,
+            begins_in_reasoning=prompt.begins_in_reasoning,
+            calls_once=not given.get("parallel_tool_calls", True),
+            must_call=must_call,
+            thinking_budget=given.get("thinking_budget"),
+        )
+        grammar = response_format(given.get("response_format"), served)
+        check_free(grammar, must_call, "response_format")
         wanted = given.get("logprobs", False)
         if "top_logprobs" in given and not wanted:
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
         top = given.get("top_logprobs", 0) if wanted else None
-        grammar = response_format(given.get("response_format"), served)
-        requests = ask(given, served, [prompt], param="messages", top_logprobs=top, grammar=grammar)
+        requests = ask(
+            given,
+            served,
+            [prompt],
+            param="messages",
+            top_logprobs=top,
+            speech=speech,
+            grammar=grammar,
+        )
         options = given.get("stream_options") or {}
         reply = ChatReply(
             Head.make("chatcmpl", name),
@@ -53,8 +83,17 @@ class Chat:
         return openai_error(error)
 
 
+def effort(asked: str | None) -> dict[str, Any]:
+    """Returns the keywords of a template that an effort of reasoning comes to."""
+    if asked is None:
+        return {}
+    return {"enable_thinking": False} if asked == "none" else {"reasoning_effort": asked}
+
+
 class ChatReply:
     """Writes chat completions, and their chunks."""
+
+    keepalive = KEEPALIVE
 
     def __init__(
         self, head: Head, tokenizer: TokenizerWrapper, choices: int, *, include_usage: bool
@@ -63,16 +102,29 @@ class ChatReply:
         self.tokenizer = tokenizer
         self.choices = choices
         self.include_usage = include_usage
+        self._calls = [-1] * choices  # index of the last call of each answer
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """Returns the body of a response."""
         choices = []
         for index, answer in enumerate(answers):
             scored = [token for piece in answer.pieces for token in piece.scored]
+            message: dict[str, Any] = {
+                "role": "assistant",
+                "content": answer.text,
+                "refusal": None,
+            }
+            if answer.reasoning:
+                message |= _reasoning(answer.reasoning)
+            if answer.calls:
+                message["content"] = answer.text or None
+                message["tool_calls"] = [
+                    _call(call.id, call.name, call.text) for call in answer.calls
+                ]
             choices.append(
                 {
                     "index": index,
-                    "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                    "message": message,
                     "logprobs": self._logprobs(scored),
                     "finish_reason": answer.ended.reason,
                 }
@@ -86,8 +138,15 @@ class ChatReply:
         return "".join(self._chunk(index, role, None, None) for index in range(self.choices))
 
     def piece(self, index: int, piece: Piece) -> str:
-        """Returns the chunk of a piece."""
-        return self._chunk(index, {"content": piece.text}, self._logprobs(piece.scored), None)
+        """Returns the chunks of a piece; the first of them has its log-probabilities."""
+        deltas = [delta for said in piece.said if (delta := self._delta(index, said))]
+        if piece.scored and not deltas:
+            deltas = [{"content": ""}]
+        logprobs = self._logprobs(piece.scored)
+        return "".join(
+            self._chunk(index, delta, None if i else logprobs, None)
+            for i, delta in enumerate(deltas)
+        )
 
     def ended(self, index: int, ended: Ended) -> str:
         """Returns the chunk with which an answer ends."""
@@ -98,6 +157,24 @@ class ChatReply:
         if not self.include_usage:
             return DONE
         return data(self.head.of(CHUNK, []) | {"usage": usage(ended, self.choices)}) + DONE
+
+    def failed(self, error: BadRequest) -> str:
+        """Returns the error."""
+        return data(openai_error(error))
+
+    def _delta(self, index: int, said: Said) -> dict[str, Any] | None:
+        """Returns what a piece changes of the message; None for nothing."""
+        if isinstance(said, Text):
+            return {"content": said.text}
+        if isinstance(said, Reasoning):
+            return _reasoning(said.text)
+        if isinstance(said, CallBegan):
+            self._calls[index] += 1
+            return {"tool_calls": [{"index": self._calls[index]} | _call(said.id, said.name, "")]}
+        if isinstance(said, CallArguments):
+            call = {"index": self._calls[index], "function": {"arguments": said.text}}
+            return {"tool_calls": [call]}
+        return None
 
     def _chunk(
         self,
@@ -129,3 +206,12 @@ class ChatReply:
             "logprob": max(log_probability, MINUS_INFINITY),
             "bytes": None if "\N{REPLACEMENT CHARACTER}" in text else [*text.encode()],
         }
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """Returns reasoning under both names that clients read."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
+def _call(id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}

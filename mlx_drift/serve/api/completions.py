@@ -14,10 +14,11 @@ from mlx_drift.serve.api.asking import (
     openai_error,
     usage,
 )
-from mlx_drift.serve.api.events import DONE, data
-from mlx_drift.serve.api.fields import COMPLETIONS, MOST_CHOICES, BadRequest
-from mlx_drift.serve.api.prompts import encode
+from mlx_drift.serve.api.events import DONE, KEEPALIVE, data
+from mlx_drift.serve.api.fields import BadRequest
+from mlx_drift.serve.api.prompts import Prompt, encode
 from mlx_drift.serve.api.served import Served
+from mlx_drift.serve.api.tables import COMPLETIONS, MOST_CHOICES
 from mlx_drift.serve.request import Ended, Piece, Scored
 
 KIND = "text_completion"
@@ -33,7 +34,7 @@ class Completions:
         """Reads the fields of a request."""
         prompt = given["prompt"]
         single = isinstance(prompt, str) or isinstance(prompt[0], int)
-        prompts = [(encode(served, one), ()) for one in ([prompt] if single else prompt)]
+        prompts = [Prompt(encode(served, one)) for one in ([prompt] if single else prompt)]
         choices = given.get("n", 1)
         if len(prompts) * choices > MOST_CHOICES:
             raise BadRequest(
@@ -57,6 +58,8 @@ class Completions:
 
 class CompletionReply:
     """Writes completions, whole and in pieces: objects of one kind."""
+
+    keepalive = KEEPALIVE
 
     def __init__(
         self, head: Head, tokenizer: TokenizerWrapper, choices: int, *, include_usage: bool
@@ -93,6 +96,10 @@ class CompletionReply:
         if not self.include_usage:
             return DONE
         return data(self.head.of(KIND, []) | {"usage": usage(ended, self.choices)}) + DONE
+
+    def failed(self, error: BadRequest) -> str:
+        """Returns the error."""
+        return data(openai_error(error))
 
     def _chunk(self, choices: list[dict[str, Any]]) -> str:
         chunk = self.head.of(KIND, choices)

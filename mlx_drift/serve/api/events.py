@@ -14,5 +14,10 @@ def data(value: dict[str, Any]) -> str:
 
 
 def dumps(value: Any) -> str:
-    """Writes JSON."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """Writes JSON; lone surrogates, which UTF-8 cannot hold, as escapes."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text

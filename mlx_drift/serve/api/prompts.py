@@ -1,63 +1,63 @@
 """Messages and texts as token ids.
 
-Notable:
-- Claude Code opens its system text with a billing line that changes with every request; were it
-  fed, no prefix would ever be met again (vllm-mlx #277). It is taken out of system messages.
-- A template comes with the model, never with a request, and runs in transformers' sandbox.
+A template comes with the model, never with a request, and runs in transformers' sandbox.
 """
 
 import contextlib
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mlx_drift.errors import brief, printable
-from mlx_drift.serve.api.fields import MOST_CHARACTERS, BadRequest
-from mlx_drift.serve.api.kinds import text
+from mlx_drift.errors import brief
+from mlx_drift.serve.api.fields import BadRequest
+from mlx_drift.serve.api.history import Message
 from mlx_drift.serve.api.served import Served
-
-BILLING = "x-anthropic-billing-header:"
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""The roles of messages, and what the template calls them."""
-
-EMPTY: tuple[Any, ...] = (None, [], {}, "")
-CONTENT = text(MOST_CHARACTERS)
-TEXTS = ("name", "reasoning_content")
-"""Keys of a message that are handed to the template."""
-
-HOLLOW = "refusal annotations audio function_call tool_calls".split()
-"""Keys that clients send back with an answer of this server, where they hold nothing."""
-
-PART = {"type", "text", "annotations", "cache_control", "prompt_cache_breakpoint"}
-"""Keys of a part of a message's content; the last two are hints about caches."""
+from mlx_drift.serve.api.tools import Tool
 
 RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
 """Keywords that a request may not give: among them templates and files."""
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What the model reads.
+
+    Attributes:
+        tokens: Token ids.
+        marks: After how many of them other prompts may branch off.
+        begins_in_reasoning: It ends within reasoning.
+    """
+
+    tokens: list[int]
+    marks: tuple[int, ...] = ()
+    begins_in_reasoning: bool = False
+
+
 def lay_out(
     served: Served,
-    messages: Sequence[dict[str, Any]],
+    messages: Sequence[Message],
     keywords: dict[str, Any],
+    tools: Sequence[Tool] = (),
     *,
+    param: str = "messages",
     add_generation_prompt: bool = True,
-) -> tuple[list[int], tuple[int, ...]]:
+) -> Prompt:
     """Lays the model's chat template around messages.
 
     Args:
         served: The model.
-        messages: As they came in.
+        messages: As templates take them.
         keywords: Keywords of the template.
+        tools: What the model is told that it may call.
+        param: The field that the messages came from.
         add_generation_prompt: End where the answer begins.
 
-    Returns:
-        Token ids, and after how many of them other prompts may branch off.
-
     Raises:
-        BadRequest: If a message holds what it cannot, or the template refuses.
+        BadRequest: If the template refuses.
     """
     if not served.tokenizer.has_chat_template:
         raise BadRequest(
@@ -69,13 +69,16 @@ def lay_out(
             f"chat_template_kwargs.{reserved[0]}",
         )
     keywords = served.defaults.chat_template_kwargs | keywords
-    cleaned = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    if tools:
+        keywords |= {"tools": list(tools)}
+    cleaned = list(messages)
     try:
-        tokens = _render(served, cleaned, keywords, add_generation_prompt)
+        text = _render(served, cleaned, keywords, add_generation_prompt)
     except Exception as error:  # a template is a program and raises what it likes
         raise BadRequest(
-            f"the model's chat template refuses the messages ({brief(str(error))})", "messages"
+            f"{param}: the model's chat template refuses them ({brief(str(error))})", param
         ) from None
+    tokens = _tokens(served, text)
     marks: set[int] = set()
     if served.branches and add_generation_prompt:
         system = [*takewhile(lambda message: message["role"] == "system", cleaned)]
@@ -84,17 +87,24 @@ def lay_out(
             others.append([*system, {"role": "user", "content": "."}])
         for other in others:
             with contextlib.suppress(Exception):  # a template may have no such form
-                marks.add(_shared(tokens, _render(served, other, keywords, False)))
-    return tokens, tuple(sorted(mark for mark in marks if 1 < mark < len(tokens)))
+                marks.add(_shared(tokens, _tokens(served, _render(served, other, keywords, False))))
+    within = tuple(sorted(mark for mark in marks if 1 < mark < len(tokens)))
+    start = served.tokenizer.think_start if served.tokenizer.has_thinking else None
+    return Prompt(tokens, within, start is not None and text.rstrip().endswith(start))
 
 
 def _render(
-    served: Served, messages: list[dict[str, Any]], keywords: dict[str, Any], generation: bool
-) -> list[int]:
-    rendered = served.tokenizer.apply_chat_template(
-        messages, **keywords, tokenize=False, add_generation_prompt=generation
+    served: Served, messages: list[Message], keywords: dict[str, Any], generation: bool
+) -> str:
+    return str(
+        served.tokenizer.apply_chat_template(
+            messages, **keywords, tokenize=False, add_generation_prompt=generation
+        )
     )
-    return [*served.tokenizer.encode(rendered, add_special_tokens=False)]
+
+
+def _tokens(served: Served, text: str) -> list[int]:
+    return [*served.tokenizer.encode(text, add_special_tokens=False)]
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
@@ -134,63 +144,3 @@ def check_length(served: Served, tokens: Sequence[int], param: str) -> None:
             param,
             code="context_length_exceeded",
         )
-
-
-def _message(message: dict[str, Any], at: str) -> dict[str, Any]:
-    """Checks a message, and returns what the template is handed of it."""
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRequest(f"{at}.role is {brief(role)}; expected {', '.join(ROLES)}", f"{at}.role")
-    cleaned = {"role": ROLES[role], "content": _content(message.get("content"), at)}
-    for key, value in message.items():
-        if key in ("role", "content") or (key in HOLLOW and value in EMPTY) or value is None:
-            continue
-        if key not in TEXTS:
-            shown = printable(key[:80])
-            raise BadRequest(f"{at}.{shown} is not supported; leave it out", f"{at}.{shown}")
-        cleaned[key] = _text(value, f"{at}.{key}")
-    if cleaned["role"] == "system":
-        cleaned["content"] = "".join(_without_billing(block) for block in cleaned["content"])
-    else:
-        cleaned["content"] = "".join(cleaned["content"])
-    return cleaned
-
-
-def _content(content: Any, at: str) -> list[str]:
-    """Returns the texts of a message's content.
-
-    Raises:
-        BadRequest: If there is something else, named by its type.
-    """
-    at = f"{at}.content"
-    if content is None:
-        return []
-    if not isinstance(content, list):
-        return [_text(content, at)]
-    texts = []
-    for i, part in enumerate(content):
-        here = f"{at}[{i}]"
-        if not isinstance(part, dict):
-            raise BadRequest(f"{here} is {brief(part)}; expected an object with a type", here)
-        kind = part.get("type")
-        if kind not in ("text", "input_text", "output_text"):
-            raise BadRequest(
-                f"{here}.type is {brief(kind)}; this server reads text only", f"{here}.type"
-            )
-        if unknown := sorted(part.keys() - PART):
-            shown = printable(unknown[0][:80])
-            raise BadRequest(f"{here}.{shown} is not supported; leave it out", f"{here}.{shown}")
-        texts.append(_text(part.get("text"), f"{here}.text"))
-    return texts
-
-
-def _text(value: Any, at: str) -> str:
-    try:
-        return CONTENT(value)
-    except ValueError as error:
-        raise BadRequest(f"{at} is {brief(value)}; {error}", at) from None
-
-
-def _without_billing(block: str) -> str:
-    """Takes the billing line off a system text that starts with it."""
-    return block.partition("\n")[2] if block.startswith(BILLING) else block

@@ -1,0 +1,228 @@
+"""The three tables of the endpoints that OpenAI's API had from the beginning."""
+
+from typing import Any
+
+from mlx_drift.decode.sampling import COLDEST
+from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS
+from mlx_drift.serve.api.fields import Accepted, Fields, Honoured
+from mlx_drift.serve.api.kinds import (
+    Kind,
+    anything,
+    boolean,
+    choice,
+    either,
+    integer,
+    list_of,
+    mapping,
+    number,
+    text,
+)
+
+MOST_CHARACTERS = 1 << 24
+MOST_MESSAGES = 4096
+MOST_CHOICES = 16
+MOST_STOPS = 16
+MOST_TOKENS = 1 << 24
+MOST_TOOLS = 1024
+
+NAME = text(512)
+STOP = text(512)
+
+
+def _is_bias(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) <= 1024
+        and all(
+            key.isascii() and key.isdecimal() and len(key) < 10 and number(-100, 100).passes(bias)
+            for key, bias in value.items()
+        )
+    )
+
+
+def _is_stream_options(value: Any) -> bool:
+    known = {"include_usage", "include_obfuscation"}
+    return isinstance(value, dict) and all(
+        key in known and (item is None or isinstance(item, bool)) for key, item in value.items()
+    )
+
+
+def _is_tool_choice(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return isinstance(value, str) and value in ("none", "auto", "required")
+    function = value.get("function")
+    return (
+        value.keys() == {"type", "function"}
+        and value["type"] == "function"
+        and isinstance(function, dict)
+        and function.keys() == {"name"}
+        and NAME.passes(function["name"])
+    )
+
+
+FORMATS = "text", "json_object", "json_schema", "regex", "grammar"
+FORMAT = Kind(
+    "an object whose `type` is " + ", ".join(f'"{name}"' for name in FORMATS),
+    lambda value: isinstance(value, dict) and value.get("type") in FORMATS,
+)
+FORMAT_DOES = (
+    "what the answer must be: `json_object`; `json_schema`, with `json_schema.schema`; `regex`, "
+    "with `pattern`; `grammar`, with `grammar` (Lark's, as llguidance has it). Reasoning comes "
+    "before it, calls of tools are ruled out by it. Needs the `grammar` extra"
+)
+
+EFFORT = choice("none", "minimal", "low", "medium", "high", "xhigh", "max")
+EFFORT_DOES = (
+    "the chat template's `reasoning_effort`, if it reads that; `none` sets its `enable_thinking` "
+    "to false"
+)
+TOOLS = list_of(mapping, MOST_TOOLS)
+
+CONTEXT_SIZE = integer(1, MOST_TOKENS)
+
+SAMPLING: dict[str, Honoured] = {
+    "model": Honoured(NAME, "which model answers; the default one if it is left out"),
+    "max_tokens": Honoured(integer(1, MOST_TOKENS), "tokens of the answer at most"),
+    "temperature": Honoured(
+        number(0, 2), f"0 for greedy decoding, else at least {COLDEST:g}; default: the server's"
+    ),
+    "top_p": Honoured(number(0, 1), "the likeliest tokens that make up this mass; 0 or 1 for all"),
+    "top_k": Honoured(integer(0, 1 << 31), "so many of the likeliest tokens; 0 for all"),
+    "min_p": Honoured(number(0, 1), "tokens at least this likely, in parts of the likeliest"),
+    "xtc_probability": Honoured(number(0, 1), "how often XTC removes the likeliest tokens but one"),
+    "xtc_threshold": Honoured(number(0, 0.5), "what a token must reach for XTC to see it"),
+    "seed": Honoured(
+        integer(0, (1 << 63) - 1),
+        "makes what is drawn reproducible; drafts are then of fixed length",
+    ),
+    "n": Honoured(integer(1, MOST_CHOICES), "answers to give"),
+    "stop": Honoured(either(STOP, list_of(STOP, MOST_STOPS)), "texts before which the answer ends"),
+    "stream": Honoured(boolean, "send the answer in pieces, as it is accepted"),
+    "stream_options": Honoured(
+        Kind("an object: `include_usage`, `include_obfuscation`", _is_stream_options),
+        "`include_usage`: a last piece that holds the usage; `include_obfuscation`: accepted",
+    ),
+    "presence_penalty": Honoured(number(-2, 2), "as mlx-lm's"),
+    "presence_context_size": Honoured(CONTEXT_SIZE, "last tokens it looks at; default 20"),
+    "frequency_penalty": Honoured(number(-2, 2), "as mlx-lm's"),
+    "frequency_context_size": Honoured(CONTEXT_SIZE, "last tokens it looks at; default 20"),
+    "repetition_penalty": Honoured(number(0.01, 100), "as mlx-lm's"),
+    "repetition_context_size": Honoured(CONTEXT_SIZE, "last tokens it looks at; default 20"),
+    "logit_bias": Honoured(
+        Kind("an object of token ids with a number from -100 to 100 each", _is_bias),
+        "added to the logits of tokens",
+    ),
+    "num_draft_tokens": Honoured(
+        integer(1, MAX_DRAFT_TOKENS), "drafts a round; default: the server's"
+    ),
+}
+"""What the completions of all kinds have in common."""
+
+HINT = "a hint about speed"
+ABOUT_THE_CALLER = "about who asks, not what"
+
+ACCEPTED: dict[str, Accepted] = {
+    "user": Accepted(NAME, ABOUT_THE_CALLER),
+    "safety_identifier": Accepted(NAME, ABOUT_THE_CALLER),
+    "metadata": Accepted(mapping, ABOUT_THE_CALLER),
+    "store": Accepted(choice(False), "nothing is stored; `true` is refused"),
+    "service_tier": Accepted(NAME, "there is one"),
+    "prompt_cache_key": Accepted(NAME, HINT),
+    "prompt_cache_retention": Accepted(NAME, HINT),
+    "prompt_cache_options": Accepted(mapping, HINT),
+}
+
+MESSAGE = Kind("an object", lambda value: isinstance(value, dict))
+
+NOT_LOADED = "models are loaded by the server's operator alone"
+
+REFUSED: dict[str, str] = {
+    "draft_model": NOT_LOADED,
+    "adapters": NOT_LOADED,
+}
+
+CHAT = Fields(
+    "/v1/chat/completions",
+    {
+        "messages": Honoured(
+            list_of(MESSAGE, MOST_MESSAGES, 1), "the conversation so far", required=True
+        ),
+        **SAMPLING,
+        "max_completion_tokens": Honoured(integer(1, MOST_TOKENS), "the same as `max_tokens`"),
+        "logprobs": Honoured(boolean, "give the log-probability of every token"),
+        "top_logprobs": Honoured(integer(0, 20), "and those of so many of the likeliest"),
+        "chat_template_kwargs": Honoured(mapping, "keywords of the chat template"),
+        "response_format": Honoured(FORMAT, FORMAT_DOES),
+        "reasoning_effort": Honoured(EFFORT, EFFORT_DOES),
+        "thinking_budget": Honoured(
+            integer(0, MOST_TOKENS), "tokens of reasoning at most; then its end is forced"
+        ),
+        "tools": Honoured(TOOLS, "functions that may be called"),
+        "tool_choice": Honoured(
+            Kind('"none", "auto", "required", or an object that names a function', _is_tool_choice),
+            "whether and which; with `none` the model is not told of the tools",
+        ),
+        "parallel_tool_calls": Honoured(boolean, "`false`: the answer ends after one call"),
+    },
+    {
+        **ACCEPTED,
+        "prediction": Accepted(anything, HINT),
+        "modalities": Accepted(
+            Kind('["text"]', lambda value: value == ["text"]), "text is what there is"
+        ),
+    },
+    {
+        **REFUSED,
+        "functions": "give them as tools",
+        "function_call": "give it as tool_choice",
+        "moderation": "this server judges nothing",
+        "audio": "this server speaks text only",
+        "web_search_options": "this server searches nothing",
+        "verbosity": "no model here was trained to it",
+        "role_mapping": "roles are the template's",
+    },
+)
+
+TOKEN = integer(0, MOST_TOKENS)
+TOKENS = list_of(TOKEN, MOST_TOKENS, 1)
+PROMPT = text(MOST_CHARACTERS)
+
+COMPLETIONS = Fields(
+    "/v1/completions",
+    {
+        "prompt": Honoured(
+            either(
+                PROMPT,
+                TOKENS,
+                list_of(PROMPT, MOST_CHOICES, 1),
+                list_of(TOKENS, MOST_CHOICES, 1),
+            ),
+            "texts or token ids to go on from",
+            required=True,
+        ),
+        **SAMPLING,
+        "logprobs": Honoured(integer(0, 5), "log-probabilities, and of so many of the likeliest"),
+    },
+    {
+        **ACCEPTED,
+        "echo": Accepted(choice(False), "`true` is refused"),
+        "best_of": Accepted(choice(1), "more than one is refused"),
+    },
+    {**REFUSED, "suffix": "a decoder cannot see what comes after"},
+)
+
+TOKENIZE = Fields(
+    "/tokenize",
+    {
+        "model": SAMPLING["model"],
+        "prompt": Honoured(PROMPT, "a text"),
+        "messages": Honoured(list_of(MESSAGE, MOST_MESSAGES, 1), "or a conversation"),
+        "chat_template_kwargs": CHAT.honoured["chat_template_kwargs"],
+        "add_generation_prompt": Honoured(boolean, "end where the answer begins; default true"),
+        "add_special_tokens": Honoured(boolean, "of a text: as the tokenizer does; default true"),
+        "return_token_strs": Honoured(boolean, "give the text of each token too"),
+    },
+    {},
+)
+
+EVERY = (CHAT, COMPLETIONS, TOKENIZE)
