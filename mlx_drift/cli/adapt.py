@@ -20,27 +20,42 @@ from mlx_drift.cli.prompts import parse_object
 from mlx_drift.cli.show import warning
 from mlx_drift.errors import DriftError
 from mlx_drift.measure.acceptance.wording import Wording, read_chat_template
-from mlx_drift.train.adapt import Stopped, adapt_drafter
+from mlx_drift.train.adapt import Adaptation, Stopped
 from mlx_drift.train.answers import Asking
 from mlx_drift.train.learner import Recipe
+from mlx_drift.train.plan import Plan
 
 OWN = "own"
 """What `--chat-template` and `--system-prompt` say for what is there without them."""
 
 
 def adapt(
+    mlx_path: Annotated[Path, typer.Option(help="The folder to write.")],
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="FOLDER|FILE|HUB",
             help="What it learns from: a folder with {train, valid, test}.jsonl as for "
             "mlx_lm.lora, a file of conversations or questions, or a Hub data set.",
         ),
-    ],
-    mlx_path: Annotated[Path, typer.Option(help="The folder to write.")],
+    ] = None,
+    questions: Annotated[
+        Literal["self"] | None,
+        typer.Option(help="self, in place of --data: the target asks itself, --limit of them."),
+    ] = None,
     model: options.Model = None,
     drafter: Annotated[
         str | None, typer.Option(help="The head to adapt, as for generate; not quantized.")
+    ] = None,
+    from_scratch: Annotated[
+        Literal["eagle3.1", "eagle3"] | None,
+        typer.Option(help="In place of --drafter: a head from nothing. It takes much data."),
+    ] = None,
+    draft_vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="D", help="Of --from-scratch. Default: 32000, or the target's.", min=1
+        ),
     ] = None,
     adapter_path: options.AdapterPath = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -140,6 +155,10 @@ def adapt(
     upload_repo: Annotated[
         str | None, typer.Option(help="A Hub repository to upload the result to.")
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Tell memory, tokens and time, and write nothing."),
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Train a head for your own target, on this machine, on what the target itself says.
@@ -170,27 +189,40 @@ def adapt(
     asking = Asking(max_tokens, sampled, temp, answer_draft_tokens, max_seq_length, seed)
     keywords = parse_object(chat_template_config, "--chat-template-config")
     wordings = _wordings(chat_template or [OWN], system_prompt or [OWN], keywords)
-    if model is not None and drafter is None:
+    if (data is None) == (questions is None):
+        raise DriftError("--data, or --questions self: give one of them")
+    if from_scratch is not None and drafter is not None:
+        raise DriftError("--drafter and --from-scratch are both given; give one of them")
+    if model is not None and drafter is None and from_scratch is None:
         raise DriftError("no drafter given for this model: add --drafter, the head to adapt")
-    head = choose_drafter(drafter, model, console)
+    if draft_vocab_size is not None and from_scratch is None:
+        raise DriftError("--draft-vocab-size is for --from-scratch; a head has its own")
+    head = None if from_scratch else choose_drafter(drafter, model, console)
     watch = _reporting(report_to, project_name, mlx_path, vars(recipe))
     target, tokenizer = load_model(model, adapter_path, trust_remote_code)
+    adaptation = Adaptation(
+        target,
+        tokenizer,
+        head,
+        data,
+        answers=answers,
+        recipe=recipe,
+        asking=asking,
+        wordings=wordings,
+        limit=limit,
+        control=control,
+        from_scratch=from_scratch,
+        draft_vocab_size=draft_vocab_size,
+        revision=revision,
+    )
+    if dry_run:
+        _show_plan(adaptation.plan(), as_json)
+        return
     try:
         with stopping() as stop, redirect_stdout(sys.stderr):
-            done = adapt_drafter(
-                target,
-                tokenizer,
-                head,
-                data,
+            done = adaptation.run(
                 mlx_path,
-                answers=answers,
-                recipe=recipe,
-                asking=asking,
-                wordings=wordings,
-                limit=limit,
-                control=control,
                 name=model,
-                revision=revision,
                 upload_repo=upload_repo,
                 stop=stop,
                 tell=_teller(watch, iters),
@@ -211,8 +243,9 @@ def adapt(
             out.print(figures(condition))
             out.print()
     typer.echo(
-        f"{head} → {mlx_path}: step {done.progress.best_step} of {done.progress.step}, "
-        f"{done.seconds / 60:.1f} min of training; {mlx_path}.run may be removed",
+        f"{head or from_scratch} → {mlx_path}: step {done.progress.best_step} of "
+        f"{done.progress.step}, {done.seconds / 60:.1f} min of training; {mlx_path}.run may be "
+        "removed",
         err=True,
     )
 
@@ -237,6 +270,23 @@ def stopping() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _show_plan(plan: Plan, as_json: bool) -> None:
+    """Tells what a training would be."""
+    if as_json:
+        typer.echo(json.dumps(plan.to_dict()))
+        return
+    for name, size in {**plan.memory.terms, "in all": plan.memory.total}.items():
+        typer.echo(f"{name:10} {size / 1e9:8.2f} GB")
+    typer.echo(f"{'device':10} {plan.memory.device / 1e9:8.2f} GB\n")
+    counts = ", ".join(f"{count} {part}" for part, count in plan.conversations.items() if count)
+    typer.echo(f"conversations: {counts}")
+    typer.echo(f"tokens in all steps: about {plan.tokens:,}")
+    typer.echo(
+        f"answers {plan.answer_seconds / 60:.1f} min, a step {plan.step_seconds:.2f} s, measuring "
+        f"{plan.measure_seconds:.1f} s each time: about {plan.seconds / 60:.0f} min in all"
+    )
 
 
 def _wordings(

@@ -48,6 +48,9 @@ NORMS = (
 HEADS = "lm_head embed_out output".split()
 """What mlx-lm's model files call the parts of a decoder."""
 
+TINY = 1e-3
+"""No final norm's gains are all below."""
+
 SINKS = 4
 """The first rows that mlx-lm keeps under `max_kv_size`."""
 
@@ -265,6 +268,16 @@ class Target:
                 if isinstance(parent.get(name), nn.Module):
                     return parent[name](states)
         return self._embedding.as_linear(states)
+
+    def final_gain(self) -> mx.array:
+        """Returns what the final norm makes of ones, `[hidden_size]`: its gain, however it is kept.
+
+        Ones where it makes nothing of them, as a norm does that takes the mean away.
+        """
+        ones = mx.ones((1, self.shape.hidden_size), self.dtype)
+        norm = _part(self._backbone, NORMS)
+        gain = ones[0] if norm is None else norm(ones)[0]
+        return gain if mx.any(mx.abs(gain) > TINY).item() else ones[0]
 
     def _taps(self, captured: Captured, rows: int) -> mx.array:
         """Stacks the captured states, `[M, A, hidden_size]`, and checks that none is missing."""

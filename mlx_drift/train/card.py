@@ -19,8 +19,8 @@ _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 BODY = """
 # {name}
 
-{what}, adapted from `{original}` to {target} with `mlx-drift adapt`: {best} steps of {batch} texts,
-of {texts} in all, whose answers {whose}.
+{what}, {origin} {target} with `mlx-drift adapt`: {best} steps of {batch} texts, of {texts} in all,
+whose answers {whose}.
 
 ```bash
 mlx-drift generate --model {model} --drafter {name} -p "…"
@@ -34,14 +34,14 @@ intervals:
 {rows}
 
 {distinct:.0%} of the 4-grams in what was held out are distinct. `adapted.json` has all settings and
-figures. The licence is that of the original head.
+figures.{licence}
 """
 
 
 def adapted_card(
     name: str,
     original: Path,
-    called: str,
+    called: str | None,
     target: str | None,
     done: "Adapted",
     settings: dict[str, Any],
@@ -51,15 +51,18 @@ def adapted_card(
     Args:
         name: Its repository, or else its folder's name.
         original: The folder of the head as it was.
-        called: What the user called that.
+        called: What the user called that; None if it was trained from nothing.
         target: What the user called the target, if anything.
         done: What came of it.
         settings: Those of the run.
     """
     config = read_config(original)
     kind, tag = kind_of(config)
-    is_repository = bool(_REPOSITORY.fullmatch(called)) and not Path(called).exists()
-    source = repository_of(config) or (called if is_repository else None)
+    source, origin = None, "trained from nothing for"
+    if called is not None:
+        is_repository = bool(_REPOSITORY.fullmatch(called)) and not Path(called).exists()
+        source = repository_of(config) or (called if is_repository else None)
+        origin = f"adapted from `{source or Path(called).name}` to"
     data = ModelCardData(
         library_name="mlx",
         base_model=source,
@@ -69,7 +72,7 @@ def adapted_card(
     body = BODY.format(
         name=name,
         what=kind,
-        original=source or Path(called).name,
+        origin=origin,
         target="a target of its own" if target is None else f"`{Path(target).name}`",
         model="TARGET" if target is None or not _REPOSITORY.fullmatch(target) else target,
         best=done.progress.best_step,
@@ -79,6 +82,7 @@ def adapted_card(
         k=settings["num_draft_tokens"],
         rows="\n".join(row for condition in done.measured for row in _rows(condition)),
         distinct=done.distinct,
+        licence="" if called is None else " The licence is that of the original head.",
     )
     return f"---\n{data.to_yaml()}\n---\n{body}"
 

@@ -101,7 +101,7 @@ def read_data(path: str, limit: int | None = None, seed: int = 0) -> Data:
     parts = {name: read_conversations(file, limit) for name, file in _files(path).items() if file}
     train, valid = parts["train"], parts.get("valid")
     if valid is None:
-        train, valid = _hold_out(train, path, seed)
+        train, valid = hold_out(train, path, seed)
     return Data(train, valid, parts.get("test", []))
 
 
@@ -155,10 +155,22 @@ def _files_on_hub(repo: str) -> dict[str, str | None]:
     return found
 
 
-def _hold_out(
+def hold_out(
     conversations: Sequence[Conversation], path: str, seed: int
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Draws what is held out of conversations that are all of one file."""
+    """Draws what is held out of conversations that are all of one file.
+
+    Args:
+        conversations: All of them.
+        path: What the file is called, for the message.
+        seed: Says which are held out.
+
+    Returns:
+        What is learned from, and what is held out.
+
+    Raises:
+        DriftError: If there are not enough of them.
+    """
     if len(conversations) < 2:
         raise DriftError(
             f"{path}: one conversation; expected at least two, of which one is held out"

@@ -12,6 +12,7 @@ from mlx_drift.train.answers import Answerer, varied
 from mlx_drift.train.conversations import Conversation
 from mlx_drift.train.held_out import Held
 from mlx_drift.train.layout import Text
+from mlx_drift.train.questions import ask_oneself
 
 
 class Gathering:
@@ -44,6 +45,21 @@ class Gathering:
         self.file = AnswerFile(file, settings)
         self.stopped = False
         self.notes: list[str] = []
+
+    def own_questions(self, count: int) -> list[Conversation]:
+        """Returns questions that the target asks itself, each but once."""
+        found: dict[str, Conversation] = {}
+        for number in range(count):
+            if self.stop():
+                self.stopped = True
+                break
+            question = ask_oneself(self.answerer, number, self.file)
+            if question is not None:
+                found.setdefault(str(question.messages[0]["content"]), question)
+            self._tell("questions of its own", number + 1, count)
+        left_out = count - len(found) if not self.stopped else 0
+        self._note(left_out, f"of {count} questions of its own come to no end, or twice")
+        return [*found.values()]
 
     def to_learn(self, conversations: Sequence[Conversation], *, given: bool) -> list[Text]:
         """Returns the texts to learn from.
@@ -104,7 +120,7 @@ class Gathering:
                 self.file.add(key, texts)
             found.append(texts)
             empty += not texts
-            self.tell("answers", {"what": what, "done": number + 1, "of": len(conversations)})
+            self._tell(what, number + 1, len(conversations))
         self._note(empty, f"prompts leave no room in {self.answerer.asking.max_seq_length} tokens")
         return found
 
@@ -125,6 +141,9 @@ class Gathering:
     def _cut(self, texts: Sequence[Text]) -> list[Text]:
         cut = [text.cut(self.answerer.asking.max_seq_length) for text in texts]
         return [text for text in cut if text.said]
+
+    def _tell(self, what: str, done: int, of: int) -> None:
+        self.tell("answers", {"what": what, "done": done, "of": of})
 
     def _note(self, count: int, what: str) -> None:
         if count:

@@ -14,6 +14,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_tokenizer
 
 from mlx_drift.demo import TARGET
+from mlx_drift.drafters.config import config_from_dict
+from mlx_drift.drafters.load import build_network
+from mlx_drift.target.model import Target
 from mlx_drift.train.adapt import adapt_drafter
 from mlx_drift.train.answers import Asking
 from mlx_drift.train.learner import Recipe
@@ -33,6 +36,29 @@ RECIPE = {
     "patience": 0,
     "num_draft_tokens": 2,
 }
+SIZES = {
+    "format_version": 1,
+    "taps": [5],
+    "hidden_size": 32,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+}
+LAYER = {
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rope_theta": 500.0,
+}
+BLOCK = LAYER | {"model_type": "llama", "hidden_size": 32, "rms_norm_eps": 1e-5}
+KINDS = {
+    "eagle": LAYER | {"drafter_type": "eagle", "num_layers": 1, "fc_bias": True},
+    "mtp": {
+        "drafter_type": "mtp",
+        "feedback": "post",
+        "block": BLOCK | {"num_hidden_layers": 1, "vocab_size": VOCABULARY},
+    },
+}
 ASKING = {"max_tokens": 24, "max_seq_length": 96}
 
 
@@ -44,14 +70,21 @@ def tiny_pair():
     return model, load_tokenizer(TARGET)
 
 
-def write_tiny_head(folder: Path, model) -> Path:
-    """Writes a random head for it."""
-    drafter = tiny_drafter(model, draft_vocab_size=SPOKEN, own_head=True)
+def write_tiny_head(folder: Path, model, kind: str = "eagle3") -> Path:
+    """Writes a random head of a kind for it."""
+    if kind == "eagle3":
+        drafter = tiny_drafter(model, draft_vocab_size=SPOKEN, own_head=True)
+        config, network = drafter.config, drafter.network
+    else:
+        config = config_from_dict(KINDS[kind] | SIZES | {"target": vars(Target(model).shape)})
+        mx.random.seed(7)
+        network = build_network(config, folder / "model.safetensors")
     folder.mkdir()
-    weights = dict(tree_flatten(drafter.network.parameters()))
-    weights["d2t"] = mx.zeros(SPOKEN, mx.int64)
+    weights = dict(tree_flatten(network.parameters()))
+    if kind == "eagle3":
+        weights["d2t"] = mx.zeros(SPOKEN, mx.int64)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(drafter.config.to_dict()))
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
     return folder
 
 
@@ -66,16 +99,10 @@ def write_data(folder: Path, count: int = 12) -> Path:
 def adapt(folder: Path, out: Path, model, tokenizer, **keywords):
     """Adapts the head of a folder."""
     recipe = Recipe(**RECIPE | keywords.pop("recipe", {}))
-    return adapt_drafter(
-        model,
-        tokenizer,
-        str(folder / "head"),
-        str(folder / "questions.jsonl"),
-        out,
-        recipe=recipe,
-        asking=Asking(**ASKING),
-        **keywords,
-    )
+    asking = Asking(**ASKING | keywords.pop("asking", {}))
+    head, data = str(folder / "head"), str(folder / "questions.jsonl")
+    given = {"drafter": head, "data": data, "recipe": recipe, "asking": asking}
+    return adapt_drafter(model, tokenizer, mlx_path=out, **given | keywords)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,24 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from adapting import adapt, tiny_pair, write_data, write_tiny_head
+from adapting import (
+    ASKING,
+    KINDS,
+    RECIPE,
+    adapt,
+    tiny_pair,
+    write_data,
+    write_tiny_head,
+)
 
-from mlx_drift import DriftError, load_drafter
+from mlx_drift import Asking, DriftError, Recipe, load_demo, load_drafter, stream_generate
 from mlx_drift.decode.fingerprint import fingerprint
 from mlx_drift.files.tensors import read_safetensors
-from mlx_drift.train.adapt import Stopped
+from mlx_drift.target.model import Target
+from mlx_drift.train.adapt import Adaptation, Stopped
+from mlx_drift.train.head import load_trainable
+from mlx_drift.train.scratch import scratch_config, write_scratch_head
+from tiny import NoText, plain_greedy
 
 CHILD = Path(__file__).with_name("adapting.py")
 
@@ -44,6 +56,14 @@ def unbroken(pair, folder):
 
 def weights(path: Path) -> dict[str, bytes]:
     return {name: bytes(memoryview(a)) for name, a in read_safetensors(path).items()}
+
+
+def assert_lossless(model, head: Path):
+    """The target says what it says alone."""
+    prompt = [3, 1, 4, 1, 5]
+    drafter = load_drafter(str(head), model)
+    said = stream_generate(model, NoText(), prompt, 24, drafter=drafter, num_draft_tokens=3)
+    assert [response.token for response in said] == plain_greedy(model, prompt, 24)
 
 
 def same_result(out: Path, other: Path) -> bool:
@@ -148,6 +168,68 @@ def test_what_does_not_fit_is_refused_before_it_begins(pair, folder, tmp_path, m
     with pytest.raises(DriftError, match=r"would take about 0\.0 GB \(target 0\.0, head.*has 0\.0"):
         adapt(folder, tmp_path / "out", *pair)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_other_kinds(kind, pair, folder, tmp_path):
+    write_tiny_head(tmp_path / "head", pair[0], kind)
+    shutil.copy(folder / "questions.jsonl", tmp_path)
+    recipe = {"iters": 8, "steps_per_eval": 8}
+    done = adapt(tmp_path, tmp_path / "out", *pair, limit=4, recipe=recipe)
+    start, end = done.progress.history
+    assert end["val_loss"] < start["val_loss"]
+    assert_lossless(pair[0], tmp_path / "out.run" / "best")
+
+
+def test_from_nothing_on_questions_of_its_own(tmp_path):
+    model, tokenizer, _ = load_demo()
+    done = adapt(
+        tmp_path,
+        tmp_path / "out",
+        model,
+        tokenizer,
+        drafter=None,
+        data=None,
+        limit=4,
+        from_scratch="eagle3.1",
+        draft_vocab_size=64,
+        asking={"num_draft_tokens": 0},
+        recipe={"iters": 4, "steps_per_eval": 4, "learning_rate": 1e-3},
+    )
+    start, end = done.progress.history
+    assert end["val_loss"] < start["val_loss"]
+    config = json.loads((tmp_path / "out.run" / "start" / "config.json").read_text())
+    assert (config["taps"], config["draft_vocab_size"]) == ([2, 4, 5], 64)
+    assert (config["feedback"], config["fc_norm"], config["own_head"]) == ("post", True, True)
+    assert_lossless(model, tmp_path / "out")
+    with pytest.raises(DriftError, match="a head to adapt, or a kind to train from scratch"):
+        Adaptation(model, tokenizer, None, "x")
+
+
+def test_a_head_from_nothing_is_a_logit_lens(tmp_path):
+    """What it says first is what the target's head makes of the deepest tap."""
+    model, _, _ = load_demo()
+    target = Target(model)
+    config = scratch_config("eagle3", target, None, 64)
+    folder = write_scratch_head(tmp_path / "head", config, target, [], 0)
+    drafter = load_trainable(folder, model)
+    target = Target(model, drafter.taps)
+    tokens = mx.array([3, 1, 4, 1, 5, 9], dtype=mx.int32)
+    _, taps = target(tokens, target.make_cache())
+    logits, _ = next(drafter.train_time_test_steps(tokens, taps[:-1].astype(mx.float32), 1))
+    norm = model.model.norm
+    expected = target.head(norm(taps[:-1, -1])).astype(mx.float32)
+    np.testing.assert_allclose(logits, expected, rtol=0.02, atol=0.05 * np.abs(expected).max())
+    assert mx.array_equal(mx.argmax(logits, -1), mx.argmax(expected, -1))
+
+
+def test_a_plan_computes_little_and_writes_nothing(pair, folder, tmp_path):
+    recipe, asking = Recipe(**RECIPE), Asking(**ASKING)
+    head, data = str(folder / "head"), str(folder / "questions.jsonl")
+    plan = Adaptation(*pair, head, data, recipe=recipe, asking=asking).plan()
+    assert plan.conversations == {"train": 11, "valid": 1, "test": 0, "control": 0}
+    assert plan.memory.total == sum(plan.memory.terms.values()) < plan.memory.device
+    assert plan.seconds > RECIPE["iters"] * plan.step_seconds > 0
 
 
 def test_the_command(cli, tmp_path):
