@@ -4,20 +4,21 @@ import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
 
 from mlx_drift.convert.card import model_card
-from mlx_drift.convert.conventions import TapConvention
+from mlx_drift.convert.conventions import TapConvention, Undecided
 from mlx_drift.convert.layers import Overrides, Slots
 from mlx_drift.convert.mtp.source import read_mtp_checkpoint
 from mlx_drift.convert.read.source import Checkpoint, read_checkpoint
 from mlx_drift.convert.read.stored import StoredTensor, from_mlx
 from mlx_drift.convert.resolved import Resolved
 from mlx_drift.convert.target import read_target_shape, shared_with_target
-from mlx_drift.convert.understand import understand
+from mlx_drift.convert.understand import drafts_blocks, understand
 from mlx_drift.convert.vocabulary import note_padding, read_d2t
 from mlx_drift.convert.write import Output, Progress, check_free, write_weights, written_whole
 from mlx_drift.drafters.config import MTPConfig, check_target
@@ -64,15 +65,27 @@ class Verdict:
         taps: What the checkpoint's tap layers mean.
         feedback: Which state the next chain step gets.
         notes: What the user should know of it, a line each.
+        slots: Which position a slot of a block predicts.
     """
 
     taps: TapConvention | None
     feedback: Feedback | None
     notes: list[str]
+    slots: Slots | None = None
 
 
-Probe = Callable[[Mapping[tuple[TapConvention, Feedback], Candidate]], Verdict]
+Reading = tuple[TapConvention, Feedback | Slots]
+"""What a checkpoint may mean: its taps; and the feedback of a chain, or the slots of a block."""
+
+Probe = Callable[[Mapping[Reading, Candidate]], Verdict]
 """Chooses between readings of a checkpoint (`mlx_drift.measure.conventions.ConventionProbe`)."""
+
+OPEN: dict[str, tuple[Any, ...]] = {
+    "taps": ("input", "output"),
+    "feedback": ("pre", "post"),
+    "slots": ("unshifted", "shifted"),
+}
+"""What a probe may be asked, and the answers."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +164,7 @@ def convert_drafter(
         slots: Which position a slot of a block predicts, its own (`unshifted`) or the one after
             (`shifted`), where the checkpoint does not say or is wrong.
         strict: Refuse config keys that are not recognised.
-        probe: Settles taps and feedback where you do not, by trying them on the target.
+        probe: Settles taps, and feedback or slots, where you do not, by trying them on the target.
         upload_repo: A Hub repository to upload the result to.
         progress: Called with the bytes of weights converted so far, and all of them.
 
@@ -178,7 +191,11 @@ def convert_drafter(
     shape = read_target_shape(target) if isinstance(target, str) else target
     overrides = Overrides(taps, feedback, rope_theta, window, slots)
     checkpoint = (read_mtp_checkpoint if mtp else read_checkpoint)(source, revision)
-    understand(checkpoint, shape, overrides)  # what is refused is refused before it is fetched
+    try:  # what is refused is refused before it is fetched
+        understand(checkpoint, shape, overrides)
+    except Undecided:
+        if probe is None:
+            raise
     checkpoint = checkpoint.fetched()
     notes: list[str] = []
     if probe is not None:
@@ -239,32 +256,28 @@ def _probe(
     checkpoint: Checkpoint, shape: TargetShape | None, overrides: Overrides, probe: Probe
 ) -> tuple[Overrides, list[str]]:
     """Lets the probe choose between the readings that the user leaves open."""
-    candidates: dict[tuple[TapConvention, Feedback], Candidate] = {}
+    candidates: dict[Reading, Candidate] = {}
     weights: dict[str, mx.array] = {}
-    tap_choices: tuple[TapConvention, ...] = ("input", "output")
-    feedback_choices: tuple[Feedback, ...] = ("pre", "post")
-    for taps in (overrides.taps,) if overrides.taps else tap_choices:
-        for feedback in (overrides.feedback,) if overrides.feedback else feedback_choices:
-            names = {"taps": overrides.taps, "feedback": overrides.feedback}
-            probed = frozenset(name for name, given in names.items() if given is None)
-            tried = replace(overrides, taps=taps, feedback=feedback, probed=probed)
-            try:
-                resolved = understand(checkpoint, shape, tried)
-                config, tensors, d2t = _checked(checkpoint, resolved, shape)
-            except DriftError:
-                if taps == "output":  # which ids that end at the last layer cannot mean
-                    continue
-                raise
-            weights = weights or {name: tensor.whole() for name, tensor in tensors.items()}
-            path = Path(checkpoint.weights)
-            network = load_network(config, weights, path)
-            candidates[taps, feedback] = Candidate(config, network, target_ids(config, d2t, path))
+    asked = "taps", "slots" if drafts_blocks(checkpoint) else "feedback"
+    given = [getattr(overrides, name) for name in asked]
+    probed = frozenset(name for name, one in zip(asked, given, strict=True) if one is None)
+    readings = ([one] if one else OPEN[name] for name, one in zip(asked, given, strict=True))
+    for reading in product(*readings):
+        said = dict(zip(asked, reading, strict=True))
+        tried = replace(overrides, **said, probed=probed)
+        try:
+            resolved = understand(checkpoint, shape, tried)
+            config, tensors, d2t = _checked(checkpoint, resolved, shape)
+        except DriftError:
+            if said["taps"] == "output":  # which ids that end at the last layer cannot mean
+                continue
+            raise
+        weights = weights or {name: tensor.whole() for name, tensor in tensors.items()}
+        path = Path(checkpoint.weights)
+        network = load_network(config, weights, path)
+        candidates[reading] = Candidate(config, network, target_ids(config, d2t, path))
     verdict = probe(candidates)
-    chosen = {
-        name: getattr(verdict, name)
-        for name in ("taps", "feedback")
-        if getattr(overrides, name) is None and getattr(verdict, name) is not None
-    }
+    chosen = {name: getattr(verdict, name) for name in probed if getattr(verdict, name) is not None}
     return replace(overrides, probed=frozenset(chosen), **chosen), verdict.notes
 
 

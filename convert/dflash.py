@@ -155,7 +155,8 @@ def _slots(values: Values, block_size: int, override: Slots | None, is_dspark: b
     """Settles which position a slot predicts.
 
     Raises:
-        DriftError: If the file contradicts itself, or does not say.
+        DriftError: If the file contradicts itself.
+        Undecided: If it does not say.
     """
     flags = {key: values.checked(key, bool) for key in ("sample_from_anchor", "shift_label")}
     drafts = read_max_drafts(values)
@@ -185,10 +186,10 @@ def _slots(values: Values, block_size: int, override: Slots | None, is_dspark: b
     if values.config.get("projector_type") != "dspark":
         values.rule("slots", "shifted", "the default of DeepSpec, which writes flat configs")
         return "shifted"
-    raise DriftError(
+    raise Undecided(
         f"{values.file} does not say which position a slot predicts: SpecForge trains DSpark heads "
         "on the one after its own, while its generation reads its own. Say which: --slots shifted "
-        "or --slots unshifted"
+        "or --slots unshifted; or let --probe-conventions try both"
     )
 
 

@@ -159,6 +159,12 @@ def _understand_converted(checkpoint: Checkpoint, overrides: Overrides) -> Resol
     )
 
 
+def drafts_blocks(checkpoint: Checkpoint) -> bool:
+    """Tells whether a checkpoint is of a head whose slots may be read in two ways."""
+    converted = "drafter_type" in checkpoint.config or checkpoint.wanted is not None
+    return not converted and _recognise(checkpoint).kind in ("dflash", "dspark")
+
+
 def _target_name(config: dict[str, Any]) -> dict[str, str]:
     """Reads the target's name from a speculators config, the only one that holds it."""
     match config.get("speculators_config"):

@@ -55,7 +55,7 @@ def convert(
         bool,
         typer.Option(
             "--probe-conventions",
-            help="Settle taps and feedback by trying them on the target (loads it).",
+            help="Settle taps, and feedback or slots, by trying them on the target (loads it).",
         ),
     ] = False,
     probe_on: Annotated[

@@ -1,11 +1,13 @@
 """The convention probe: which reading of a checkpoint's conventions its drafter was trained with.
 
 Two switches are not in the tensors and wrong in some configs: whether tap ids mean the inputs or
-the outputs of layers, and which state is fed back. The readings are tried on the target's own
-greedy text with the teacher-forced chain: what the *first* step drafts depends on the taps alone,
-what the *later* steps draft on the feedback too. Readings are compared position by position, by the
-likelihood they give the target's token: it tells more than whether the draft agrees, so a few
-hundred tokens settle it. The idea is this project's own; no engine does it.
+the outputs of layers, and which state is fed back, or, of heads that draft a block, which position
+a slot predicts. The readings are tried on the target's own greedy text with the teacher-forced
+chain: what the *first* step drafts depends on the taps alone, what the *later* steps draft on the
+feedback too. A block is filled behind each of the target's tokens; all its drafts depend on both.
+Readings are compared position by position, by the likelihood they give the target's token: it
+tells more than whether the draft agrees, so a few hundred tokens settle it. The idea is this
+project's own; no engine does it.
 """
 
 import math
@@ -20,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_drift.convert.conventions import TapConvention
-from mlx_drift.convert.convert import Candidate, Feedback, Verdict
+from mlx_drift.convert.convert import OPEN, Candidate, Reading, Verdict
 from mlx_drift.decode.statistics import LOW_ACCEPTANCE
+from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.load import build_drafter, cast
 from mlx_drift.errors import DriftError
 from mlx_drift.files.text import check_text
@@ -52,8 +54,6 @@ PROMPTS = (
 
 UNTHINKABLE = -1e4
 """Nats of a token by logits that are NaN: such a reading is the last."""
-
-Reading = tuple[TapConvention, Feedback]
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,15 @@ class ConventionProbe:
             )
         target = Target(self.model, sorted({t for c in candidates.values() for t in c.config.taps}))
         taps = [target(mx.array(text[:-1]), target.make_cache())[1] for text, _ in self._texts]
+        drafters = {reading: _bound(candidate, target) for reading, candidate in candidates.items()}
+        steps = min(STEPS, *(drafter.max_drafts or STEPS for drafter in drafters.values()))
         tried: dict[Any, Score] = {}  # several readings may come to the same config
         scores: dict[Reading, Score] = {}
-        for reading, candidate in candidates.items():
-            key = candidate.config.taps, getattr(candidate.config, "feedback", None)
-            tried[key] = scores[reading] = tried.get(key) or self._score(candidate, target, taps)
+        for reading, drafter in drafters.items():
+            config = drafter.config
+            key = config.taps, *(getattr(config, name, None) for name in ("feedback", "slots"))
+            known = tried.get(key) or self._score(drafter, target.taps, taps, steps)
+            tried[key] = scores[reading] = known
         self.agreement = {
             reading: score.agrees.mean(axis=1).tolist() for reading, score in scores.items()
         }
@@ -164,42 +168,112 @@ class ConventionProbe:
             if len(tokens) > start >= STEPS + 1:
                 yield tokens, start
 
-    def _score(self, candidate: Candidate, target: Target, taps: Sequence[mx.array]) -> Score:
+    def _score(
+        self, drafter: Any, of_target: Sequence[int], taps: Sequence[mx.array], steps: int
+    ) -> Score:
         """Scores the drafts of each chain step at the target's own tokens."""
-        columns = mx.array([target.taps.index(tap) for tap in candidate.config.taps])
-        cast(candidate.network, target.dtype)
-        drafter: Any = build_drafter(candidate.config, candidate.network, target, candidate.d2t)
-        draft_id = np.arange(target.shape.vocab_size)  # of each target token; -1 for none
-        if candidate.d2t is not None:
-            ids = np.array(candidate.d2t)
+        columns = mx.array([of_target.index(tap) for tap in drafter.taps])
+        draft_id = np.arange(drafter._vocab_size)  # of each target token; -1 for none
+        if drafter._d2t is not None:
+            ids = np.array(drafter._d2t)
             draft_id[:] = -1
             draft_id[ids] = np.arange(ids.size)
         else:
-            draft_id[candidate.config.target.vocab_size :] = -1
+            draft_id[drafter.config.target.vocab_size :] = -1
         agrees, likelihood = [], []  # of each text, [S, P]
         finite = True
         for (text, start), captured in zip(self._texts, taps, strict=True):
             true = np.array(text[start:])
             known = draft_id[true]
-            chain = drafter.train_time_test_steps(mx.array(text), captured[:, columns], STEPS)
-            for step, (logits, _) in enumerate(chain):
-                first = start - 2 - step  # the row that drafts the first of the target's tokens
-                logits = logits[first : first + true.size].astype(mx.float32)
+            for logits in _forced(drafter, text, start, captured[:, columns], steps):
                 nats = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True), np.float64)
                 finite &= not np.isnan(nats).any()
                 nats = np.where(np.isnan(nats), UNTHINKABLE, nats)
                 agrees.append(np.array(drafter.choose(logits)) == true)
                 likelihood.append(np.where(known >= 0, nats[np.arange(true.size), known], np.nan))
-        return Score(_by_step(agrees), _by_step(likelihood), finite)
+        return Score(_by_step(agrees, steps), _by_step(likelihood, steps), finite)
 
 
-def _by_step(of_texts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+def _bound(candidate: Candidate, target: Target) -> Any:
+    """Makes a candidate's drafter."""
+    cast(candidate.network, target.dtype)
+    return build_drafter(candidate.config, candidate.network, target, candidate.d2t)
+
+
+def _forced(
+    drafter: Any, text: list[int], start: int, taps: mx.array, steps: int
+) -> Iterator[mx.array]:
+    """Yields for each step the draft logits `[P, D]` of the target's tokens, the true ones read."""
+    if not isinstance(drafter, ChainDrafter):
+        yield from round_by_round(drafter, text, start, taps, steps)
+        return
+    chain = drafter.train_time_test_steps(mx.array(text), taps, steps)
+    for step, (logits, _) in enumerate(chain):
+        first = start - 2 - step  # the row that drafts the first of the target's tokens
+        yield logits[first : first + len(text) - start].astype(mx.float32)
+
+
+def round_by_round(
+    drafter: Any, text: list[int], start: int, taps: mx.array, steps: int
+) -> Iterator[mx.array]:
+    """Drafts behind every token, as in decoding; what any head does, but slower than a chain.
+
+    Args:
+        drafter: The drafter.
+        text: Token ids.
+        start: Where the target's own begin.
+        taps: Its states at all tokens but the last, `[L, A, T]`.
+        steps: How many drafts.
+
+    Yields:
+        For each step the draft logits of the target's tokens, the true ones read, `[P, D]`.
+    """
+    cache = drafter.make_cache()
+    first = start - steps  # the token behind which the last step drafts the target's first
+    if first > 1:
+        drafter.ingest(mx.array(text[1:first]), taps[: first - 1], cache)
+    rounds = []
+    for last in range(first, len(text) - 1):
+        drafter.ingest(mx.array(text[last : last + 1]), taps[last - 1 : last], cache)
+        chooser = Forced([*text[last + 1 :], *[0] * steps])
+        drafter.propose(steps, cache, chooser)
+        rounds.append(mx.concatenate(chooser.logits).astype(mx.float32))
+        mx.eval(rounds[-1], cache.state)
+    rows = mx.stack(rounds)  # behind each token, [tokens, steps, V]
+    for step in range(steps):
+        behind = steps - 1 - step
+        logits = rows[behind : behind + len(text) - start, step]
+        yield logits if drafter._d2t is None else logits[:, drafter._d2t]
+
+
+class Forced:
+    """Chooses the tokens that it was given, and keeps the logits that it was asked with."""
+
+    drafts_greedily, processes = False, True
+
+    def __init__(self, tokens: Sequence[int]):
+        self.tokens = tokens
+        self.logits: list[mx.array] = []
+
+    def likeliest(self, logits: mx.array, drafted: Sequence[mx.array]) -> mx.array:
+        """Takes the next token."""
+        self.logits.append(logits)
+        return mx.array([self.tokens[len(drafted)]], mx.int32)
+
+    def draft(
+        self, logits: mx.array, drafted: Sequence[mx.array]
+    ) -> tuple[mx.array, mx.array | None]:
+        """Takes the next token, as if for certain."""
+        return self.likeliest(logits, drafted), None
+
+
+def _by_step(of_texts: Sequence[npt.NDArray[Any]], steps: int) -> npt.NDArray[Any]:
     """Joins rows of texts, each with its steps in turn, to `[S, P]`."""
-    return np.stack([np.concatenate(of_texts[step::STEPS]) for step in range(STEPS)])
+    return np.stack([np.concatenate(of_texts[step::steps]) for step in range(steps)])
 
 
 def decide(scores: Mapping[Reading, Score]) -> Verdict:
-    """Chooses the taps, each with the feedback that suits it, then the feedback.
+    """Chooses the taps, each with what suits it, then that: the feedback, or the slots.
 
     Args:
         scores: The score of each reading.
@@ -225,12 +299,13 @@ def decide(scores: Mapping[Reading, Score]) -> Verdict:
                 "wrongly (RoPE, the prompt's template)"
             ],
         )
-    taps, feedback = ranked[0]
+    taps, second = ranked[0]
+    name = "slots" if second in OPEN["slots"] else "feedback"
     others: dict[str, Reading | None] = {
         "taps": next((reading for reading in ranked if reading[0] != taps), None),
-        "feedback": next((r for r in ranked if r[0] == taps and r[1] != feedback), None),
+        name: next((r for r in ranked if r[0] == taps and r[1] != second), None),
     }
-    chosen: dict[str, Any] = {"taps": None, "feedback": None}
+    chosen: dict[str, Any] = {}
     notes = []
     for i, (what, other) in enumerate(others.items()):
         if other is None:
@@ -238,14 +313,15 @@ def decide(scores: Mapping[Reading, Score]) -> Verdict:
         lead = best.lead(scores[other])
         if lead == 0:  # two names of one reading
             continue
-        step = slice(0, 1) if what == "taps" else slice(1, None)
+        step = slice(1, None) if what == "feedback" else slice(0, 1)
         shares = ", ".join(
             f"{reading[i]} {scores[reading].agrees[step].mean():.1%}"
             for reading in (ranked[0], other)
         )
+        which = "later" if what == "feedback" else "first"
         figures = (
-            f"{shares} of {best.agrees[step].size} {'first' if what == 'taps' else 'later'} drafts "
-            f"agree with the target, {lead:.1f} standard errors apart in likelihood"
+            f"{shares} of {best.agrees[step].size} {which} drafts agree "
+            f"with the target, {lead:.1f} standard errors apart in likelihood"
         )
         if lead >= CLEAR:
             chosen[what] = ranked[0][i]
@@ -255,4 +331,4 @@ def decide(scores: Mapping[Reading, Score]) -> Verdict:
                 f"the probe does not settle {what}: {figures}, where {CLEAR:.0f} would do; give it "
                 f"more text with --probe-on, or decide with --{what}"
             )
-    return Verdict(chosen["taps"], chosen["feedback"], notes)
+    return Verdict(chosen.get("taps"), chosen.get("feedback"), notes, chosen.get("slots"))

@@ -3,16 +3,27 @@
 import json
 from dataclasses import replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm import load
 from safetensors.numpy import load_file, save_file
 
+from kinds import random_head
 from mlx_drift import DriftError, convert_drafter, generate, load_drafter
 from mlx_drift.cli import main
+from mlx_drift.convert.convert import Candidate
 from mlx_drift.demo import DEMO, QUESTION, TARGET
 from mlx_drift.errors import DriftWarning
-from mlx_drift.measure.conventions import UNTHINKABLE, ConventionProbe, Score, decide
+from mlx_drift.measure.conventions import (
+    UNTHINKABLE,
+    ConventionProbe,
+    Score,
+    _forced,
+    decide,
+    round_by_round,
+)
+from tiny import HIDDEN, VOCAB, tiny_llama
 
 TRAINED = {"pre": "eagle3", "post": "eagle3.1"}
 
@@ -57,6 +68,30 @@ def test_recovers_all_four_conventions(taps, feedback, tmp_path, probe):
     assert done.config.provenance["feedback"] == "probe"
     assert done.config.provenance["taps"] == f"file; probe: {taps} of layer"
     assert json.loads((out / "config.json").read_text())["feedback"] == feedback
+
+
+@pytest.mark.parametrize("kind", ["p-eagle", "eagle4", "eagle-attn"])
+def test_round_by_round_a_head_drafts_what_its_chain_does(kind):
+    model = tiny_llama()
+    head = random_head(kind, model)
+    text = [5, 9, 2, 44, 17, 3, 60, 11, 25, 8, 30, 12, 7, 19]
+    taps = mx.random.normal((len(text) - 1, len(head.taps), HIDDEN), key=mx.random.key(5))
+    for start in (4, 6):
+        chain = list(_forced(head, text, start, taps, 3))
+        rounds = list(round_by_round(head, text, start, taps, 3))
+        for ours, theirs in zip(rounds, chain, strict=True):
+            assert ours.shape == (len(text) - start, VOCAB)
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dflash", "dspark rnn", "medusa", "hydra prefix"])
+def test_every_kind_of_head_can_be_tried(kind, pair):
+    head = random_head(kind, pair[0])
+    probe = ConventionProbe(*pair, tokens=8)
+    verdict = probe({("input", "pre"): Candidate(head.config, head.network, None)})
+    assert verdict.taps is None
+    (shares,) = probe.agreement.values()
+    assert len(shares) == 3
 
 
 def test_what_the_user_says_is_not_probed(tmp_path, probe):
