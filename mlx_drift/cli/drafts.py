@@ -1,8 +1,9 @@
 """Shows who said each token of an answer: a mark at each drafted one, colours, a legend.
 
-The mark is the token's place among the drafts of its round, raised; a copy's has a `c` before it.
-It comes after the token's last letter, so that line breaks stay where they are; behind a `␣` where
-there is no letter. A token without a mark is the target's own. Colours only repeat what marks say.
+The mark is the token's place among the drafts of its round, raised; a copy's has a `c` before it,
+and an `f` what a grammar forced. It comes after the token's last letter, so that line breaks stay
+where they are; behind a `␣` where there is no letter. A token without a mark is the target's own.
+Colours only repeat what marks say.
 """
 
 import io
@@ -23,8 +24,9 @@ from mlx_drift.errors import DriftError
 COLOURS = "green", "cyan", "blue", "magenta"
 """Of drafts 1, 2, 3, and all behind; a terminal's own, so that they suit its background."""
 
-COPIED = "yellow"
-RAISED = str.maketrans("c0123456789", "ᶜ⁰¹²³⁴⁵⁶⁷⁸⁹")
+COPIED, FORCED = "yellow", "red"
+LETTERS = {"copy": "c", "forced": "f"}
+RAISED = str.maketrans("cf0123456789", "ᶜᶠ⁰¹²³⁴⁵⁶⁷⁸⁹")
 PICTURE_WIDTH = 92  # columns
 
 
@@ -51,7 +53,7 @@ class DraftsShown:
         console = Console(file=stream)
         self.stream = stream
         self.colours = console.is_terminal and not console.no_color
-        self._raises = _takes("␣ᶜ⁴", stream)
+        self._raises = _takes("␣ᶜᶠ⁴", stream)
 
     def write(self, said: Said) -> None:
         """Writes a token."""
@@ -72,7 +74,7 @@ def marked(text: str, origin: Origin, raised: bool = True) -> tuple[str, str, st
     if not origin.position:
         return text, "", ""
     body = text.rstrip()
-    sign = ("c" if origin.by == "copy" else "") + str(origin.position)
+    sign = LETTERS.get(origin.by, "") + str(origin.position)
     sign = sign.translate(RAISED) if raised else f"[{sign}]"
     return body, sign if body or not raised else f"␣{sign}", text[len(body) :]
 
@@ -81,12 +83,16 @@ def colour(origin: Origin) -> str:
     """Returns the colour of who said a token."""
     if not origin.position:
         return ""
-    return COPIED if origin.by == "copy" else COLOURS[min(origin.position, len(COLOURS)) - 1]
+    of_kind = {"copy": COPIED, "forced": FORCED}
+    return of_kind.get(origin.by, COLOURS[min(origin.position, len(COLOURS)) - 1])
 
 
 def legend(origins: Iterable[Origin], raised: bool = True) -> Text:
     """Says what marks and colours mean: of who said something, the target always."""
-    met = sorted({Origin(), *origins}, key=lambda o: (o.by == "copy", o.position))
+    met = sorted(
+        {Origin(), *origins},
+        key=lambda o: ([*LETTERS].index(o.by) if o.by in LETTERS else -1, o.position),
+    )
     line = Text()
     line.append("said by  ", style="dim")
     for number, origin in enumerate(met):

@@ -53,7 +53,7 @@ def table(last: DriftResponse, interrupted: bool) -> Table:
             "  ".join(f"{rate:.2f}" for rate in statistics.conditional_acceptance)
             + "  (draft 1, 2, …, if all before were accepted)",
         )
-    if statistics.copy_rounds:
+    if statistics.free_rounds:
         told = [
             f"{name}: {one['accepted']} drafts in {one['rounds']} rounds, {one['share']:.0%} of all"
             for name, one in statistics.sources.items()

@@ -48,6 +48,9 @@ COPY_GUESS = {0: 0.0, 3: 0.5, 5: 0.7, 8: 0.8, 16: 0.9, 32: 0.95}
 SURE = 5
 """Tokens that must agree for a copy to be preferred, where the number of drafts is fixed."""
 
+FORCED_GUESS = 0.95
+"""An untested forced token's acceptance: a model may write the same text in other tokens."""
+
 
 class Costs:
     """Seconds of a round by its draft length; under `PLAIN`, of one token of plain decoding.
@@ -206,6 +209,7 @@ class DraftLength:
         self.copy_costs = Costs()
         self.acceptance = acceptance or Acceptance()
         self._of_trees = Acceptance()  # by depth
+        self._of_forced = Acceptance(FORCED_GUESS)
         self.tuned = bool(costs)
         self.rounds = 0
         self._copies = {match: Acceptance(guess) for match, guess in COPY_GUESS.items()}
@@ -219,13 +223,13 @@ class DraftLength:
         """Returns what to draft from next.
 
         Args:
-            sources: What there is, a copy before what a network drafts.
+            sources: What there is: what is forced, then a copy, then what a network drafts.
         """
         others = {NETWORK} if self.tree and TREE in sources else {TREE}
         sources = [source for source in sources if source not in others]
         self._sources, self._source = sources, sources[-1]
         if len(sources) > 1 and self.fixed is not None:
-            self._source = next((one for one in sources if one.match >= SURE), sources[-1])
+            self._source = next(filter(self._is_preferred, sources), sources[-1])
         elif len(sources) > 1 and {PLAIN, 1} <= self.costs.known().keys():
             self._source = max(sources, key=lambda one: self._best(one).tokens_per_second)
         return self._source
@@ -237,8 +241,11 @@ class DraftLength:
             pending: Rows that the drafter missed, which it would have to catch up with first.
         """
         source = self._source
+        longest = min(source.match, MOST_DRAFTS)
+        if self.fixed is not None and source.kind == "forced":
+            return longest
         if self.fixed is not None:  # a copy beside a network may be as long as its match
-            return max(self.fixed, min(source.match, MOST_DRAFTS) * (len(self._sources) > 1))
+            return max(self.fixed, longest * (not self._sources[-1].is_free))
         known = self._known(source)
         for k in (PLAIN, 1):
             if k not in known:
@@ -286,7 +293,7 @@ class DraftLength:
         self._is_plain = False
         self.rounds += 1
         # However long a copy was, it says nothing of the network.
-        self._fade(1 if source.is_copy else accepted + 1)
+        self._fade(1 if source.is_free else accepted + 1)
         fell_short = drafted < asked and accepted == drafted and not source.is_tree
         self._acceptance_of(source).record(tested + fell_short, accepted)
         if asked and not source.is_tree:  # not so at the end of the text
@@ -307,15 +314,19 @@ class DraftLength:
     def candidates(self, source: Source = NETWORK) -> list[Candidate]:
         """Returns plain decoding and the lengths that may be tried, the shortest first.
 
-        Of a network's drafts every length up to one more than was tried; of a copy `COPIED`.
+        Of a network's drafts every length up to one more than was tried; of a copy `COPIED`, and of
+        what is forced those of them that it has, and all.
         """
         if source.is_tree:
             return []
         known = self._known(source)
         tokens = self._acceptance_of(source).tokens(MOST_DRAFTS)
         lengths: Sequence[int] = range(min(max(known, default=0) + 1, MOST_DRAFTS) + 1)
-        if source.is_copy:
+        if source.is_free:
             lengths = (PLAIN,) if source.is_empty else (PLAIN, *COPIED)
+        if source.kind == "forced":
+            most = min(source.match, MOST_DRAFTS)
+            lengths = [*(k for k in lengths if k < most), most]
         costs = [(k, estimate(k, known)) for k in lengths]
         return [
             Candidate(k, seconds, k in known, tokens[k])
@@ -348,38 +359,45 @@ class DraftLength:
             ],
         }
 
+    def _is_preferred(self, source: Source) -> bool:
+        """Tells whether to draft from what is free, where the number of drafts is fixed."""
+        if source.kind == "forced":  # a network is held to the grammar, too, and goes on after it
+            return self._sources[-1].is_empty or source.match >= (self.fixed or 0)
+        return source.kind == "copy" and source.match >= SURE
+
     def _best(self, source: Source) -> Candidate:
         return max(self.candidates(source), key=lambda c: c.tokens_per_second)
 
     def _known(self, source: Source) -> dict[int, float]:
         """Returns what rounds from a source take; of a copy at most what a chain's would."""
-        if not source.is_copy:
+        if not source.is_free:
             return self.costs.known()
         return dict(sorted((self.costs.known() | self.copy_costs.known()).items()))
 
     def _acceptance_of(self, source: Source) -> Acceptance:
-        if source.is_tree:
-            return self._of_trees
-        return self._copies[source.match] if source.is_copy else self.acceptance
+        if source.kind == "copy":
+            return self._copies[source.match]
+        of_kind = {"tree": self._of_trees, "forced": self._of_forced}
+        return of_kind.get(source.kind, self.acceptance)
 
     def _fade(self, tokens: int) -> None:
         self.acceptance.fade(tokens)
         self._of_trees.fade(tokens)
-        for acceptance in self._copies.values():
+        for acceptance in (*self._copies.values(), self._of_forced):
             acceptance.fade(tokens, COPY_FADING)
 
     def _is_overdue(self, source: Source, k: int) -> bool:
         return self.rounds - self._timed_at.get(_place(source, k), 0) > LOOK_AROUND
 
     def _time(self, source: Source, k: int, seconds: float) -> None:
-        is_copy, _ = place = _place(source, k)
-        (self.copy_costs if is_copy else self.costs).add(k, seconds)
+        is_free, _ = place = _place(source, k)
+        (self.copy_costs if is_free else self.costs).add(k, seconds)
         self._timed_at[place] = self.rounds
 
 
 def _place(source: Source, k: int) -> tuple[bool, int]:
     """Tells which costs rounds of a source belong to; plain decoding is no copy."""
-    return source.is_copy and k != PLAIN, k
+    return source.is_free and k != PLAIN, k
 
 
 def _lower_median(values: Any) -> float:

@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_drift.decode.clock import Clock
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.text import Round, Text
-from mlx_drift.drafters.protocol import Draft, Drafter, DrafterCache, sources_of
+from mlx_drift.drafters.protocol import Draft, Drafter, DrafterCache
 from mlx_drift.target.caches import TargetCache
 from mlx_drift.target.model import Target
 
@@ -77,7 +77,7 @@ def decode_plain(
         while True:
             token, log_probabilities = _choose(text, step)
             target.rollback(target_cache, 0)  # the step's own row stays
-            draft_length.pick([*sources_of(drafter, drafter_cache, unseen)])
+            draft_length.pick([*text.sources(drafter, drafter_cache, unseen, under_way=1)])
             more = text.remaining != 1 and draft_length.choose(len(missed) + 1) == PLAIN
             following = _step(target, token, target_cache) if more else None
             built = clock()

@@ -21,7 +21,7 @@ from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.plain import decode_plain
 from mlx_drift.decode.sampling import GREEDY, Sampling
 from mlx_drift.decode.text import Round, Text
-from mlx_drift.drafters.protocol import Drafter, DrafterCache, sources_of
+from mlx_drift.drafters.protocol import Drafter, DrafterCache
 from mlx_drift.errors import DriftError
 from mlx_drift.target.caches import TargetCache
 from mlx_drift.target.model import Target
@@ -136,7 +136,7 @@ def speculate(
     clock = clock or Clock()
     start = clock()
     for count in itertools.count(1):
-        sources = sources_of(drafter, drafter_cache)
+        sources = text.sources(drafter, drafter_cache)
         source = draft_length.pick([*sources])
         k = draft_length.choose()
         if k == PLAIN:
@@ -185,7 +185,7 @@ def speculate(
             tested,
             read - start,
             host_seconds,
-            source.is_copy,
+            source.kind,
             is_finite=is_finite,
             is_last=text.finished,
         )

@@ -7,12 +7,16 @@ vLLM (`v1/spec_decode/metrics.py`), SGLang and SafeAILab count the target's own 
 """
 
 import statistics
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
 from mlx_drift.decode.draft_length import DraftLength
 from mlx_drift.decode.text import Round
+
+FREE = "copy", "forced"
+"""Where drafts come from that no network makes."""
 
 LOW_ACCEPTANCE = 0.10
 """Below it a drafter was made for another target, or read wrongly: a good one has 0.5 to 0.9."""
@@ -28,8 +32,8 @@ class Statistics:
         accepted: For each draft position, how many were accepted.
         not_finite: Rounds in which the drafter's states were not finite, so that nothing it
             drafted meant anything.
-        copy_rounds: Rounds whose drafts were copied from further back.
-        copy_accepted: Drafts accepted in those.
+        free_rounds: Rounds whose drafts no network made, by where they came from: "copy", "forced".
+        free_accepted: Drafts accepted in those.
         round_seconds: Wall-clock seconds of each round, drafting and verifying.
         host_seconds: Of each round, the seconds spent in Python.
         plain_step_seconds: Seconds of a one-row target step, where it was timed.
@@ -47,8 +51,8 @@ class Statistics:
     tested: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     not_finite: int = 0
-    copy_rounds: int = 0
-    copy_accepted: int = 0
+    free_rounds: Counter[str] = field(default_factory=Counter)
+    free_accepted: Counter[str] = field(default_factory=Counter)
     round_seconds: list[float] = field(default_factory=list)
     host_seconds: list[float] = field(default_factory=list)
     plain_step_seconds: float | None = None
@@ -72,8 +76,9 @@ class Statistics:
         else:
             self.record(round.tested, round.accepted, round.seconds, round.host_seconds)
             self.not_finite += not round.is_finite
-            self.copy_rounds += round.is_copy
-            self.copy_accepted += round.accepted * round.is_copy
+            if round.source in FREE:
+                self.free_rounds[round.source] += 1
+                self.free_accepted[round.source] += round.accepted
 
     def record(self, tested: int, accepted: int, seconds: float, host_seconds: float = 0.0) -> None:
         """Adds one round in which `accepted` of the `tested` drafts were accepted."""
@@ -85,8 +90,8 @@ class Statistics:
         """Adds another generation's rounds."""
         self.rounds += other.rounds
         self.not_finite += other.not_finite
-        self.copy_rounds += other.copy_rounds
-        self.copy_accepted += other.copy_accepted
+        self.free_rounds.update(other.free_rounds)
+        self.free_accepted.update(other.free_accepted)
         self.round_seconds += other.round_seconds
         self.host_seconds += other.host_seconds
         self.tested = _sum(self.tested, other.tested)
@@ -111,15 +116,15 @@ class Statistics:
     def sources(self) -> dict[str, dict[str, float]]:
         """Where the drafts came from: rounds, accepted drafts, and their share of all tokens."""
         tokens = self.plain_tokens + sum(self.accepted) + self.rounds
-        copied = {"rounds": self.copy_rounds, "accepted": self.copy_accepted}
-        others = {
-            "rounds": self.rounds - self.copy_rounds,
-            "accepted": sum(self.accepted) - self.copy_accepted,
+        rounds, accepted = self.free_rounds, self.free_accepted
+        counts = {
+            "drafter": (self.rounds - rounds.total(), sum(self.accepted) - accepted.total()),
+            **{name: (rounds[name], accepted[name]) for name in FREE},
         }
         return {
-            name: {**counts, "share": counts["accepted"] / max(1, tokens)}
-            for name, counts in (("drafter", others), ("copy", copied))
-            if counts["rounds"]
+            name: {"rounds": rounds, "accepted": accepted, "share": accepted / max(1, tokens)}
+            for name, (rounds, accepted) in counts.items()
+            if rounds
         }
 
     @property

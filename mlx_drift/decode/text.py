@@ -8,7 +8,8 @@ from typing import Literal
 import mlx.core as mx
 
 from mlx_drift.decode.sampling import Chooser, Sampling
-from mlx_drift.drafters.protocol import DrafterCache
+from mlx_drift.decode.sources import possible_sources
+from mlx_drift.drafters.protocol import Drafter, DrafterCache, Kind, Propose, Source, sources_of
 from mlx_drift.target.caches import TargetCache
 
 Settle = Callable[[TargetCache, DrafterCache], None]
@@ -20,11 +21,12 @@ class Origin:
     """Who said a token.
 
     Attributes:
-        by: The target; or a draft or a copy, which the target then accepted.
+        by: The target; or a draft, a copy, or a grammar that left no choice, and the target then
+            accepted it.
         position: Its place among the drafts of its round, from 1; 0 for the target's own.
     """
 
-    by: Literal["target", "draft", "copy"] = "target"
+    by: Literal["target", "draft", "copy", "forced"] = "target"
     position: int = 0
 
     def __str__(self) -> str:
@@ -44,7 +46,7 @@ class Round:
     # Of the whole round, spent in Python: building graphs, reading results; and waiting for rows,
     # where a processor keeps a state.
     host_seconds: float
-    is_copy: bool = False  # the drafts were copied from further back
+    source: Kind = "network"  # of the drafts
     is_plain: bool = False  # a token of plain decoding: nothing was drafted
     is_finite: bool = True  # all that the drafter computed for it
     is_last: bool = False  # nothing is wanted after it
@@ -53,7 +55,7 @@ class Round:
     @property
     def origins(self) -> list[Origin]:
         """Who said each of the tokens."""
-        by: Literal["draft", "copy"] = "copy" if self.is_copy else "draft"
+        by = self.source if self.source in ("copy", "forced") else "draft"
         drafted = [Origin(by, position) for position in range(1, self.accepted + 1)]
         return drafted + [Origin()] * (len(self.tokens) - self.accepted)
 
@@ -99,6 +101,27 @@ class Text:
     def state(self) -> list[mx.array | None]:
         """The arrays that what comes after depends on."""
         return [self._key, self._history]
+
+    def sources(
+        self,
+        drafter: Drafter,
+        cache: DrafterCache,
+        missed: Sequence[int] = (),
+        under_way: int = 0,
+    ) -> dict[Source, Propose]:
+        """Tells what the next drafts may come from, as far as logits processors let them come.
+
+        Args:
+            drafter: The drafter.
+            cache: Its cache.
+            missed: Committed tokens that it has yet to be fed.
+            under_way: Tokens that will be committed before.
+        """
+        sources = sources_of(drafter, cache, missed)
+        if self._history is None:
+            return sources
+        processors = self._sampling.logits_processors
+        return possible_sources(processors, self._history, sources, cache, under_way)
 
     def chooser(self, k: int) -> Chooser:
         """Returns what chooses the next tokens: k drafts at most, and the one after them."""

@@ -208,7 +208,7 @@ class PromptLookupDrafter:
         cache.look_ahead(missed)
         _, length = cache.match()
         match = _counted(length) if length >= self.shortest else 0
-        return {Source(is_copy=True, match=match): self.propose}
+        return {Source("copy", match): self.propose}
 
     def propose(self, k: int, cache: LookupState, chooser: Choose | None = None) -> Draft:
         """Drafts k tokens, with certainty; none where nothing is found."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import mlx.core as mx
 
@@ -80,28 +80,41 @@ Propose = Callable[[int, Any, Choose | None], Draft]
 """`Drafter.propose`, or what drafts in its place."""
 
 
+Kind = Literal["network", "tree", "copy", "forced"]
+"""Where drafts come from: a network drafts a chain of them, or a tree; what followed the last
+tokens before is copied; a grammar leaves no choice."""
+
+
 @dataclass(frozen=True)
 class Source:
     """What the drafts of a round come from.
 
     Attributes:
-        is_copy: They are what followed the last tokens before; else what a network drafts.
+        kind: Where from.
         match: Of a copy, how many of the last tokens agree, rounded down to one of a few lengths;
-            0 where there is nothing to copy.
-        is_tree: They branch.
+            0 where there is nothing to copy. Of what is forced, how many tokens are.
     """
 
-    is_copy: bool = False
+    kind: Kind = "network"
     match: int = 0
-    is_tree: bool = False
+
+    @property
+    def is_tree(self) -> bool:
+        """Whether they branch."""
+        return self.kind == "tree"
+
+    @property
+    def is_free(self) -> bool:
+        """Whether they cost next to nothing: no network is asked."""
+        return self.kind in ("copy", "forced")
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to draft."""
-        return self.is_copy and not self.match
+        return self.is_free and not self.match
 
 
-NETWORK, TREE = Source(), Source(is_tree=True)
+NETWORK, TREE = Source(), Source("tree")
 
 
 class DrafterCache(Protocol):

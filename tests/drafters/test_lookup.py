@@ -68,7 +68,7 @@ def test_too_short_a_match_is_none():
     drafter = PromptLookupDrafter(tiny_llama())
     cache = drafter.make_cache()
     cache.append([1, 2, 9, 1, 2])
-    assert [*drafter.sources(cache)] == [Source(is_copy=True, match=0)]
+    assert [*drafter.sources(cache)] == [Source("copy", 0)]
     assert drafter.propose(4, cache).tokens.size == 0
 
 
@@ -79,7 +79,7 @@ def test_the_head_drafts_where_there_is_nothing_to_copy_and_sees_every_row():
     beside = make_prompt_cache(model, drafter)
     for prompt, sources in (
         ([1, 2, 3, 4], [NETWORK]),
-        ([1, 2, 3, 4, 1, 2, 3], [Source(is_copy=True, match=3), NETWORK]),
+        ([1, 2, 3, 4, 1, 2, 3], [Source("copy", 3), NETWORK]),
         ([1, 2, 3, 9, 1, 2], [NETWORK]),
     ):
         for cache in (beside, alone):
@@ -106,7 +106,7 @@ def test_tokens_that_were_seen_ahead_are_seen_once():
         assert one.tokens == [1, 2, 3, 4, 5]
 
 
-COPY, LONG = Source(is_copy=True, match=3), Source(is_copy=True, match=16)
+COPY, LONG = Source("copy", 3), Source("copy", 16)
 
 
 def test_a_fixed_length_prefers_a_sure_copy_as_long_as_its_match():
@@ -132,7 +132,7 @@ def test_copies_are_learned_by_their_match_and_cost_what_they_cost():
             length.record_plain(1.0)
             continue
         right = {NETWORK: 1, COPY: 0, LONG: k}[source]
-        took = 1 + k * (0.05 if source.is_copy else 0.3)
+        took = 1 + k * (0.05 if source.is_free else 0.3)
         length.record_round(k, k, min(k, right + 1), min(right, k), took, source)
     length.pick([LONG, NETWORK])
     assert (length._source, length.choose()) == (LONG, 16)
@@ -144,7 +144,7 @@ def test_copies_are_learned_by_their_match_and_cost_what_they_cost():
 
 def test_nothing_to_copy_is_plain_decoding():
     length = DraftLength(costs={0: 1.0, 1: 1.0})
-    length.pick([Source(is_copy=True)])
+    length.pick([Source("copy")])
     assert length.choose() == 0
     length.pick([LONG])
     assert length.choose() > 1

@@ -194,7 +194,7 @@ class Metered:
         self, source: Source, propose: Propose, k: int, cache: Any, chooser: Choose | None
     ) -> Draft:
         draft = propose(k, cache, chooser)
-        self._clock.seconds += self._costs.of(draft.tokens.size, source.is_copy)
+        self._clock.seconds += self._costs.of(draft.tokens.size, source.is_free)
         self._in_round = True
         return draft
 

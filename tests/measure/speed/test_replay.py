@@ -44,7 +44,7 @@ def test_a_replay_has_the_rounds_of_the_answer():
     rounds = arms["K=2"].statistics.rounds
     assert arms["K=2"].seconds <= rounds * COSTS.drafted[2]
     assert arms["K=2"].seconds > (rounds - 2) * COSTS.drafted[2]
-    assert arms["K=2 + lookup"].statistics.copy_rounds
+    assert arms["K=2 + lookup"].statistics.free_rounds["copy"]
     auto = arms["auto, head alone"].statistics
     assert sum(auto.accepted) + auto.rounds + auto.plain_tokens == 80
 
