@@ -3,6 +3,7 @@
 An app changes one import and adds one keyword. Without a drafter the call goes to mlx-lm itself.
 """
 
+import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ from mlx_drift.decode.tuned import remember, tuned_costs
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.grammar.grammar import Grammar
+from mlx_drift.ranks.world import Ranks, ranks_of
 from mlx_drift.target.caches import KVQuantization
 from mlx_drift.target.model import vocabulary_size
 
@@ -186,6 +188,14 @@ def stream_generate(
     )
     if seed is not None and not 0 <= seed < 1 << 64:
         raise DriftError(f"seed is {seed}; expected a whole number from 0 to 2**64 - 1")
+    ranks = ranks_of(model)
+    if ranks.size > 1:
+        if num_draft_tokens == "auto" and drafter is not None:
+            raise DriftError(
+                "num_draft_tokens is auto, which goes by the clock, and each rank has its own; "
+                "give a number of drafts"
+            )
+        seed = _same_start(ranks, tokens, seed)
     if seed is not None and not (drafter is not None and sampling.is_random):
         mx.random.seed(seed)  # what an opaque sampler, and mlx-lm, draw from
     if drafter is None:
@@ -346,6 +356,16 @@ def generate(
         )
         print(f"Peak memory: {response.peak_memory:.3f} GB")
     return text
+
+
+def _same_start(ranks: Ranks, tokens: list[int], seed: int | None) -> int:
+    """Checks that all ranks were given the same tokens; returns the seed of rank 0 for all."""
+    digest = hashlib.sha256(repr(tokens).encode()).hexdigest()[:12]
+    prompt = {"its tokens": f"{len(tokens)}, digest {digest}"}
+    ranks.check_same("the prompt", prompt, "Give all ranks the same files")
+    drawn: Any = mx.random.randint(0, 2**31 - 1).item() if seed is None else seed
+    shared: int = ranks.exchange(drawn)[0]
+    return shared
 
 
 def _random_key(seed: int | None) -> mx.array:

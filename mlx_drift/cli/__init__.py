@@ -4,8 +4,10 @@ A command's module is imported when the command is called: `mlx-drift --help` ne
 """
 
 import logging
+import os
 import sys
 import warnings
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -73,6 +75,9 @@ def _imported(name: str) -> Any:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line: exit code 0 done, 1 a clear one-line error, 2 usage."""
     set_up_streams()
+    around: Any = nullcontext
+    if "MLX_RANK" in os.environ:  # mlx.launch started it, with others
+        around = import_module("mlx_drift.cli.ranked").among_ranks
     with_place = warnings.showwarning
 
     def show(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
@@ -86,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     # It does not know families that mlx-lm alone has, and need not: networks are mlx-lm's.
     logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), around(arguments):
             warnings.showwarning = show
             app(args=arguments)
     except DriftError as error:

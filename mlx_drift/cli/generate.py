@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mlx_drift.cli import options
 from mlx_drift.cli.drafts import DraftsShown, Said, check_place, save_picture
-from mlx_drift.cli.load import copying, load_model, load_pair, windowed
+from mlx_drift.cli.load import copying, load_pair, load_target, windowed
 from mlx_drift.cli.prompts import (
     PLACE,
     LaidOut,
@@ -31,6 +31,7 @@ from mlx_drift.demo import QUESTION
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
 from mlx_drift.generate import DriftResponse, check_num_draft_tokens, stream_generate
+from mlx_drift.ranks.world import world
 from mlx_drift.target.caches import KVQuantization
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -44,6 +45,7 @@ def generate(
     drafter: options.Drafter = None,
     adapter_path: options.AdapterPath = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    pipeline: options.Pipeline = False,
     system_prompt: options.SystemPrompt = None,
     prefill_response: Annotated[
         str | None, typer.Option(help="How the response is to begin.")
@@ -102,11 +104,14 @@ def generate(
     question = question or QUESTION
     held_to = read_grammar(json_schema, regex, grammar)
     template_keywords = parse_object(chat_template_config, "--chat-template-config")
-    # The embedded pair shows drafting, whether it pays or not.
-    k = draft_tokens(num_draft_tokens or ("3" if model is None else "auto"))
+    # The embedded pair shows drafting, whether it pays or not; and ranks have no clock in common.
+    is_fixed = model is None or world().size > 1
+    k = draft_tokens(num_draft_tokens or ("3" if is_fixed else "auto"))
     if not no_draft:
         check_num_draft_tokens(k)
     if prompt_cache_file is not None:
+        if world().size > 1:
+            raise DriftError("--prompt-cache-file holds a whole target's rows, not a rank's part")
         settled = {
             "--no-draft": no_draft,
             "--system-prompt": system_prompt,
@@ -122,10 +127,17 @@ def generate(
     loaded: Drafter | None = None
     cache: PromptCache | None = None
     if no_draft:
-        target, tokenizer = load_model(model, adapter_path, trust_remote_code)
+        target, tokenizer = load_target(model, adapter_path, trust_remote_code, pipeline)
     else:
         target, tokenizer, loaded = load_pair(
-            model, drafter, adapter_path, console, drafter_bits, draft_model, trust_remote_code
+            model,
+            drafter,
+            adapter_path,
+            console,
+            drafter_bits,
+            draft_model,
+            trust_remote_code,
+            pipeline,
         )
     for token in extra_eos_token or []:
         _add_eos_token(tokenizer, token)
@@ -187,6 +199,8 @@ def generate(
         interrupted = True
     except NotImplementedError as error:  # mlx-lm's, of sliding windows and kv_bits
         raise DriftError(f"mlx-lm cannot do this: {error}") from error
+    if not interrupted:
+        world().finish()  # an answer is told when all ranks are through it
     if as_json:
         told = report("".join(one.text for one in said), last, interrupted)
         if show_drafts:

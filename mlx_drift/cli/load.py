@@ -3,9 +3,11 @@
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.nn as nn
 import typer
@@ -14,6 +16,7 @@ from rich.console import Console
 
 from mlx_drift.cli.prompts import LaidOut, encode
 from mlx_drift.convert.target import target_folder
+from mlx_drift.decode.fingerprint import fingerprint
 from mlx_drift.demo import DEMO, DRAFTERS, TARGET
 from mlx_drift.drafters.copying import CopyingDrafter
 from mlx_drift.drafters.draft_model import DraftModelDrafter
@@ -29,16 +32,57 @@ from mlx_drift.files.paths import existing
 from mlx_drift.files.text import check_text
 from mlx_drift.loading import load_drafter
 from mlx_drift.pairs import find_pair
-from mlx_drift.target.load import load
+from mlx_drift.ranks.world import world
+from mlx_drift.target.load import load, load_shard, load_stage
 
 PROMPT_LOOKUP = "prompt-lookup"
 """What `--drafter` says for a drafter that is no model at all."""
 
 
-def load_model(
-    model: str | None, adapter_path: str | None, trust_remote_code: bool = False
+def load_target(
+    model: str | None,
+    adapter_path: str | None,
+    trust_remote_code: bool = False,
+    pipeline: bool = False,
 ) -> tuple[nn.Module, TokenizerWrapper]:
-    """Loads a target and its tokenizer; the embedded one for None.
+    """Loads a target and its tokenizer; of several ranks each loads its own part.
+
+    Args:
+        model: A folder or Hub repository; None for the embedded one.
+        adapter_path: LoRA adapters.
+        trust_remote_code: Run the code that it brings, if it needs its own.
+        pipeline: Spread its layers over the ranks, instead of cutting each.
+
+    Raises:
+        DriftError: As `load_model`; or if it cannot be cut so.
+    """
+    ranks = world()
+    if ranks.size == 1:
+        if pipeline:
+            raise DriftError(
+                "--pipeline spreads layers over ranks, and there is one; start with mlx.launch -n 2"
+            )
+        return load_model(model, adapter_path, trust_remote_code)
+    if adapter_path is not None:
+        raise DriftError("--adapter-path does not go with several ranks; fuse it: mlx_lm fuse")
+    folder = resolve(model or str(TARGET), "model", None, ["*.json", "*.jinja", "*.txt"])
+    own_part = load_stage if pipeline else load_shard
+    return load_model(model, None, trust_remote_code, partial(own_part, folder=folder, ranks=ranks))
+
+
+def load_model(
+    model: str | None,
+    adapter_path: str | None,
+    trust_remote_code: bool = False,
+    how: Callable[..., tuple[Any, ...]] | None = None,
+) -> tuple[nn.Module, TokenizerWrapper]:
+    """Loads a whole model and its tokenizer; the embedded target for None.
+
+    Args:
+        model: A folder or Hub repository.
+        adapter_path: LoRA adapters.
+        trust_remote_code: Run the code that it brings, if it needs its own.
+        how: What loads it, instead of `load`.
 
     Raises:
         DriftError: If there is no such model, mlx-lm cannot load it, or it needs code of its own
@@ -46,15 +90,14 @@ def load_model(
     """
     model = model or str(TARGET)
     resolve(model, "model", None, ["config.json"])
+    how = how or partial(load, adapter_path=adapter_path)
     path = existing(model)
     for place in (model, adapter_path or ""):
         check_text(place, f"{place}: the path")  # mlx takes no other
     try:
         with redirect_stdout(sys.stderr):  # whatever mlx-lm, or code that is trusted, prints
-            model_and_tokenizer = load(
-                model if path is None else str(path),
-                adapter_path=adapter_path,
-                trust_remote_code=trust_remote_code,
+            model_and_tokenizer = how(
+                model if path is None else str(path), trust_remote_code=trust_remote_code
             )
     except DriftError:
         raise
@@ -77,18 +120,44 @@ def load_pair(
     drafter_bits: int | None = None,
     draft_model: str | None = None,
     trust_remote_code: bool = False,
+    pipeline: bool = False,
 ) -> tuple[nn.Module, TokenizerWrapper, Drafter]:
     """Loads a target, its tokenizer and a drafter; the embedded pair for None.
 
     Raises:
-        DriftError: If one of them is missing, damaged, or does not fit.
+        DriftError: If one of them is missing, damaged, does not fit, or is not the same on all
+            ranks.
     """
+    target, tokenizer, loaded = _load_pair(
+        model,
+        drafter,
+        partial(load_target, model, adapter_path, trust_remote_code, pipeline),
+        console,
+        drafter_bits,
+        draft_model,
+        trust_remote_code,
+    )
+    if world().size > 1:
+        weights = {"a digest of its weights": fingerprint(loaded.network)[:12]}
+        world().check_same("the drafter", weights, "Copy the folder of one to all")
+    return target, tokenizer, loaded
+
+
+def _load_pair(
+    model: str | None,
+    drafter: str | None,
+    load_its_target: Callable[[], tuple[nn.Module, TokenizerWrapper]],
+    console: Console,
+    drafter_bits: int | None,
+    draft_model: str | None,
+    trust_remote_code: bool,
+) -> tuple[nn.Module, TokenizerWrapper, Drafter]:
     if draft_model is not None or drafter == PROMPT_LOOKUP:
         if draft_model is not None and drafter is not None:
             raise DriftError("--drafter and --draft-model are both given; give one of them")
         if drafter_bits is not None:
             raise DriftError("--drafter-bits is for trained heads; leave it out")
-        target, tokenizer = load_model(model, adapter_path, trust_remote_code)
+        target, tokenizer = load_its_target()
         if draft_model is None:
             return target, tokenizer, PromptLookupDrafter(target)
         small, its_tokenizer = load_model(draft_model, None, trust_remote_code)
@@ -106,7 +175,7 @@ def load_pair(
     chosen = choose_drafter(drafter, model, console)
     if existing(chosen) is None:
         find_hub_folder(chosen, None, "drafter")  # a wrong name is told before all the loading
-    target, tokenizer = load_model(model, adapter_path, trust_remote_code)
+    target, tokenizer = load_its_target()
     loaded = load_drafter(chosen, target, drafter_bits=drafter_bits, on_convert=_say_where)
     return target, tokenizer, loaded
 

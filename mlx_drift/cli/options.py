@@ -109,6 +109,14 @@ TrustRemoteCode = Annotated[
         help="Run the code that the target (or a draft model) brings for its tokenizer or network.",
     ),
 ]
+Pipeline = Annotated[
+    bool,
+    typer.Option(
+        "--pipeline",
+        help="Under mlx.launch: spread the target's layers over the ranks, instead of cutting each "
+        "of them.",
+    ),
+]
 SystemPrompt = Annotated[str | None, typer.Option(help="System prompt.")]
 IgnoreChatTemplate = Annotated[
     bool, typer.Option("--ignore-chat-template", help="Feed the raw prompt.")

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.generate import DriftResponse
+from mlx_drift.ranks.world import world
 
 
 def report(text: str, last: DriftResponse | None, interrupted: bool) -> dict[str, Any]:
@@ -21,6 +22,7 @@ def report(text: str, last: DriftResponse | None, interrupted: bool) -> dict[str
         "generation_tokens": last.generation_tokens,
         "generation_tps": last.generation_tps,
         "peak_memory_gb": last.peak_memory,
+        "ranks": world().size,
         "statistics": last.statistics.to_dict() if last.statistics.draft_length else None,
     }
 
@@ -69,6 +71,8 @@ def table(last: DriftResponse, interrupted: bool) -> Table:
             f"{statistics.speedup if faster else 1 / statistics.speedup:.2f}× "
             + ("faster" if faster else "slower" + ("" if is_auto else _why_slower())),
         )
+    if world().size > 1:
+        rows.add_row("ranks", f"{world().size}; times and memory are rank 0's")
     caches = f", caches {statistics.cache_bytes / 1e6:.1f} MB" if statistics.cache_bytes else ""
     rows.add_row("peak memory", f"{last.peak_memory:.2f} GB{caches}")
     return rows

@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 
@@ -81,7 +80,7 @@ def decode_plain(
             more = text.remaining != 1 and draft_length.choose(len(missed) + 1) == PLAIN
             following = _step(target, token, target_cache) if more else None
             built = clock()
-            tokens: Any = token.tolist()
+            tokens = target.ranks.read(token)
             read = clock()
             text.commit(tokens)
             if text.finished and following is not None:

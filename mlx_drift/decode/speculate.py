@@ -161,7 +161,7 @@ def speculate(
         if proposed.finite is not None:  # comes along with the verdict
             decided = mx.concatenate([decided, proposed.finite.astype(decided.dtype)])
         built = clock()
-        values: Any = decided.tolist()  # the synchronisation
+        values = target.ranks.read(decided, draft)  # the synchronisation
         read = clock()
         is_finite = bool(values.pop()) if proposed.finite is not None else True
         verdict = read_verdict(values, proposed)

@@ -1,13 +1,20 @@
-"""`load`: mlx-lm's own, which never runs a folder's code unless it is told to."""
+"""`load`: mlx-lm's own, which never runs a folder's code unless it is told to.
+
+Of a target that is cut over several ranks each reads its own part alone.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx_lm
+import mlx_lm.utils
 
 from mlx_drift.errors import DriftError
+from mlx_drift.ranks.cut import fingerprints, has_pipeline, note_stage, shard
+from mlx_drift.ranks.world import Ranks
 
 
 def load(
@@ -56,6 +63,70 @@ def load(
     if not lazy:
         mx.eval(loaded[0].parameters())
     return loaded
+
+
+def load_shard(
+    path_or_hf_repo: str, folder: Path, ranks: Ranks, trust_remote_code: bool = False
+) -> tuple[Any, ...]:
+    """Loads this rank's part of every layer, and the tokenizer. All ranks must call.
+
+    Args:
+        path_or_hf_repo: As in `load`.
+        folder: Where its small files are.
+        ranks: The ranks.
+        trust_remote_code: As in `load`.
+
+    Raises:
+        DriftError: As `load`; if the ranks have different files; or if the model cannot be cut over
+            so many of them. Told before weights are read.
+    """
+    model, tokenizer = load(path_or_hf_repo, lazy=True, trust_remote_code=trust_remote_code)
+    _check_files(folder, ranks)
+    shard(model, ranks)
+    mx.eval(model.parameters())
+    return model, tokenizer
+
+
+def load_stage(
+    path_or_hf_repo: str, folder: Path, ranks: Ranks, trust_remote_code: bool = False
+) -> tuple[Any, ...]:
+    """Loads this rank's layers of a pipeline, and the tokenizer: `mlx_lm.utils.sharded_load`.
+
+    From the Hub only the files that hold them are fetched. Arguments and errors are those of
+    `load_shard`.
+    """
+    _check_files(folder, ranks)
+    with code_on_trust(path_or_hf_repo):
+        model, _ = mlx_lm.utils.load_model(
+            folder, lazy=True, strict=False, trust_remote_code=trust_remote_code
+        )
+        if not has_pipeline(model):
+            raise DriftError(
+                f"mlx-lm cannot spread the layers of the target ({model.model_type}) over ranks; "
+                "leave --pipeline out"
+            )
+        if len(model.model.layers) < ranks.size:
+            raise DriftError(
+                f"the target has {len(model.model.layers)} layers, which do not go round "
+                f"{ranks.size} ranks"
+            )
+        if not (folder / "model.safetensors.index.json").is_file():
+            raise DriftError(
+                f"{path_or_hf_repo}: --pipeline needs model.safetensors.index.json, which "
+                "mlx_lm.convert writes"
+            )
+        model, tokenizer = mlx_lm.utils.sharded_load(
+            path_or_hf_repo,
+            pipeline_group=ranks.group,
+            tokenizer_config={"trust_remote_code": trust_remote_code},
+            trust_remote_code=trust_remote_code,
+        )
+    note_stage(model, ranks)
+    return model, tokenizer
+
+
+def _check_files(folder: Path, ranks: Ranks) -> None:
+    ranks.check_same("the target", fingerprints(folder), "Copy the folder of one to all")
 
 
 @contextmanager

@@ -9,6 +9,8 @@ Notable:
   listening to pays one context look-up.
 - A cache is accepted only if a rejected draft can be taken back exactly
   (`mlx_drift.target.caches`); the rest is refused by name before anything runs.
+- Of a pipeline a rank has some layers; taps of the others are handed round. That collective waits
+  for the logits, so that it comes after the model's own on every rank.
 """
 
 import warnings
@@ -24,6 +26,8 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_drift.errors import DriftError, DriftWarning, brief
+from mlx_drift.ranks.cut import stage_of
+from mlx_drift.ranks.world import ranks_of
 from mlx_drift.target.caches import (
     INSTEAD,
     NOT_EXACT,
@@ -101,6 +105,8 @@ class Target:
     def __init__(self, model: nn.Module, taps: Sequence[int] = (), *, lazy: bool = False):
         self.model = model
         self.taps = tuple(taps)
+        self.ranks = ranks_of(model)
+        self._stage = stage_of(model)
         self._backbone, self._parents = _backbone(model)
         self._embedding = _part(self._backbone, EMBEDDINGS)
         self._layers = _layers(self._backbone)
@@ -109,7 +115,7 @@ class Target:
         self.shape = TargetShape(
             hidden_size=row.shape[-1],
             vocab_size=self._embedding.weight.shape[0],
-            num_layers=len(self._layers),
+            num_layers=self._stage.layers if self._stage else len(self._layers),
         )
         self._install()
         # RoPE tables too, which mlx-lm leaves lazy: another thread may be the first to use them.
@@ -207,7 +213,7 @@ class Target:
         with _capture() as captured:
             logits = self.model(tokens[None], cache=cache)
         cache.quantize()
-        return logits[0], self._taps(captured, tokens.size)
+        return logits[0], self._taps(captured, tokens.size, logits)
 
     def verify(
         self, tokens: mx.array, cache: TargetCache, tree: Tree | None = None
@@ -235,7 +241,7 @@ class Target:
                 f"the target ({self.model.model_type}) keeps a recurrent state outside its layers, "
                 f"from which rejected drafts cannot be taken back exactly. {INSTEAD}"
             )
-        return logits[0], self._taps(captured, tokens.size)
+        return logits[0], self._taps(captured, tokens.size, logits)
 
     def rollback(self, cache: TargetCache, rows: int) -> None:
         """Takes back the last `rows` of those verified last, as if they had never been fed."""
@@ -263,11 +269,11 @@ class Target:
 
         Without a scale or cap the model may put on them, neither of which changes their order.
         """
-        for parent in self._parents:
-            for name in HEADS:
-                if isinstance(parent.get(name), nn.Module):
-                    return parent[name](states)
-        return self._embedding.as_linear(states)
+        own = (parent.get(name) for parent in self._parents for name in HEADS)
+        head = next((part for part in own if isinstance(part, nn.Module)), None)
+        logits = self._embedding.as_linear(states) if head is None else head(states)
+        is_part = self.ranks.size > 1 and logits.shape[-1] < self.shape.vocab_size
+        return self.ranks.join_columns(logits) if is_part else logits
 
     def final_gain(self) -> mx.array:
         """Returns what the final norm makes of ones, `[hidden_size]`: its gain, however it is kept.
@@ -279,13 +285,16 @@ class Target:
         gain = ones[0] if norm is None else norm(ones)[0]
         return gain if mx.any(mx.abs(gain) > TINY).item() else ones[0]
 
-    def _taps(self, captured: Captured, rows: int) -> mx.array:
+    def _taps(self, captured: Captured, rows: int, logits: mx.array) -> mx.array:
         """Stacks the captured states, `[M, A, hidden_size]`, and checks that none is missing."""
         expected = (1, rows, self.shape.hidden_size)
         if not self.taps:
             return mx.zeros((rows, 0, self.shape.hidden_size), self.dtype)
         states = []
         for tap in self.taps:
+            if self._is_elsewhere(tap):
+                states.append(mx.zeros(expected[1:], self.dtype))
+                continue
             state = captured.taps.get(tap)
             if not isinstance(state, mx.array) or state.shape != expected or tap in captured.twice:
                 raise DriftError(
@@ -293,16 +302,27 @@ class Target:
                     f"hidden state from layer to layer, so tap {tap} cannot be captured. {INSTEAD}"
                 )
             states.append(state[0])
-        return mx.stack(states, axis=1)
+        stacked = mx.stack(states, axis=1)
+        return stacked if self._stage is None else self.ranks.sum(mx.depends(stacked, logits))
+
+    def _is_elsewhere(self, tap: int) -> bool:
+        """Tells whether another rank of a pipeline has to bring a tap."""
+        if self._stage is None:
+            return False
+        if tap > self._stage.layers:
+            return self.ranks.rank != 0  # all have the final norm, and one of them is enough
+        return not self._stage.start <= max(tap - 1, 0) < self._stage.end
 
     def _install(self) -> None:
         """Makes the tapped layers report, and those of a recurrent model what they consume."""
         layers = self._layers
         is_recurrent = any(recurrent(cache) for cache in make_prompt_cache(self.model))
         with _installing:
-            for layer in layers if is_recurrent else ():
+            for layer in filter(None, layers) if is_recurrent else ():
                 _swap(layer, CONSUMES, _call_that_notes)
             for tap in self.taps:
+                if self._is_elsewhere(tap):
+                    continue
                 if tap == 0:
                     _swap(layers[0], tap, _call_that_reports(tap, _first_argument))
                 elif tap <= len(layers):

@@ -1,0 +1,53 @@
+"""What is refused before a model is cut, and what two of one folder's copies may differ in."""
+
+import mlx.core as mx
+import pytest
+
+import families
+from mlx_drift.errors import DriftError
+from mlx_drift.ranks.cut import _uneven, fingerprints, shard
+from mlx_drift.ranks.world import ALONE, Ranks
+
+
+class Group:
+    """Stands for MLX's group in what is lazy."""
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = lambda: rank, lambda: size
+
+
+def test_heads_that_do_not_divide_are_told():
+    with pytest.raises(DriftError, match=r"llama\) cannot be cut over 3 ranks"):
+        shard(families.build("llama"), Ranks(Group(0, 3)))
+
+
+def test_a_number_that_was_rounded_down_is_found():
+    heads, width = ("layers.0.self_attn", "n_heads"), ("", "vocab_size")
+    assert _uneven({heads: 6, width: 9}, {heads: 1, width: 9}, 4) == ("n_heads", 6)
+    assert _uneven({heads: 8, width: 9}, {heads: 2, width: 9}, 4) is None
+    assert _uneven({heads: 2}, {heads: 0}, 4) == ("n_heads", 2)
+    assert _uneven({heads: 2}, {heads: 1}, 4) is None  # repeated by the model file
+
+
+def test_a_family_that_mlx_lm_does_not_cut_is_told():
+    with pytest.raises(DriftError, match=r"gemma2\) over ranks by its width; run it on one"):
+        shard(families.build("gemma2"), Ranks(Group(0, 2)))
+
+
+@pytest.mark.parametrize("size", [1, 1 << 16, 3_000_017])
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_a_changed_byte_at_an_end_is_seen(tmp_path, size, where):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(size))
+    before = fingerprints(tmp_path)
+    content = bytearray(size)
+    content[0 if where == "first" else -1] = 1
+    file.write_bytes(content)
+    assert fingerprints(tmp_path) != before
+
+
+def test_one_process_alone_needs_no_others():
+    assert ALONE.exchange("x") == ["x"]
+    assert ALONE.read(mx.array([2, 7])) == [2, 7]
+    ALONE.finish()
+    ALONE.fail("no matter")
