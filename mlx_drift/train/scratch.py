@@ -4,9 +4,11 @@ It starts as a logit lens: the deepest tap goes straight to the target's final n
 what the layer adds is 0. Its vocabulary is what the target says most.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,7 +75,7 @@ def scratch_config(
         rms_norm_eps=told.get("rms_norm_eps") or 1e-6,
         rope_theta=float(told.get("rope_theta") or 10_000.0),
         max_position_embeddings=max_seq_length,
-        source={"trained_with": f"mlx-drift adapt --from-scratch {kind}"},
+        source={"path": f"nothing (mlx-drift adapt --from-scratch {kind})"},
     )
 
 
@@ -116,7 +118,9 @@ def write_scratch_head(
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"partial-{WEIGHTS}"
         mx.save_safetensors(str(partial), weights, {"format": "mlx"})
+        sha256 = hashlib.sha256(partial.read_bytes()).hexdigest()
         partial.replace(folder / WEIGHTS)
+        config = replace(config, source=config.source | {"file": WEIGHTS, "sha256": sha256})
         text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
     except (OSError, RuntimeError) as error:
