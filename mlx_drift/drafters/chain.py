@@ -17,6 +17,10 @@ from mlx_drift.drafters.cache import ChainCache, TrainTimeTestCache
 from mlx_drift.drafters.head import LayersDrafter
 from mlx_drift.drafters.head_state import HeadState
 from mlx_drift.drafters.protocol import Choose, Draft
+from mlx_drift.drafters.schema import LayersConfig
+from mlx_drift.drafters.tree import grow
+from mlx_drift.target.model import Target
+from mlx_drift.target.tree import Tree, follow_trees, on_tree
 
 
 class Network(Protocol):
@@ -70,6 +74,12 @@ class ChainDrafter(LayersDrafter):
     recycles = True
     network: Network
 
+    def __init__(
+        self, config: LayersConfig, network: Any, target: Target, d2t: mx.array | None = None
+    ):
+        super().__init__(config, network, target, d2t)
+        follow_trees(network)
+
     def make_cache(self) -> ChainState:
         """Makes the empty state of one conversation."""
         layers = range(self.config.num_layers)
@@ -112,6 +122,34 @@ class ChainDrafter(LayersDrafter):
         # What is not finite stays so along the chain, and makes NaN of itself less itself.
         finite = mx.all(state - state == 0, axis=-1)
         return replace(draft, finite=finite)
+
+    def propose_tree(self, k: int, cache: ChainState, chooser: Choose | None = None) -> Draft:
+        """Drafts a tree of k tokens (`mlx_drift.drafters.tree`); arguments as in `propose`.
+
+        A chain where logits are processed: what processes them follows one path.
+        """
+        is_chain = k < 2 or (chooser is not None and chooser.processes)
+        if is_chain or cache.draft_logits is None or cache.recycled is None:
+            return self.propose(k, cache, chooser)
+        committed = cache.layers[0].offset
+        depths: list[int] = []
+        states, sees = cache.recycled, mx.zeros((1, 0), mx.bool_)
+
+        def follow(ids: mx.array, parents: mx.array) -> mx.array:
+            nonlocal states, sees
+            depths.extend([depths[-1] + 1 if depths else 0] * ids.size)
+            own = mx.eye(ids.size, dtype=mx.bool_)
+            sees = mx.concatenate([sees[parents], own], axis=1)
+            with on_tree(cache.parts(), Tree(mx.array(depths), sees)):
+                embedding = self._embed(self._target_ids(ids))
+                normed, states = self.network(embedding, states[parents], cache.layers)
+            return self._head(normed)
+
+        ids, parents = grow(cache.draft_logits, follow, k)
+        for layer in cache.layers:
+            layer.trim(layer.offset - committed)
+        finite = mx.all(states - states == 0)[None]
+        return Draft(self._target_ids(ids), finite=finite, parents=parents)
 
     def train_time_test_states(
         self, tokens: mx.array, taps: mx.array, steps: int, *, recompute: bool = False

@@ -75,8 +75,11 @@ class HeadDrafter(ABC):
 
     def choose(self, logits: mx.array) -> mx.array:
         """Picks the likeliest tokens of draft logits `[M, D]`, as target token ids `[M]` int32."""
-        token = mx.argmax(logits, axis=-1).astype(mx.int32)
-        return token if self._d2t is None else self._d2t[token]
+        return self._target_ids(mx.argmax(logits, axis=-1).astype(mx.int32))
+
+    def _target_ids(self, drafted: mx.array) -> mx.array:
+        """Returns the target's ids of draft token ids `[M]`."""
+        return drafted if self._d2t is None else self._d2t[drafted]
 
     def of_draft_vocabulary(self, logits: mx.array) -> mx.array:
         """Takes the draft vocabulary's columns of the target's logits `[M, V]`: `[M, D]`."""
