@@ -191,6 +191,7 @@ NUMBERS = {
     "xtc_threshold": 0.2,
     "max_tokens": 5,
     "num_draft_tokens": 2,
+    "tree": 4,
     "seed": 11,
     "max_kv_size": 40,
     "kv_bits": 8,
@@ -236,7 +237,7 @@ def test_what_is_no_number(pair, name, value):
 
 
 def test_what_numbers_may_be_instead(pair):
-    for name in ("seed", "max_kv_size", "kv_bits"):
+    for name in ("tree", "seed", "max_kv_size", "kv_bits"):
         assert spoken(pair, IDS, **{name: None}) == spoken(pair, IDS)
         assert "a whole number or None" in refusal(pair, **{name: "x"})
     assert "a whole number or auto" in refusal(pair, num_draft_tokens="Auto")

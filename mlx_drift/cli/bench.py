@@ -76,6 +76,12 @@ def bench_command(
             metavar="K", help="A draft length to measure, or auto; repeatable. Default: 1 to 4."
         ),
     ] = None,
+    tree: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="ROWS", help="Measure trees of so many rows too, drafts + 1; repeatable."
+        ),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Tokens to generate for each prompt.", min=2)
     ] = 128,
@@ -137,6 +143,7 @@ def bench_command(
         "--baseline-draft-model": baseline_draft_model,
         "--prompt": prompt,
         "--replay": replay_file,
+        "--tree": tree,
     }
     of_a_shape = {
         "--layers": layers,
@@ -214,6 +221,8 @@ def bench_command(
     elif drafter_bits is not None:
         raise DriftError("--drafter-bits is for trained heads; leave it out")
     if replay_file is not None:
+        if tree:
+            raise DriftError("--replay replays chains; leave --tree out")
         if isinstance(loaded, PromptLookupDrafter):
             raise DriftError("--replay has lookup beside a head or draft model; give one of them")
         recorded = read_transcripts(replay_file, tokenizer, keywords)
@@ -240,6 +249,7 @@ def bench_command(
             loaded,
             tokens,
             lengths=lengths,
+            trees=tree or (),
             quantized=quantized,
             draft_model=baseline,
             max_tokens=max_tokens,

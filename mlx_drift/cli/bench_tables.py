@@ -17,12 +17,12 @@ def table(found: Bench) -> Table:
     names = "", "tokens/s", "× plain", "quartiles", "accepted", "ms", "Python", "alone", "pays at"
     shown = _new_table(names)
     unquantized = {
-        arm.num_draft_tokens: arm
+        (arm.num_draft_tokens, arm.tree): arm
         for arm in found.arms
         if arm.drafter_bits is None and not arm.name.startswith("mlx-lm")
     }
     for arm in found.arms:
-        before = None if arm.drafter_bits is None else unquantized[arm.num_draft_tokens]
+        before = None if arm.drafter_bits is None else unquantized[arm.num_draft_tokens, arm.tree]
         shown.add_row(*_row(arm, before))
     return shown
 
@@ -44,7 +44,7 @@ def _row(arm: Arm, before: Arm | None) -> list[str]:
         _milliseconds(arm.round_seconds),
         _milliseconds(arm.host_seconds),
         NOTHING if arm.efficiency is None else " ".join(f"{e:.2f}" for e in arm.efficiency),
-        _pays(arm.num_draft_tokens, arm.break_even),
+        _pays(arm.num_draft_tokens, arm.break_even) if arm.tree is None else NOTHING,
     ]
 
 
@@ -56,6 +56,8 @@ def about(found: Bench) -> str:
         f"temperature {found.temp:g};",
         f"{found.prompts} prompts × {found.repeats}, at most {found.max_tokens} tokens each.",
         "K=…       mlx-drift with so many drafts a round; plain is mlx-lm's plain decoding",
+        *["tree of   rows that the target verifies a round, their drafts a tree"]
+        * any(arm.tree for arm in found.arms),
         *["mlx-lm    mlx-lm's own speculative loop, with the small model that was given"]
         * any(arm.name.startswith("mlx-lm") for arm in found.arms),
         "× plain   tokens a second over plain decoding's of the same prompt and turn: the median",

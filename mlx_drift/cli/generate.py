@@ -52,6 +52,7 @@ def generate(
     ] = None,
     max_tokens: options.MaxTokens = 256,
     num_draft_tokens: options.NumDraftTokens = None,
+    tree: options.Tree = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show the numbers that auto decides by.")
     ] = False,
@@ -109,6 +110,7 @@ def generate(
     k = draft_tokens(num_draft_tokens or ("3" if is_fixed else "auto"))
     if not no_draft:
         check_num_draft_tokens(k)
+    options.check_tree_alone(tree, num_draft_tokens=num_draft_tokens, no_draft=no_draft or None)
     if prompt_cache_file is not None:
         if world().size > 1:
             raise DriftError("--prompt-cache-file holds a whole target's rows, not a rank's part")
@@ -150,7 +152,7 @@ def generate(
     )
     if loaded is not None:
         loaded = windowed(loaded, drafter_window, drafter_sinks, tokenizer, lay_out(PLACE))
-        loaded = copying(loaded, lookup, default=k == "auto")
+        loaded = copying(loaded, lookup, default=k == "auto" and tree is None)
     if prompt_cache_file is not None and loaded is not None:
         cache = load_prompt_cache(prompt_cache_file, target, loaded)
         rest = lay_out(PLACE, prefill_response=prefill_response).after_place()
@@ -171,6 +173,7 @@ def generate(
                 max_tokens,
                 drafter=loaded,
                 num_draft_tokens=k,
+                tree=tree,
                 temp=temp,
                 top_p=top_p,
                 min_p=min_p,

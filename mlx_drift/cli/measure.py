@@ -67,8 +67,9 @@ def measure(
         int | None, typer.Option(metavar="N", help="The first N questions of each file.", min=1)
     ] = None,
     num_draft_tokens: Annotated[
-        int, typer.Option(metavar="K", help="Drafts a round.")
-    ] = Settings.num_draft_tokens,
+        int | None, typer.Option(metavar="K", help="Drafts a round. Default: 4.")
+    ] = None,
+    tree: options.Tree = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Tokens to generate a turn, at most.", min=2)
     ] = Settings.max_tokens,
@@ -127,8 +128,11 @@ def measure(
     _check_together(
         perturb, context, document, system_prompt or (), chat_template or (), ignore_chat_template
     )
-    check_num_draft_tokens(num_draft_tokens)
-    settings = Settings(num_draft_tokens, max_tokens, temp, top_p, min_p, top_k, seed)
+    options.check_tree_alone(tree, num_draft_tokens=num_draft_tokens)
+    k = Settings.num_draft_tokens if tree is None else tree - 1
+    k = k if num_draft_tokens is None else num_draft_tokens
+    check_num_draft_tokens(k)
+    settings = Settings(k, max_tokens, temp, top_p, min_p, top_k, seed, tree=tree)
     keywords = parse_object(chat_template_config, "--chat-template-config")
     templates = _read_templates(chat_template or ())
     if plot is not None:
@@ -207,7 +211,7 @@ def measure(
     out.print(comparison(measured, what))
     out.print()
     out.print(kept(measured, what))
-    typer.echo(_about(measured[0], num_draft_tokens))
+    typer.echo(_about(measured[0], k))
     if lengths:
         head = wordings[0].head(tokenizer, asked[0].system_prompt)
         typer.echo(f"The window: {window} tokens. Before the user's first words come {head}.")

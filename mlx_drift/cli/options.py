@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from mlx_drift.decode.trees import check_tree
+from mlx_drift.errors import DriftError
 from mlx_drift.generate import stream_generate
 
 
@@ -143,6 +145,7 @@ NumDraftTokens = Annotated[
         "Default: auto, for the embedded pair 3. A --seed gives the same text again at a fixed K.",
     ),
 ]
+Tree = Annotated[int | None, typer.Option(metavar="ROWS", help=described("tree"))]
 DrafterSinks = Annotated[
     str | None,
     typer.Option(
@@ -185,3 +188,21 @@ KvBits = Annotated[int | None, typer.Option(help=described("kv_bits"))]
 KvGroupSize = Annotated[int, typer.Option(help=described("kv_group_size"))]
 QuantizedKvStart = Annotated[int, typer.Option(help=described("quantized_kv_start"))]
 PrefillStepSize = Annotated[int, typer.Option(help=described("prefill_step_size"), min=1)]
+
+
+def check_tree_alone(tree: int | None, **others: object) -> None:
+    """Checks `--tree`, and that nothing else is given that says what to draft.
+
+    Args:
+        tree: Its value; None if it is not given.
+        others: Values of other flags under the names of their variables; None if not given.
+
+    Raises:
+        DriftError: If its number makes no sense, or another one is given.
+    """
+    if tree is None:
+        return
+    check_tree(tree)
+    if given := [name for name, value in others.items() if value is not None]:
+        flag = "--" + given[0].replace("_", "-")
+        raise DriftError(f"{flag} and --tree are both given; give one of them")

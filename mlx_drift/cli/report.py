@@ -97,6 +97,8 @@ def explanation(draft_length: DraftLength) -> Table:
 def _draft_length(draft_length: DraftLength) -> str:
     """Tells how many tokens were drafted a round, and how many would pay best."""
     best = draft_length.best()
+    if draft_length.tree and draft_length.fixed:
+        return f"trees of {draft_length.fixed + 1} rows"
     if draft_length.fixed is None:
         if best is None or best.num_draft_tokens == PLAIN:
             return "auto: plain decoding, no number of drafts pays here"

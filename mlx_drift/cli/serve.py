@@ -41,6 +41,7 @@ def serve_command(
     drafter_bits: options.DrafterBits = None,
     trust_remote_code: options.TrustRemoteCode = False,
     num_draft_tokens: options.NumDraftTokens = None,
+    tree: options.Tree = None,
     host: Annotated[str, typer.Option(help="Another than loopback needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 for any that is free.", min=0, max=65535)] = 8080,
     api_key: Annotated[
@@ -132,12 +133,14 @@ def serve_command(
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     console = Console(stderr=True)
     chosen = num_draft_tokens or ("auto" if model is not None else str(DRAFTS_OF_EMBEDDED))
+    options.check_tree_alone(tree, num_draft_tokens=num_draft_tokens, no_draft=no_draft or None)
     settings = Settings(
         num_draft_tokens=0 if no_draft else _drafts(chosen),
         prefill_step_size=prefill_step_size,
         kv_bits=kv_bits,
         kv_group_size=kv_group_size,
         quantized_kv_start=quantized_kv_start,
+        tree=tree,
     )
     if no_draft and (drafter is not None or draft_model is not None):
         raise DriftError("--no-draft and a drafter are both given; give one of them")

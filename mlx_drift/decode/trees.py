@@ -36,4 +36,6 @@ def check_tree(rows: int) -> None:
         DriftError: If it is no number that makes sense.
     """
     if not 2 <= rows <= MOST_ROWS:
-        raise DriftError(f"tree is {rows}; expected 2 to {MOST_ROWS} rows, the last token's and one each draft's")
+        raise DriftError(
+            f"tree is {rows}; expected 2 to {MOST_ROWS} rows: the last token and drafts"
+        )

@@ -19,8 +19,8 @@ LEAST = 1e-5
 """By how much in log-probability a path is less likely than what it begins with, however sure."""
 
 Follow = Callable[[mx.array, mx.array], mx.array]
-"""Maps the draft token ids of a level's beam `[B]`, and which of the beam before each follows `[B]`,
-to logits `[B, D]` of what comes after; what the first beam follows is the text, and 0 throughout."""
+"""Maps the draft token ids of a level's beam `[B]`, and which of the beam before it each follows
+`[B]`, to logits `[B, D]` of what comes after. The first beam follows the text, which is 0."""
 
 
 def grow(first: mx.array, follow: Follow, count: int) -> tuple[mx.array, mx.array]:

@@ -11,6 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.decode.draft_length import PLAIN, Acceptance, Costs, DraftLength
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
+from mlx_drift.decode.trees import drafting_trees
 from mlx_drift.decode.tuned import tuned_costs
 from mlx_drift.drafters.head import HeadDrafter
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
@@ -35,6 +36,8 @@ class Settings:
 
     Attributes:
         num_draft_tokens: Drafts a round; 0 for plain decoding.
+        tree: Rows that the target verifies a round, their drafts a tree, unless a request asks for
+            a number of drafts; None for chains.
         prefill_step_size: Tokens a chunk of a prompt, at most.
         kv_bits: As in `make_prompt_cache`; so the next two.
         max_snapshots: As in `make_prompt_cache`.
@@ -46,6 +49,7 @@ class Settings:
     kv_group_size: int = KVQuantization.group_size
     quantized_kv_start: int = KVQuantization.start
     max_snapshots: int = 4
+    tree: int | None = None
 
 
 @dataclass(eq=False)
@@ -83,7 +87,10 @@ class LoadedModel:
 
     def __post_init__(self) -> None:
         """Measures what is the same for all conversations."""
-        self.vocab_size = self.make_cache().target.shape.vocab_size
+        target = self.make_cache().target
+        self.vocab_size = target.shape.vocab_size
+        if self.settings.tree is not None:
+            drafting_trees(self.settings.tree, self.drafter, target)
         self.footprint = Footprint.of(self.make_cache(), self.settings.prefill_step_size)
         self.costs = Costs(tuned_costs(self.model, self.drafter, 1024))
         self.rows_are_alike = rows_are_alike(self.make_cache())
@@ -111,6 +118,8 @@ class LoadedModel:
 
     def draft_length(self, asked: int | None, is_seeded: bool) -> DraftLength:
         """Returns what says how many tokens to draft for one answer."""
+        if self.settings.tree is not None and asked is None:
+            return DraftLength(self.settings.tree - 1, self.costs, tree=True)
         fixed = asked or self.settings.num_draft_tokens
         if fixed == PLAIN:
             return DraftLength(fixed=PLAIN, costs=self.costs)

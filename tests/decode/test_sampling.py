@@ -514,6 +514,14 @@ def test_real_loop_with_copies(pair, generations, monkeypatch):
     assert 0 < acceptance < 1
 
 
+@pytest.mark.parametrize("generations", GENERATIONS)
+@pytest.mark.parametrize("keywords", [{"temp": 1.2}, {"temp": 0.9, "top_p": 0.8}], ids=str)
+def test_real_loop_with_trees(pair, keywords, generations):
+    counts, acceptance = pair.sample(generations, tree=4, **keywords)
+    assert p_value(counts, pair.joint(Sampling(**keywords))) > LEAST_P
+    assert 0 < acceptance < 1
+
+
 def test_real_loop_fails_if_draft_probabilities_are_not_scattered(pair, monkeypatch):
     """Drawn in the drafter's own columns; only the token goes through `d2t`."""
     draft = Chooser.draft

@@ -55,8 +55,11 @@ def describe(
         settings: How answers are generated.
         others: Whatever else they depend on.
     """
+    how = asdict(settings)
+    if settings.tree is None:  # files of chains are as they were before there were trees
+        del how["tree"]
     described = {
-        **asdict(settings),
+        **how,
         "target": fingerprint(model),
         "drafter_order": list(drafters),  # the first is the base
         "drafters": {

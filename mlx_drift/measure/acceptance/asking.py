@@ -36,6 +36,7 @@ class Settings:
     top_k: int = 0
     seed: int = 0
     prefill_step_size: int = 2048
+    tree: int | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def answer(
             settings.max_tokens,
             drafter=drafter,
             num_draft_tokens=settings.num_draft_tokens,
+            tree=settings.tree,
             temp=settings.temp,
             top_p=settings.top_p,
             min_p=settings.min_p,

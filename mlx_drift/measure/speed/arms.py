@@ -36,12 +36,14 @@ class Way:
         drafter: What mlx-drift drafts with; None for mlx-lm.
         draft_model: What mlx-lm's own speculative loop drafts with.
         drafter_bits: What the drafter was quantized to for this run.
+        tree: Rows of a tree that the drafts make, one more than they are; None for a chain.
     """
 
     num_draft_tokens: Length | None = None
     drafter: Drafter | None = None
     draft_model: nn.Module | None = None
     drafter_bits: int | None = None
+    tree: int | None = None
 
     @property
     def name(self) -> str:
@@ -50,6 +52,8 @@ class Way:
             return "plain"
         k = self.num_draft_tokens
         length = f"K={k}" if isinstance(k, int) else k
+        if self.tree is not None:
+            length = f"tree of {self.tree}"
         if self.draft_model is not None:
             return f"mlx-lm {length}"
         return length if self.drafter_bits is None else f"{length}, {self.drafter_bits} bits"
@@ -132,6 +136,7 @@ def answer(
         max_tokens,
         drafter=way.drafter,
         num_draft_tokens=1 if way.num_draft_tokens is None else way.num_draft_tokens,
+        tree=way.tree,
         temp=temp,
         seed=seed,
         prompt_progress_callback=note,

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_drift.decode.trees import drafting_trees
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.generate import check_num_draft_tokens
 from mlx_drift.measure.speed.arithmetic import break_even, device_name, quartiles
@@ -39,7 +40,7 @@ class Arm:
     """One way of answering, measured.
 
     Attributes:
-        name: `plain`, `K=2`, `auto`, `K=2, 4 bits` (of the drafter), `mlx-lm K=2`.
+        name: `plain`, `K=2`, `auto`, `K=2, 4 bits` (of the drafter), `tree of 5`, `mlx-lm K=2`.
         num_draft_tokens: Drafts a round, K, or `auto`; None for plain decoding by mlx-lm.
         drafter_bits: What the drafter was quantized to for this run.
         tokens_per_second: Of generation, the median over prompts and turns.
@@ -55,6 +56,7 @@ class Arm:
             drafts accepted as here (`mlx_drift.measure.speed.rounds`).
         efficiency: Round efficiency of the two.
         draft_length: What `auto` decided last, and by what numbers.
+        tree: Rows that the target verified a round, in a tree; None for a chain.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Arm:
     sampled: RoundCost | None = None
     efficiency: tuple[float, float] | None = None
     draft_length: dict[str, Any] | None = None
+    tree: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def bench(
     prompts: Sequence[list[int]],
     *,
     lengths: Sequence[Length] = LENGTHS,
+    trees: Sequence[int] = (),
     quantized: tuple[int, Drafter] | None = None,
     draft_model: nn.Module | None = None,
     max_tokens: int = 128,
@@ -115,6 +119,7 @@ def bench(
         drafter: A drafter loaded for it.
         prompts: Token ids of each prompt.
         lengths: The draft lengths.
+        trees: Rows of trees to measure beside them.
         quantized: Bits, and the drafter quantized to them: an arm more for each length.
         draft_model: A small model with the target's tokenizer, for mlx-lm's own speculative loop:
             an arm more for each length that is a number.
@@ -129,6 +134,8 @@ def bench(
     """
     for length in lengths:
         check_num_draft_tokens(length)
+    for rows in trees:
+        drafting_trees(rows, drafter, Target(model, drafter.taps))
     if draft_model is not None:
         check_baseline(model, draft_model)
     drafters = {None: drafter} | ({} if quantized is None else {quantized[0]: quantized[1]})
@@ -136,6 +143,7 @@ def bench(
     ways = [
         Way(),
         *(Way(k, d, drafter_bits=bits) for k in lengths for bits, d in drafters.items()),
+        *(Way(n - 1, d, None, bits, tree=n) for n in trees for bits, d in drafters.items()),
         *(Way(k, draft_model=draft_model) for k in numbers if draft_model is not None),
     ]
     total = (repeats + 1) * len(prompts) * len(ways) + (turns + 1) * len(drafters) * bool(numbers)
@@ -162,7 +170,7 @@ def bench(
         accepted = {
             way.num_draft_tokens: round(found.statistics.acceptance_length)
             for way, found in zip(ways, answers, strict=True)
-            if way.drafter is one_drafter
+            if way.drafter is one_drafter and way.tree is None
         }
         plans = [Plan(k, accepted[k], t) for k in numbers for t in (0.0, temp or SAMPLED)]
         taken, _ = round_costs(model, one_drafter, prompts[0], plans, turns=turns, progress=tell)
@@ -170,7 +178,8 @@ def bench(
     arms = []
     for way, found in zip(ways, answers, strict=True):
         key = way.drafter_bits, way.num_draft_tokens
-        of_mlx_drift = costs.get(key, ()) if way.drafter is not None else ()  # type: ignore[arg-type]
+        timed = way.drafter is not None and way.tree is None
+        of_mlx_drift = costs.get(key, ()) if timed else ()  # type: ignore[arg-type]
         arms.append(_arm(way, found, answers[0], len(prompts), of_mlx_drift))
     return Bench(
         tuple(arms),
@@ -199,6 +208,7 @@ def _arm(way: Way, found: Answer, plain: Answer, prompts: int, costs: Sequence[R
     steps = None if round_seconds is None else round_seconds * statistics.median(plain.speeds)
     greedy, sampled = costs or (None, None)
     is_mlx_drift = way.drafter is not None and seen.rounds
+    is_chain = way.tree is None
     return Arm(
         way.name,
         k,
@@ -210,9 +220,10 @@ def _arm(way: Way, found: Answer, plain: Answer, prompts: int, costs: Sequence[R
         tuple(seen.conditional_acceptance),
         round_seconds,
         statistics.median(seen.host_seconds) if is_mlx_drift else None,
-        break_even(k, steps) if isinstance(k, int) and steps is not None else None,
+        break_even(k, steps) if is_chain and isinstance(k, int) and steps is not None else None,
         greedy,
         sampled,
         (greedy.efficiency, sampled.efficiency) if greedy and sampled else None,
         found.draft_length,
+        way.tree,
     )
