@@ -21,9 +21,8 @@ import mlx.nn as nn
 from mlx_drift.drafters.block_cache import BlockCache
 from mlx_drift.drafters.config import DFlashConfig
 from mlx_drift.drafters.eagle3 import Attention, Layer
-from mlx_drift.drafters.head import LayersDrafter
+from mlx_drift.drafters.head import LayersDrafter, SlotsDrafter
 from mlx_drift.drafters.head_state import HeadState
-from mlx_drift.drafters.protocol import Choose, Draft
 from mlx_drift.target.model import Target
 
 
@@ -83,7 +82,7 @@ class DFlashNetwork(nn.Module):
         self(mx.zeros((1, self.norm.weight.size)), caches)
 
 
-class DFlashDrafter(LayersDrafter):
+class DFlashDrafter(SlotsDrafter, LayersDrafter):
     """Drafts a block in one pass."""
 
     config: DFlashConfig
@@ -125,12 +124,9 @@ class DFlashDrafter(LayersDrafter):
         self.network.read(taps, cache.layers)
         cache.seed = tokens[-1:]
 
-    def propose(self, k: int, cache: HeadState, chooser: Choose | None = None) -> Draft:
-        """Drafts k tokens, or as many as a block has; none before anything was ingested."""
-        k = min(k, self.max_drafts or k)
-        if k == 0 or cache.seed is None:
-            return self._nothing()
-        return self._certain(self._head(self._fill(k, cache)), chooser)
+    def fill(self, k: int, cache: HeadState) -> mx.array:
+        """Runs a block: the draft logits of its first k drafts `[k, D]`."""
+        return self._head(self._fill(k, cache))
 
     def _fill(self, k: int, cache: HeadState) -> mx.array:
         """Runs a block; returns the states of the slots that predict the first k drafts, `[k, H]`.

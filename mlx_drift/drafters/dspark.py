@@ -17,7 +17,8 @@ import mlx.nn as nn
 from mlx_drift.drafters.config import DSparkConfig
 from mlx_drift.drafters.dflash import DFlashDrafter, DFlashNetwork
 from mlx_drift.drafters.head_state import HeadState
-from mlx_drift.drafters.protocol import Choose, Draft
+from mlx_drift.drafters.protocol import Choose, Draft, are_finite
+from mlx_drift.drafters.tree import DEPTH, grow
 
 
 class Markov(nn.Module):
@@ -104,3 +105,30 @@ class DSparkDrafter(DFlashDrafter):
             return logits[row] + bias
 
         return self._in_turn(k, chooser, logits_after)
+
+    def propose_tree(self, k: int, cache: HeadState, chooser: Choose | None = None) -> Draft:
+        """Drafts a tree of k tokens, each level knowing the tokens before it."""
+        is_chain = k < 2 or cache.seed is None or (chooser is not None and chooser.processes)
+        if self.config.markov is None or is_chain:
+            return super().propose_tree(k, cache, chooser)
+        slots = min(k, DEPTH, self.max_drafts or k)
+        hidden = self._fill(slots, cache)
+        logits = self._head(hidden)
+        rows: list[mx.array] = []
+        states: mx.array | None = None
+
+        def after(tokens: mx.array, parents: mx.array) -> mx.array:
+            nonlocal states
+            slot = len(rows)
+            own = mx.broadcast_to(hidden[slot], (tokens.size, hidden.shape[1]))
+            before = None if states is None else states[parents]
+            bias, states = self.network.markov(tokens, own, before)
+            rows.append(logits[slot] + bias)
+            return rows[-1]
+
+        def follow(ids: mx.array, parents: mx.array) -> mx.array:
+            return after(self._target_ids(ids), parents)
+
+        ids, parents = grow(after(cache.seed, mx.array([0])), follow, k, levels=slots)
+        finite = are_finite(mx.concatenate(rows))
+        return Draft(self._target_ids(ids), finite=finite, parents=parents)

@@ -1,6 +1,7 @@
 """What all drafters share that are heads on a target's states, however they draft."""
 
 import copy
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Self
@@ -9,6 +10,7 @@ import mlx.core as mx
 
 from mlx_drift.drafters.protocol import Choose, Draft, are_finite
 from mlx_drift.drafters.schema import DrafterConfig, LayersConfig
+from mlx_drift.drafters.tree import DEPTH, grow
 from mlx_drift.errors import DriftError
 from mlx_drift.target.model import Target
 
@@ -149,6 +151,34 @@ class HeadDrafter(ABC):
         spread = mx.full((logits.shape[0], self._vocab_size), -mx.inf, logits.dtype)
         spread[:, self._d2t] = logits
         return spread
+
+
+class SlotsDrafter(HeadDrafter):
+    """A head whose drafts do not know of each other: one pass fills the slots of all of them."""
+
+    @abstractmethod
+    def fill(self, k: int, cache: Any) -> mx.array:
+        """Fills the first k slots: their draft logits `[k, D]`. The cache stays as it is."""
+
+    def propose(self, k: int, cache: Any, chooser: Choose | None = None) -> Draft:
+        """Drafts k tokens, or as many as there are slots; none before anything was ingested."""
+        k = min(k, self.max_drafts or k)
+        if k == 0 or cache.seed is None:
+            return self._nothing()
+        return self._certain(self.fill(k, cache), chooser)
+
+    def propose_tree(self, k: int, cache: Any, chooser: Choose | None = None) -> Draft:
+        """Drafts a tree of k tokens, one level a slot; a chain where logits are processed."""
+        if k < 2 or cache.seed is None or (chooser is not None and chooser.processes):
+            return self.propose(k, cache, chooser)
+        logits = self.fill(min(k, DEPTH, self.max_drafts or k), cache)
+        levels = itertools.count(1)
+
+        def follow(ids: mx.array, parents: mx.array) -> mx.array:
+            return mx.broadcast_to(logits[next(levels)], (ids.size, logits.shape[1]))
+
+        ids, parents = grow(logits[:1], follow, k, levels=logits.shape[0])
+        return Draft(self._target_ids(ids), finite=are_finite(logits), parents=parents)
 
 
 class LayersDrafter(HeadDrafter):

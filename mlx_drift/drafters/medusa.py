@@ -17,9 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_drift.drafters.config import MedusaConfig
-from mlx_drift.drafters.head import HeadDrafter
+from mlx_drift.drafters.head import SlotsDrafter
 from mlx_drift.drafters.head_state import HeadState
-from mlx_drift.drafters.protocol import Choose, Draft
 from mlx_drift.target.model import Target
 
 
@@ -64,7 +63,7 @@ class MedusaNetwork(nn.Module):
         self(mx.zeros((1, self.size)), len(self.heads))
 
 
-class MedusaDrafter(HeadDrafter):
+class MedusaDrafter(SlotsDrafter):
     """Drafts one token a head, all from one state."""
 
     config: MedusaConfig
@@ -88,9 +87,6 @@ class MedusaDrafter(HeadDrafter):
         """Keeps the last of the states one position earlier `[M, 1, T]`; tokens it reads none."""
         cache.seed = mx.contiguous(taps[-1:, 0])
 
-    def propose(self, k: int, cache: HeadState, chooser: Choose | None = None) -> Draft:
-        """Drafts k tokens, or as many as there are heads; none before anything was ingested."""
-        k = min(k, self.config.num_heads)
-        if k == 0 or cache.seed is None:
-            return self._nothing()
-        return self._certain(self.network(cache.seed, k), chooser)
+    def fill(self, k: int, cache: HeadState) -> mx.array:
+        """Runs the first k heads: their draft logits `[k, D]`."""
+        return self.network(cache.seed, k)

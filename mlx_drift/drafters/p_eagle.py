@@ -17,7 +17,7 @@ from mlx_drift.drafters.cache import TrainTimeTestCache
 from mlx_drift.drafters.chain import ChainDrafter, ChainState
 from mlx_drift.drafters.config import PEagleConfig
 from mlx_drift.drafters.eagle3 import Eagle3Network
-from mlx_drift.drafters.protocol import Choose, Draft
+from mlx_drift.drafters.head import SlotsDrafter
 from mlx_drift.target.model import Target
 
 
@@ -38,7 +38,7 @@ class PEagleNetwork(Eagle3Network):
         return self.fuse(self.mask_hidden.reshape(self.taps_shape))
 
 
-class PEagleDrafter(ChainDrafter):
+class PEagleDrafter(SlotsDrafter, ChainDrafter):
     """Drafts all tokens of a round at once."""
 
     recycles = False
@@ -55,18 +55,17 @@ class PEagleDrafter(ChainDrafter):
         super().__init__(config, network, target, d2t)
         self.max_drafts = config.max_drafts
 
-    def propose(self, k: int, cache: ChainState, chooser: Choose | None = None) -> Draft:
-        """Drafts k tokens, or as many as it was trained for; none before anything was ingested."""
-        k = min(k, self.max_drafts or k)
-        if k == 0 or cache.draft_logits is None:
-            return self._nothing()
-        logits = cache.draft_logits
-        if k > 1:
-            normed, _ = self.network(*self._masked(k - 1), cache.layers)
-            for layer in cache.layers:
-                layer.trim(k - 1)
-            logits = mx.concatenate([logits, self._head(normed)])
-        return self._certain(logits, chooser)
+    def fill(self, k: int, cache: ChainState) -> mx.array:
+        """Runs the rows of the first k drafts: their draft logits `[k, D]`.
+
+        The first one's are there.
+        """
+        if k == 1:
+            return cache.draft_logits
+        normed, _ = self.network(*self._masked(k - 1), cache.layers)
+        for layer in cache.layers:
+            layer.trim(k - 1)
+        return mx.concatenate([cache.draft_logits, self._head(normed)])
 
     def train_time_test_steps(
         self, tokens: mx.array, taps: mx.array, steps: int

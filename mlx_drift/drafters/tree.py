@@ -23,13 +23,16 @@ Follow = Callable[[mx.array, mx.array], mx.array]
 `[B]`, to logits `[B, D]` of what comes after. The first beam follows the text, which is 0."""
 
 
-def grow(first: mx.array, follow: Follow, count: int) -> tuple[mx.array, mx.array]:
+def grow(
+    first: mx.array, follow: Follow, count: int, levels: int = DEPTH
+) -> tuple[mx.array, mx.array]:
     """Grows a tree.
 
     Args:
         first: Draft logits of what follows the text, `[1, D]`.
         follow: Drafts on.
-        count: Nodes, at least one; fewer come of a tiny vocabulary.
+        count: Nodes, at least one; fewer come of a tiny vocabulary, or of few levels.
+        levels: Levels at most.
 
     Returns:
         Draft token ids `[N]` int32, and which of them each follows, one before it: `[N]` int32, −1
@@ -40,7 +43,7 @@ def grow(first: mx.array, follow: Follow, count: int) -> tuple[mx.array, mx.arra
     follows = mx.zeros(ids.shape, mx.int32)
     pool = [(ids, scores, follows - 1)]
     start = 0  # of the last level, in the pool
-    for depth in range(1, min(count, DEPTH)):
+    for depth in range(1, min(count, levels)):
         # One further down would come with all before it, and with those likelier than those.
         width = min(WIDTH, count - depth)
         beam = mx.argsort(-scores)[:width].astype(mx.int32)
