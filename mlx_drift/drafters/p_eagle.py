@@ -60,6 +60,7 @@ class PEagleDrafter(SlotsDrafter, ChainDrafter):
 
         The first one's are there.
         """
+        assert cache.draft_logits is not None
         if k == 1:
             return cache.draft_logits
         normed, _ = self.network(*self._masked(k - 1), cache.layers)

