@@ -76,6 +76,7 @@ class Conversation:
         self._wording = Wording(self.model.tokenizer, self.request.stop, self.request.speech)
         self._done = 0
         self._count = 0
+        self._reasoning = 0
 
     def begin(self, cache: PromptCache, marks: Collection[int]) -> None:
         """Takes its caches.
@@ -149,6 +150,7 @@ class Conversation:
             prompt_tokens=len(self.request.tokens),
             cached_tokens=s.reused_tokens,
             completion_tokens=self._count,
+            reasoning_tokens=self._reasoning,
             rounds=s.rounds,
             tested=tuple(s.tested),
             accepted=tuple(s.accepted),
@@ -167,6 +169,7 @@ class Conversation:
                 reason = "stop"
                 break
             said += self._wording.add(token)
+            self._reasoning += self._wording.is_reasoning
             if self.request.top_logprobs is not None:
                 scored.append(_score(token, log_probabilities, self.request.top_logprobs))
             if self._wording.is_over:

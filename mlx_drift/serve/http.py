@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -17,11 +18,11 @@ from starlette.types import ASGIApp
 from mlx_drift.errors import DriftError
 from mlx_drift.serve.answers import Answers, Stream
 from mlx_drift.serve.api.asking import Dialect
-from mlx_drift.serve.api.chat import Chat
-from mlx_drift.serve.api.completions import Completions
+from mlx_drift.serve.api.endpoints import DIALECTS
 from mlx_drift.serve.api.events import dumps
 from mlx_drift.serve.api.fields import BadRequest
 from mlx_drift.serve.api.history import read_messages
+from mlx_drift.serve.api.messages import CountTokens
 from mlx_drift.serve.api.prompts import encode, lay_out
 from mlx_drift.serve.api.served import Defaults, Served
 from mlx_drift.serve.api.tables import TOKENIZE
@@ -33,8 +34,7 @@ from mlx_drift.serve.middleware import Guarded
 from mlx_drift.serve.model import LoadedModel
 from mlx_drift.serve.models import Known, Models, NotServed
 
-DIALECTS: tuple[Dialect, ...] = (Chat(), Completions())
-"""The endpoints that generate."""
+COUNT_TOKENS = CountTokens()
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,13 @@ class Server:
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.show_model),
             Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route(COUNT_TOKENS.path, self.count_tokens, methods=["POST"]),
             Route("/metrics", self.show_metrics),
             Route("/health", self.health),
         ]
         paths = {route.path for route in routes}
-        app: ASGIApp = Guarded(Router(routes), self.guard, self.metrics, paths, DIALECTS)
+        errors = {one.path: one.error for one in (*DIALECTS, COUNT_TOKENS)}
+        app: ASGIApp = Guarded(Router(routes), self.guard, self.metrics, paths, errors)
         if self.origins:
             app = CORSMiddleware(app, [*self.origins], ["GET", "POST"], allow_headers=["*"])
         return app
@@ -118,9 +120,17 @@ class Server:
             shown["token_strs"] = [served.tokenizer.decode([token]) for token in ids]
         return _json(shown)
 
+    async def count_tokens(self, request: Request) -> Response:
+        """Counts the tokens of a prompt of the Messages API."""
+        given = COUNT_TOKENS.fields.read(await self.body(request))
+        served = self._served(await self._loaded(self._find(given.get("model"))[0]))
+        return _json(await asyncio.to_thread(COUNT_TOKENS.count, given, served))
+
     async def list_models(self, request: Request) -> Response:
         """Lists the models."""
-        return _json({"object": "list", "data": [_card(k) for k in self.models.known]})
+        cards = [_card(known) for known in self.models.known]
+        ends = {"first_id": cards[0]["id"], "last_id": cards[-1]["id"], "has_more": False}
+        return _json({"object": "list", "data": cards} | ends)
 
     async def show_model(self, request: Request) -> Response:
         """Shows one model."""
@@ -191,7 +201,17 @@ def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) 
 
 
 def _card(known: Known) -> dict[str, Any]:
-    return {"id": known.name, "object": "model", "created": known.created, "owned_by": "mlx-drift"}
+    """Returns a model as OpenAI's API shows it, and Anthropic's."""
+    return {
+        "id": known.name,
+        "object": "model",
+        "created": known.created,
+        "owned_by": "mlx-drift",
+        "type": "model",
+        "display_name": known.name,
+        "created_at": datetime.fromtimestamp(known.created, UTC).isoformat(),
+        "lifecycle": "active",
+    }
 
 
 def _refuse_constant(name: str) -> None:

@@ -2,14 +2,15 @@
 
 import logging
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_drift.serve.api.asking import Dialect, openai_error
+from mlx_drift.serve.api.asking import openai_error
 from mlx_drift.serve.api.events import dumps
 from mlx_drift.serve.api.fields import BadRequest
 from mlx_drift.serve.guard import Guard
@@ -26,7 +27,7 @@ class Guarded:
         guard: Who may ask.
         metrics: What is counted.
         paths: Those that are counted one by one.
-        dialects: Whose errors are written in their own way.
+        errors: Of paths whose errors are written in their own way: the bodies of errors.
     """
 
     def __init__(
@@ -35,13 +36,13 @@ class Guarded:
         guard: Guard,
         metrics: Metrics,
         paths: set[str],
-        dialects: Sequence[Dialect],
+        errors: Mapping[str, Callable[[BadRequest], dict[str, Any]]],
     ):
         self.app = app
         self.guard = guard
         self.metrics = metrics
         self.paths = paths
-        self.dialects = dialects
+        self.errors = errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -71,11 +72,11 @@ class Guarded:
         except Exception as error:
             if has_started:
                 raise
-            dialect = next((d for d in self.dialects if d.path == path), None)
-            await _error(error, dialect)(scope, receive, send_counted)
+            write = self.errors.get(path, openai_error)
+            await _error(error, write)(scope, receive, send_counted)
 
 
-def _error(error: Exception, dialect: Dialect | None) -> Response:
+def _error(error: Exception, write: Callable[[BadRequest], dict[str, Any]]) -> Response:
     """Returns the response to an error, in the object of the API it was asked through."""
     if isinstance(error, HTTPException):  # the router's
         what = "there is no such path" if error.status_code == 404 else str(error.detail)
@@ -89,5 +90,4 @@ def _error(error: Exception, dialect: Dialect | None) -> Response:
         headers["Retry-After"] = str(error.retry_after)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    body = dialect.error(error) if dialect is not None else openai_error(error)
-    return Response(dumps(body), error.status, headers, "application/json")
+    return Response(dumps(write(error)), error.status, headers, "application/json")

@@ -84,6 +84,7 @@ class Usage:
         prompt_tokens: Of the prompt.
         cached_tokens: Those of them that were in a cache.
         completion_tokens: Of the answer, an end-of-text token included.
+        reasoning_tokens: Those of them that are reasoning.
         rounds: Rounds with drafts.
         tested: Drafts that were tested, by their position in a round.
         accepted: Drafts that were accepted, likewise.
@@ -93,6 +94,7 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
     rounds: int = 0
     tested: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()

@@ -16,7 +16,7 @@ from mlx_lm.generate import TextStateMachine
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.serve.calls import Calls
-from mlx_drift.serve.said import Reasoning, Said, Speech, Text, joined
+from mlx_drift.serve.said import CallEnded, Reasoning, Said, Speech, Text, joined
 
 TEXT, REASONING, CALL = "normal", "reasoning", "tool"
 """States, named as in the response formats of mlx-lm's tokenizers."""
@@ -61,12 +61,18 @@ class Wording:
         self._state = self._machine.make_state(start)
         self._name = start
         self._space = ""  # at the end of what was said: dropped if a marker follows
+        self._before = ""  # the same before the last marker of a call
         self._is_fresh = start != TEXT  # nothing was said since the last marker
 
     @property
     def calls(self) -> int:
         """Whole calls so far."""
         return 0 if self._calls is None else self._calls.count
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether it is within reasoning."""
+        return self._name == REASONING
 
     @property
     def is_over(self) -> bool:
@@ -91,7 +97,8 @@ class Wording:
         self._state, held, _ = TextStateMachine.flush(self._state)
         said += self._say(self._name, held)
         if self._name == CALL and self._calls is not None:
-            said += self._calls.end(is_cut=is_cut, has_marker=False)
+            ended = self._calls.end(is_cut=is_cut, has_marker=False)
+            said += self._no_call(ended) if any(isinstance(e, Text) for e in ended) else ended
         elif self._space and not self._is_fresh:
             said.append(Reasoning(self._space) if self._name == REASONING else Text(self._space))
         return joined(said)
@@ -123,27 +130,37 @@ class Wording:
             self.stopped = name.removeprefix(STOPPED)
             space, self._space = self._space, ""
             return [Text(space)] if space and not self._is_fresh else []
+        said: list[Said] = []
         if before == CALL and self._calls is not None:
             if self._calls.is_in_string:
                 self._goto(CALL)
                 return self._say(CALL, self._end_marker)
             said = self._calls.end(is_cut=False, has_marker=True)
-        else:
-            said = []
+        if any(isinstance(one, Text) for one in said):
+            return self._no_call(said)
         if name == CALL and self._calls is not None:
             self._calls.begin()
+            self._before = "" if self._is_fresh else self._space
         self._space, self._is_fresh = "", True
         return said
+
+    def _no_call(self, said: list[Said]) -> list[Said]:
+        """Returns what is text after all, with the white space before the marker of its call."""
+        self._space, self._is_fresh = "", False
+        *others, text = said
+        return [*others, Text(self._before), text] if self._before else said
 
     def _say(self, name: str, text: str) -> list[Said]:
         if not text:
             return []
         if name == CALL and self._calls is not None:
             said, is_no_call = self._calls.add(text)
+            if CallEnded(True) in said:
+                self._before = ""
             if is_no_call:
                 held = self._state[3]  # what may have been the beginning of a marker
                 self._goto(TEXT)
-                said += self._step(held)
+                said = self._no_call(said) + self._step(held)
             return said
         if name not in (TEXT, REASONING):
             return []  # a response format's own: headers

@@ -45,3 +45,23 @@ WRITTEN = {
     "<longcat_arg_value>5</longcat_arg_value>\n</longcat_tool_call>",
 }
 """A call in the format of every family that is told apart, by the name of mlx-lm's parser."""
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"Does {name}.",
+            "parameters": {
+                "type": "object",
+                "properties": {key: {"type": "string"} for key in keys},
+                "required": keys,
+            },
+        },
+    }
+    for name, keys in {
+        "get_weather": ["city"],
+        "get_time": ["zone"],
+        "write": ["path", "content"],
+    }.items()
+]

@@ -40,6 +40,25 @@ HISTORY = [
 ]
 
 
+CONVERSATION = {
+    "system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}],
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": QUESTION}]},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "hm", "signature": "a"},
+                {"type": "tool_use", "id": "a", "name": "look", "input": {"b": 2}},
+            ],
+        },
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "c"}]},
+    ],
+    "tools": [{"name": "look", "input_schema": {"type": "object"}}],
+    "tool_choice": {"type": "none"},
+    "thinking": {"type": "enabled", "budget_tokens": 2},
+}
+
+
 def valid():
     return {
         "/v1/chat/completions": said(
@@ -53,6 +72,8 @@ def valid():
         )
         | {"messages": HISTORY},
         "/v1/completions": {"prompt": "def", "max_tokens": 2, "temperature": 0.5, "seed": 1},
+        "/v1/messages": CONVERSATION | {"max_tokens": 2, "stop_sequences": ["a"], "top_k": 2},
+        "/v1/messages/count_tokens": CONVERSATION,
         "/tokenize": {"messages": [{"role": "user", "content": "a"}]},
     }
 

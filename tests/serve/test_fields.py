@@ -4,12 +4,16 @@ import inspect
 from pathlib import Path
 
 import pytest
+from anthropic.resources.beta.messages import Messages as BetaMessages
+from anthropic.resources.messages import Messages
 from openai.resources.chat.completions import Completions as Chat
 from openai.resources.completions import Completions
 
 import mlx_drift.serve
+from mlx_drift.serve.api.endpoints import EVERY
 from mlx_drift.serve.api.fields import BadRequest
-from mlx_drift.serve.api.tables import ACCEPTED, CHAT, COMPLETIONS, EVERY
+from mlx_drift.serve.api.messages_fields import COUNT_TOKENS, MESSAGES
+from mlx_drift.serve.api.tables import ACCEPTED, CHAT, COMPLETIONS
 
 README = Path(mlx_drift.serve.__file__).parent / "README.md"
 
@@ -113,9 +117,53 @@ BAD = {
     "best_of": 2,
 }
 
+MESSAGES_GOOD = {
+    "system": [{"type": "text", "text": "a"}],
+    "tools": [{"name": "a", "input_schema": {"type": "object"}}],
+    "tool_choice": {"type": "tool", "name": "a", "disable_parallel_tool_use": True},
+    "thinking": {"type": "enabled", "budget_tokens": 5},
+    "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": {}}},
+    "stop_sequences": ["a"],
+    "user_profile_id": "u",
+    "workspace_id": "w",
+    "cache_control": {"type": "ephemeral"},
+    "speed": "standard",
+    "inference_geo": "us",
+    "diagnostics": {"previous_message_id": None},
+    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+}
+MESSAGES_BAD = {
+    "system": 5,
+    "tools": ["a"],
+    "tool_choice": {"type": "tool"},
+    "thinking": {"type": "disabled", "budget_tokens": 5},
+    "output_config": {"format": {"type": "json_schema"}},
+    "stop_sequences": "a",
+    "user_profile_id": 5,
+    "workspace_id": 5,
+    "cache_control": "ephemeral",
+    "speed": 5,
+    "inference_geo": 5,
+    "diagnostics": 5,
+    "context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]},
+}
+OF = {
+    "/v1/messages": (MESSAGES_GOOD, MESSAGES_BAD),
+    "/v1/messages/count_tokens": (MESSAGES_GOOD, MESSAGES_BAD),
+}
+"""What an endpoint's keys hold where others hold something else under the same name."""
+
+
+def good(fields):
+    return GOOD | OF.get(fields.path, ({}, {}))[0]
+
+
+def bad(fields):
+    return BAD | OF.get(fields.path, ({}, {}))[1]
+
 
 def least(fields):
-    return {name: GOOD[name] for name, field in fields.honoured.items() if field.required}
+    return {name: good(fields)[name] for name, field in fields.honoured.items() if field.required}
 
 
 @pytest.mark.parametrize("fields", EVERY, ids=lambda fields: fields.path)
@@ -126,9 +174,12 @@ def test_the_documentation_has_the_tables(fields):
 @pytest.mark.parametrize("fields", EVERY, ids=lambda fields: fields.path)
 def test_keys_are_honoured_accepted_or_refused_by_name(fields):
     for name in fields.honoured:
-        assert name in fields.read(least(fields) | {name: GOOD[name]}) or GOOD[name] is None
+        assert (
+            name in fields.read(least(fields) | {name: good(fields)[name]})
+            or good(fields)[name] is None
+        )
     for name in fields.accepted:
-        assert fields.read(least(fields) | {name: GOOD[name]}) == least(fields)
+        assert fields.read(least(fields) | {name: good(fields)[name]}) == least(fields)
     for name in (*fields.refused, "suffixes", "x" * 500, "a\nb"):
         with pytest.raises(BadRequest) as refused:
             fields.read(least(fields) | {name: "a"})
@@ -136,9 +187,9 @@ def test_keys_are_honoured_accepted_or_refused_by_name(fields):
         assert name[:80].replace("\n", "\\n") in refused.value.message
         assert "\n" not in refused.value.message
     for name in (*fields.honoured, *fields.accepted):
-        if name in BAD:
+        if name in bad(fields):
             with pytest.raises(BadRequest, match=name) as refused:
-                fields.read(least(fields) | {name: BAD[name]})
+                fields.read(least(fields) | {name: bad(fields)[name]})
             assert refused.value.param == name
             assert fields.read(least(fields) | {name: None} | least(fields)) == least(fields)
     for name in least(fields):
@@ -148,14 +199,22 @@ def test_keys_are_honoured_accepted_or_refused_by_name(fields):
 
 def test_every_key_has_an_example():
     for fields in EVERY:
-        assert {*fields.honoured, *fields.accepted} <= GOOD.keys()
-        assert {*fields.honoured, *fields.accepted} - {"prediction"} <= BAD.keys()
+        assert {*fields.honoured, *fields.accepted} <= good(fields).keys()
+        assert {*fields.honoured, *fields.accepted} - {"prediction"} <= bad(fields).keys()
 
 
-def test_what_openai_knows_is_decided():
-    """Every key of OpenAI's own client is in one of the tables."""
+def test_what_the_clients_know_is_decided():
+    """Every key of OpenAI's and Anthropic's own clients is in one of the tables."""
     transport = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
-    for create, fields in ((Chat.create, CHAT), (Completions.create, COMPLETIONS)):
+    transport |= {"betas"}
+    for create, fields in (
+        (Chat.create, CHAT),
+        (Completions.create, COMPLETIONS),
+        (Messages.create, MESSAGES),
+        (BetaMessages.create, MESSAGES),
+        (Messages.count_tokens, COUNT_TOKENS),
+        (BetaMessages.count_tokens, COUNT_TOKENS),
+    ):
         keys = {*inspect.signature(create).parameters} - transport
         assert keys <= {*fields.honoured, *fields.accepted, *fields.refused}, fields.path
     assert ACCEPTED.keys() <= CHAT.accepted.keys() & COMPLETIONS.accepted.keys()

@@ -6,6 +6,7 @@ serving.md 3.15: others' servers read the field over and answer 200.
 import sys
 from typing import Literal
 
+import anthropic
 import openai
 import pytest
 from pydantic import BaseModel, ConfigDict
@@ -60,6 +61,15 @@ def test_the_clients_own_helper_parses_the_answer(client):
     )
     assert isinstance(answer.choices[0].message.parsed, Colour)
     assert answer.choices[0].finish_reason == "stop"
+
+
+def test_anthropics_helper_parses_the_answer(running):
+    client = anthropic.Anthropic(base_url=running.root, api_key="none", timeout=PATIENCE)
+    message = client.messages.parse(
+        model=MODEL, max_tokens=60, messages=QUESTION, output_format=Colour
+    )
+    assert isinstance(message.parsed_output, Colour)
+    assert message.stop_reason == "end_turn"
 
 
 @pytest.mark.parametrize("name", ["enum", "nested", "map"])

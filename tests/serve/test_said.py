@@ -146,14 +146,13 @@ def test_arguments_come_as_they_are_written():
 )
 def test_a_payload_that_is_no_call_is_text(payload, seed):
     """serving.md 3.10: a payload that is not JSON crashes the request."""
-    text = f"Well.<tool_call>{payload}</tool_call> So."
+    text = f"Well. \n<tool_call>{payload}</tool_call> So."
     wording, said = tell(text, seed=seed)
     shown = "".join(one.text for one in said if isinstance(one, Text))
     if '{"a": 5}' in payload and "look" in payload:  # the arguments were whole: no brace is missed
         assert calls(said) == [("look", {"a": 5})]
         return
-    squeezed = shown.replace(" ", "").replace("\n", "")
-    assert squeezed == text.replace(" ", "").replace("\n", "")
+    assert shown == text
     assert wording.calls == 0
     for one in said:
         assert one != CallEnded(True)

@@ -234,10 +234,6 @@ def usage(ended: Sequence[Ended], choices: int) -> dict[str, Any]:
     """
     every: list[Usage] = [e.usage for e in ended]
     prompts = every[::choices]
-    tested, accepted = (
-        _by_position([getattr(u, n) for u in every]) for n in ("tested", "accepted")
-    )
-    rounds = sum(u.rounds for u in every)
     prompt_tokens = sum(u.prompt_tokens for u in prompts)
     completion_tokens = sum(u.completion_tokens for u in every)
     return {
@@ -245,13 +241,23 @@ def usage(ended: Sequence[Ended], choices: int) -> dict[str, Any]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in prompts)},
-        "speculative": {
-            "rounds": rounds,
-            "tested_by_position": tested,
-            "accepted_by_position": accepted,
-            "acceptance_length": sum(accepted) / rounds if rounds else 0.0,
-            "plain_tokens": sum(u.plain_tokens for u in every),
-        },
+        "completion_tokens_details": {"reasoning_tokens": sum(u.reasoning_tokens for u in every)},
+        "speculative": speculative(every),
+    }
+
+
+def speculative(every: Sequence[Usage]) -> dict[str, Any]:
+    """Tells what drafts came to."""
+    tested, accepted = (
+        _by_position([getattr(u, n) for u in every]) for n in ("tested", "accepted")
+    )
+    rounds = sum(u.rounds for u in every)
+    return {
+        "rounds": rounds,
+        "tested_by_position": tested,
+        "accepted_by_position": accepted,
+        "acceptance_length": sum(accepted) / rounds if rounds else 0.0,
+        "plain_tokens": sum(u.plain_tokens for u in every),
     }
 
 

@@ -1,4 +1,4 @@
-"""Server-sent events, as OpenAI's API has them."""
+"""Server-sent events, as the APIs have them."""
 
 import json
 from typing import Any
@@ -11,6 +11,11 @@ KEEPALIVE = ": keepalive\n\n"
 def data(value: dict[str, Any]) -> str:
     """Returns one event."""
     return f"data: {dumps(value)}\n\n"
+
+
+def event(type: str, **keys: Any) -> str:
+    """Returns one event that is named by its type, as Messages and Responses have them."""
+    return f"event: {type}\n{data({'type': type, **keys})}"
 
 
 def dumps(value: Any) -> str:

@@ -5,7 +5,7 @@ what was expected. Values are untrusted: a number may be huge, a list long, anyt
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,3 +104,22 @@ def either(*kinds: Kind) -> Kind:
         ", or ".join(kind.expected for kind in kinds),
         lambda value: any(kind.passes(value) for kind in kinds),
     )
+
+
+def shape(keys: Mapping[str, Kind], optional: Mapping[str, Kind] | None = None) -> Kind:
+    """An object of known keys; optional ones may be null, which stands for not there."""
+    optional = optional or {}
+    shown = [f"`{key}`: {kind.expected}" for key, kind in keys.items()]
+    shown += [f"`{key}` if you like: {kind.expected}" for key, kind in optional.items()]
+
+    def passes(value: Any) -> bool:
+        if not isinstance(value, dict):
+            return False
+        given = {key: item for key, item in value.items() if key in keys or item is not None}
+        return (
+            given.keys() <= keys.keys() | optional.keys()
+            and all(key in given and kind.passes(given[key]) for key, kind in keys.items())
+            and all(kind.passes(given[key]) for key, kind in optional.items() if key in given)
+        )
+
+    return Kind("an object of " + ", ".join(shown) if shown else "an empty object", passes)

@@ -45,6 +45,7 @@ def lay_out(
     *,
     param: str = "messages",
     add_generation_prompt: bool = True,
+    goes_on: bool = False,
 ) -> Prompt:
     """Lays the model's chat template around messages.
 
@@ -55,6 +56,7 @@ def lay_out(
         tools: What the model is told that it may call.
         param: The field that the messages came from.
         add_generation_prompt: End where the answer begins.
+        goes_on: The last message is the beginning of the answer.
 
     Raises:
         BadRequest: If the template refuses.
@@ -73,14 +75,17 @@ def lay_out(
         keywords |= {"tools": list(tools)}
     cleaned = list(messages)
     try:
-        text = _render(served, cleaned, keywords, add_generation_prompt)
+        if goes_on:
+            text = _render(served, cleaned, keywords | {"continue_final_message": True}, False)
+        else:
+            text = _render(served, cleaned, keywords, add_generation_prompt)
     except Exception as error:  # a template is a program and raises what it likes
         raise BadRequest(
             f"{param}: the model's chat template refuses them ({brief(str(error))})", param
         ) from None
     tokens = _tokens(served, text)
     marks: set[int] = set()
-    if served.branches and add_generation_prompt:
+    if served.branches and add_generation_prompt and not goes_on:
         system = [*takewhile(lambda message: message["role"] == "system", cleaned)]
         others = [[*cleaned, {"role": "assistant", "content": "."}]]  # the next turn's prompt
         if system:

@@ -224,5 +224,3 @@ TOKENIZE = Fields(
     },
     {},
 )
-
-EVERY = (CHAT, COMPLETIONS, TOKENIZE)
