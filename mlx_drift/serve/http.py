@@ -75,7 +75,8 @@ class Server:
             Route("/health", self.health),
         ]
         paths = {route.path for route in routes}
-        errors = {one.path: one.error for one in (*DIALECTS, COUNT_TOKENS)}
+        errors = {dialect.path: dialect.error for dialect in DIALECTS}
+        errors[COUNT_TOKENS.path] = COUNT_TOKENS.error
         app: ASGIApp = Guarded(Router(routes), self.guard, self.metrics, paths, errors)
         if self.origins:
             app = CORSMiddleware(app, [*self.origins], ["GET", "POST"], allow_headers=["*"])
