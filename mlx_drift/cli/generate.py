@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mlx_drift.cli import options
 from mlx_drift.cli.drafts import DraftsShown, Said, check_place, save_picture
-from mlx_drift.cli.load import copying, load_pair, load_target, windowed
+from mlx_drift.cli.load import confident, copying, load_pair, load_target, windowed
 from mlx_drift.cli.prompts import (
     PLACE,
     LaidOut,
@@ -72,6 +72,7 @@ def generate(
     drafter_bits: options.DrafterBits = None,
     drafter_window: options.DrafterWindow = None,
     drafter_sinks: options.DrafterSinks = None,
+    drafter_confidence: options.DrafterConfidence = None,
     json_schema: options.JsonSchema = None,
     regex: options.Regex = None,
     grammar: options.GrammarFile = None,
@@ -152,6 +153,7 @@ def generate(
     )
     if loaded is not None:
         loaded = windowed(loaded, drafter_window, drafter_sinks, tokenizer, lay_out(PLACE))
+        loaded = confident(loaded, drafter_confidence)
         loaded = copying(loaded, lookup, default=k == "auto" and tree is None)
     if prompt_cache_file is not None and loaded is not None:
         cache = load_prompt_cache(prompt_cache_file, target, loaded)

@@ -20,6 +20,7 @@ from mlx_drift.decode.fingerprint import fingerprint
 from mlx_drift.demo import DEMO, DRAFTERS, TARGET
 from mlx_drift.drafters.copying import CopyingDrafter
 from mlx_drift.drafters.draft_model import DraftModelDrafter
+from mlx_drift.drafters.dspark import DSparkDrafter
 from mlx_drift.drafters.head import LayersDrafter
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.drafters.protocol import Drafter
@@ -254,6 +255,19 @@ def windowed(
     if not sinks.isdecimal():
         raise DriftError(f"--drafter-sinks is {sinks}; expected a number of tokens, or system")
     return drafter.windowed(wanted, int(sinks))
+
+
+def confident(drafter: Drafter, least: float | None) -> Drafter:
+    """Lets a drafter stop before doubtful drafts, if that was asked for.
+
+    Raises:
+        DriftError: If it has no account of how likely its drafts are.
+    """
+    if least is None:
+        return drafter
+    if not isinstance(drafter, DSparkDrafter):
+        raise DriftError("--drafter-confidence is for DSpark heads, which tell how sure they are")
+    return drafter.confident(least)
 
 
 def copying(drafter: Drafter, lookup: bool | None, default: bool) -> Drafter:

@@ -134,6 +134,14 @@ DrafterWindow = Annotated[
         help="Tokens back that the drafter sees; 0 for all. Default: the length it was trained on.",
     ),
 ]
+DrafterConfidence = Annotated[
+    float | None,
+    typer.Option(
+        metavar="P",
+        help="Stop drafting before a draft that a DSpark head holds for less likely than P to be "
+        "accepted (0 to 1). Costs a synchronisation a round.",
+    ),
+]
 DrafterBits = Annotated[
     int | None, typer.Option(help="Quantize the drafter to so many bits: 4 or 8, say.")
 ]

@@ -7,9 +7,14 @@ Notable:
   what was really drawn from.
 - `gated` scales the embedding by what the slot's state says of it; `rnn` keeps a state that runs
   along the block. What runs along is started anew each round: nothing is fed back over rounds.
-- The confidence head tells how likely a slot's draft is to be accepted.
+- The confidence head tells how likely a slot's draft is to be accepted. It is asked only where
+  drafting is to stop by it (`DSparkDrafter.confident`).
 - Equations: vllm-project/speculators `models/dspark/model_definitions.py`.
 """
+
+import copy
+from dataclasses import replace
+from typing import Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +24,8 @@ from mlx_drift.drafters.dflash import DFlashDrafter, DFlashNetwork
 from mlx_drift.drafters.head_state import HeadState
 from mlx_drift.drafters.protocol import Choose, Draft, are_finite
 from mlx_drift.drafters.tree import DEPTH, grow
+from mlx_drift.errors import DriftError
+from mlx_drift.target.model import Target
 
 
 class Markov(nn.Module):
@@ -86,28 +93,81 @@ class DSparkDrafter(DFlashDrafter):
     config: DSparkConfig
     network: DSparkNetwork
 
+    least: float | None = None
+    """How likely a slot must be to be accepted for drafting to go on; None for no matter."""
+
+    def __init__(
+        self,
+        config: DSparkConfig,
+        network: DSparkNetwork,
+        target: Target,
+        d2t: mx.array | None = None,
+    ):
+        super().__init__(config, network, target, d2t)
+        if not config.own_head:  # what is added to the target's logits is added to what they are
+            self._head = target.logits
+
+    def confident(self, least: float) -> Self:
+        """Returns this drafter, its weights shared, stopping before the first doubtful slot.
+
+        How many tokens there are to verify is then known only once they are drafted: a second
+        synchronisation a round. What decides on a slot is what came before it, so nothing is lost
+        in sampling.
+
+        Args:
+            least: How likely a slot must be to be accepted, by the head's own account, 0 to 1.
+
+        Raises:
+            DriftError: If the number is none, or the head gives no account.
+        """
+        if self.config.confidence is None:
+            raise DriftError("this drafter has no confidence head to stop by")
+        if not 0 <= least <= 1:
+            raise DriftError(f"the least confidence is {least}; expected 0 to 1")
+        other = copy.copy(self)
+        other.least = least
+        return other
+
     def propose(self, k: int, cache: HeadState, chooser: Choose | None = None) -> Draft:
         """Drafts k tokens, or as many as a block has; none before anything was ingested."""
-        if self.config.markov is None:
-            return super().propose(k, cache, chooser)
         k = min(k, self.max_drafts or k)
         if k == 0 or cache.seed is None:
             return self._nothing()
         hidden = self._fill(k, cache)
+        draft = self._choose(hidden, cache.seed, chooser)
+        return draft if self.least is None else self._sure(draft, hidden, cache.seed)
+
+    def _choose(self, hidden: mx.array, last: mx.array, chooser: Choose | None) -> Draft:
+        """Chooses tokens by the states of slots `[k, H]`, behind the last committed token `[1]`."""
         logits = self._head(hidden)
+        if self.config.markov is None:
+            return self._certain(logits, chooser)
         state: mx.array | None = None
 
         def logits_after(token: mx.array | None, slot: int) -> mx.array:
             nonlocal state
             row = slice(slot, slot + 1)
-            before = cache.seed if token is None else token
+            before = last if token is None else token
             bias, state = self.network.markov(before, hidden[row], state)
             return logits[row] + bias
 
-        return self._in_turn(k, chooser, logits_after)
+        return self._in_turn(hidden.shape[0], chooser, logits_after)
+
+    def _sure(self, draft: Draft, hidden: mx.array, last: mx.array) -> Draft:
+        """Leaves the drafts before the first slot that is less likely than asked."""
+        read = [hidden]
+        if self.config.confidence == "state and token":
+            read.append(self.network.markov.w1(mx.concatenate([last, draft.tokens[:-1]])))
+        likely = mx.sigmoid(self.network.confidence(mx.concatenate(read, axis=-1)))[:, 0]
+        sure = mx.cumprod((likely >= self.least).astype(mx.int32)).sum().item()
+        log_q = draft.log_probabilities
+        log_q = None if log_q is None else log_q[:sure]
+        return replace(draft, tokens=draft.tokens[:sure], log_probabilities=log_q)
 
     def propose_tree(self, k: int, cache: HeadState, chooser: Choose | None = None) -> Draft:
         """Drafts a tree of k tokens, each level knowing the tokens before it."""
+        if self.least is not None:  # which is about chains
+            return self.propose(k, cache, chooser)
         is_chain = k < 2 or cache.seed is None or (chooser is not None and chooser.processes)
         if self.config.markov is None or is_chain:
             return super().propose_tree(k, cache, chooser)

@@ -50,6 +50,10 @@ NORMS = (
     "norm ln_f norm_f final_norm final_layernorm final_layer_norm embedding_norm output_norm"
 ).split()
 HEADS = "lm_head embed_out output".split()
+SCALES = {"logit_scale": 1, "output_multiplier": 1, "logits_scaling": -1}
+"""What configs call the factor of all logits (Cohere, Muse Glimmer, Granite), and its power."""
+
+CAP = "final_logit_softcapping"  # Gemma's
 """What mlx-lm's model files call the parts of a decoder."""
 
 TINY = 1e-3
@@ -274,6 +278,25 @@ class Target:
         logits = self._embedding.as_linear(states) if head is None else head(states)
         is_part = self.ranks.size > 1 and logits.shape[-1] < self.shape.vocab_size
         return self.ranks.join_columns(logits) if is_part else logits
+
+    def logits(self, states: mx.array) -> mx.array:
+        """Maps as `head` does, with the scale and the cap that the model puts on its logits.
+
+        For what adds to them: neither changes their order, but both change what is added to.
+        """
+        logits = self.head(states)
+        for name, power in SCALES.items():
+            if (scale := self._setting(name)) is not None:
+                logits = logits * scale**power
+        cap = self._setting(CAP)
+        return mx.tanh(logits / cap) * cap if cap else logits
+
+    def _setting(self, name: str) -> float | None:
+        """Returns a number of the model's config; None if there is none of that name."""
+        parts = (*self._parents, self._backbone)
+        holders = (getattr(part, kind, None) for part in parts for kind in ("args", "config"))
+        found = (getattr(holder, name, None) for holder in holders)
+        return next((value for value in found if isinstance(value, int | float)), None)
 
     def final_gain(self) -> mx.array:
         """Returns what the final norm makes of ones, `[hidden_size]`: its gain, however it is kept.

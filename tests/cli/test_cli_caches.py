@@ -83,4 +83,5 @@ def test_the_drafters_window_leaves_the_text_alone(cli, flags):
 
 
 def test_a_wrong_number_of_sinks_is_refused(refuses):
+    refuses("--drafter-confidence is for DSpark", "generate", "--drafter-confidence", 0.5)
     refuses("--drafter-sinks is some; expected a number", "generate", "--drafter-sinks", "some")

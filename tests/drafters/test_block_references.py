@@ -59,7 +59,11 @@ def loaded(config, folder, references):
     network.set_dtype(mx.float32)
     embed, head = references["embed"], references["head"]
     target = SimpleNamespace(
-        model=None, shape=SHAPE, embed=lambda ids: embed[ids], head=lambda x: x @ head.T
+        model=None,
+        shape=SHAPE,
+        embed=lambda ids: embed[ids],
+        head=lambda x: x @ head.T,
+        logits=lambda x: x @ head.T,
     )
     return build_drafter(config, network, target, target_ids(config, d2t, folder))
 
