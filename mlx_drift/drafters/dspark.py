@@ -135,7 +135,9 @@ class DSparkDrafter(DFlashDrafter):
             return self._nothing()
         hidden = self._fill(k, cache)
         draft = self._choose(hidden, cache.seed, chooser)
-        return draft if self.least is None else self._sure(draft, hidden, cache.seed)
+        if self.least is None:
+            return draft
+        return self._sure(draft, hidden, cache.seed, self.least)
 
     def _choose(self, hidden: mx.array, last: mx.array, chooser: Choose | None) -> Draft:
         """Chooses tokens by the states of slots `[k, H]`, behind the last committed token `[1]`."""
@@ -153,13 +155,13 @@ class DSparkDrafter(DFlashDrafter):
 
         return self._in_turn(hidden.shape[0], chooser, logits_after)
 
-    def _sure(self, draft: Draft, hidden: mx.array, last: mx.array) -> Draft:
+    def _sure(self, draft: Draft, hidden: mx.array, last: mx.array, least: float) -> Draft:
         """Leaves the drafts before the first slot that is less likely than asked."""
         read = [hidden]
         if self.config.confidence == "state and token":
             read.append(self.network.markov.w1(mx.concatenate([last, draft.tokens[:-1]])))
         likely = mx.sigmoid(self.network.confidence(mx.concatenate(read, axis=-1)))[:, 0]
-        sure = mx.cumprod((likely >= self.least).astype(mx.int32)).sum().item()
+        sure = mx.cumprod((likely >= least).astype(mx.int32)).sum().item()
         log_q = draft.log_probabilities
         log_q = None if log_q is None else log_q[:sure]
         return replace(draft, tokens=draft.tokens[:sure], log_probabilities=log_q)
