@@ -114,7 +114,8 @@ class DFlash(nn.Module):
                 layer.self_attn.o_proj.weight.zero_()
                 layer.mlp.down_proj.weight.zero_()
             self.lm_head.weight.copy_(target.model.embed_tokens.weight[self.draft_ids])
-        self.bind(target)
+            self.bind(target)
+            self.norm.weight.fill_(self.masked.square().mean().sqrt())  # as large as it came
 
     def bind(self, target: Llama) -> None:
         """Takes the target's embedding of the mask."""
