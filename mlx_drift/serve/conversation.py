@@ -11,13 +11,24 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_drift.decode.answer import Chunk, answer
 from mlx_drift.decode.clock import Clock
-from mlx_drift.decode.draft_length import DraftLength
+from mlx_drift.decode.draft_length import PLAIN, DraftLength
+from mlx_drift.decode.plain import time_plain_steps
 from mlx_drift.decode.prompt_cache import PromptCache
 from mlx_drift.decode.statistics import Statistics
 from mlx_drift.decode.text import Round
 from mlx_drift.serve.model import LoadedModel
-from mlx_drift.serve.request import Ended, Event, Piece, Reading, Request, Scored, Usage
-from mlx_drift.serve.said import Said, joined
+from mlx_drift.serve.request import (
+    Drafted,
+    Ended,
+    Event,
+    Piece,
+    Reading,
+    Request,
+    Scored,
+    Told,
+    Usage,
+)
+from mlx_drift.serve.said import joined
 from mlx_drift.serve.steering import steering
 from mlx_drift.serve.wording import Wording
 
@@ -155,20 +166,25 @@ class Conversation:
             tested=tuple(s.tested),
             accepted=tuple(s.accepted),
             plain_tokens=s.plain_tokens,
+            seconds=sum(s.round_seconds) + s.plain_seconds,
+            plain_step_seconds=self.model.costs.known().get(PLAIN),
         )
 
     def _events(self, round: Round) -> list[Event]:
         """Returns what a round added; the answer may end within it."""
         ends = self.model.tokenizer.eos_token_ids
-        said: list[Said] = []
+        told: list[Told] = []
         reason: Literal["stop", "tool_calls", "length"] | None = None
         scored: list[Scored] = []
-        for token, log_probabilities in zip(round.tokens, round.log_probabilities, strict=True):
+        for token, log_probabilities, origin in zip(
+            round.tokens, round.log_probabilities, round.origins, strict=True
+        ):
             self._count += 1
+            told.append(Told(token, origin, []))
             if token in ends:
                 reason = "stop"
                 break
-            said += self._wording.add(token)
+            told[-1].said.extend(self._wording.add(token))
             self._reasoning += self._wording.is_reasoning
             if self.request.top_logprobs is not None:
                 scored.append(_score(token, log_probabilities, self.request.top_logprobs))
@@ -179,13 +195,30 @@ class Conversation:
                 reason = "length"
                 break
         if reason is not None:
-            said += self._wording.end(is_cut=reason == "length")
+            told[-1].said.extend(self._wording.end(is_cut=reason == "length"))
             if self._wording.is_over or reason == "stop":
                 reason = "tool_calls" if self._wording.calls else "stop"
-        events: list[Event] = [Piece(joined(said), scored)] if said or scored else []
+        said = joined(one for token in told for one in token.said)
+        drafted = None
+        if self.request.tells_origins:
+            drafted = Drafted(told, round.tested, round.seconds)
+        has_more = said or scored or drafted is not None
+        events: list[Event] = [Piece(said, scored, drafted)] if has_more else []
         if reason is not None:
+            self._time_plain_steps()
             events.append(Ended(reason, self.usage, self._wording.stopped))
         return events
+
+    def _time_plain_steps(self) -> None:
+        """Learns what plain decoding takes, once, for those who ask how drafting went."""
+        if not self.request.tells_origins or PLAIN in self.model.costs.known():
+            return
+        assert self.cache is not None, "it has begun"
+        self.close()  # whatever is ahead of the text is taken back
+        with self.cache.under_way():
+            last = mx.array(self.cache.tokens[-1:])
+            seconds = time_plain_steps(self.cache.target, last, self.cache.target_cache)
+        self.model.costs.know(PLAIN, seconds)
 
 
 def _score(token: int, log_probabilities: mx.array, count: int) -> Scored:

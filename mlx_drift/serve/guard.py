@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 from mlx_drift.errors import brief
 from mlx_drift.serve.api.fields import BadRequest
+from mlx_drift.serve.page import FILES
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-OPEN = ("/health",)
-"""Paths that need no key: whoever watches a server may know that it lives."""
+OPEN = ("/health", *FILES)
+"""Paths that need no key: whoever watches a server may know that it lives, and a browser can show
+none when it opens the page."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from mlx_drift.errors import DriftError
+from mlx_drift.serve import page
 from mlx_drift.serve.answers import Answers, Stream
 from mlx_drift.serve.api.asking import Dialect
 from mlx_drift.serve.api.endpoints import DIALECTS
@@ -73,6 +74,7 @@ class Server:
             Route(COUNT_TOKENS.path, self.count_tokens, methods=["POST"]),
             Route("/metrics", self.show_metrics),
             Route("/health", self.health),
+            *page.ROUTES,
         ]
         paths = {route.path for route in routes}
         errors = {dialect.path: dialect.error for dialect in DIALECTS}

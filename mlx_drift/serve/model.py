@@ -120,7 +120,7 @@ class LoadedModel:
         """Returns what says how many tokens to draft for one answer."""
         if self.settings.tree is not None and asked is None:
             return DraftLength(self.settings.tree - 1, self.costs, tree=True)
-        fixed = asked or self.settings.num_draft_tokens
+        fixed = self.settings.num_draft_tokens if asked is None else asked
         if fixed == PLAIN:
             return DraftLength(fixed=PLAIN, costs=self.costs)
         if fixed == "auto" and is_seeded:

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mlx_drift.decode.sampling import Sampling
+from mlx_drift.decode.text import Origin
 from mlx_drift.grammar.grammar import Grammar
 from mlx_drift.serve.said import Said, Speech, Text
 
@@ -26,6 +27,7 @@ class Request:
             its own log-probability.
         marks: Numbers of tokens after which other prompts may branch off: the system prompt's.
         speech: How the answer is told apart; None for text alone.
+        tells_origins: Tell of every round who said its tokens.
     """
 
     tokens: list[int]
@@ -39,6 +41,7 @@ class Request:
     top_logprobs: int | None = None
     marks: tuple[int, ...] = ()
     speech: Speech | None = None
+    tells_origins: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,29 @@ class Reading:
     total: int
 
 
+class Told(NamedTuple):
+    """A token: who said it, and what it made certain."""
+
+    token: int
+    origin: Origin
+    said: list[Said]
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """Who said what in a round.
+
+    Attributes:
+        tokens: Those that the answer has of it.
+        tested: Drafts that were tested.
+        seconds: What it took.
+    """
+
+    tokens: list[Told]
+    tested: int
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Piece:
     """What a round added to the answer.
@@ -65,10 +91,12 @@ class Piece:
     Attributes:
         said: What is certain of it; what may be the start of a stop text or marker is held back.
         scored: Its tokens, where log-probabilities were asked for.
+        drafted: Who said what, where that was asked for.
     """
 
     said: list[Said]
     scored: list[Scored]
+    drafted: Drafted | None = None
 
     @property
     def text(self) -> str:
@@ -89,6 +117,8 @@ class Usage:
         tested: Drafts that were tested, by their position in a round.
         accepted: Drafts that were accepted, likewise.
         plain_tokens: Tokens of plain decoding, between the rounds.
+        seconds: What all rounds and tokens of plain decoding took.
+        plain_step_seconds: What a token of plain decoding takes here; None if it was not timed.
     """
 
     prompt_tokens: int
@@ -99,6 +129,8 @@ class Usage:
     tested: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
     plain_tokens: int = 0
+    seconds: float = 0.0
+    plain_step_seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,7 @@ def ask(
                     top_logprobs=top_logprobs,
                     marks=prompt.marks,
                     speech=speech,
+                    tells_origins=bool((given.get("speculative") or {}).get("tokens")),
                 )
             )
     return requests
@@ -258,6 +259,8 @@ def speculative(every: Sequence[Usage]) -> dict[str, Any]:
         "accepted_by_position": accepted,
         "acceptance_length": sum(accepted) / rounds if rounds else 0.0,
         "plain_tokens": sum(u.plain_tokens for u in every),
+        "seconds": sum(u.seconds for u in every),
+        "plain_step_seconds": every[-1].plain_step_seconds if every else None,
     }
 
 

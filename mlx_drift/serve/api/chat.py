@@ -1,6 +1,7 @@
 """`POST /v1/chat/completions`."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -22,7 +23,7 @@ from mlx_drift.serve.api.prompts import lay_out
 from mlx_drift.serve.api.served import Served
 from mlx_drift.serve.api.tables import CHAT
 from mlx_drift.serve.api.tools import check_free, check_tools, read_tools
-from mlx_drift.serve.request import Ended, Piece, Scored
+from mlx_drift.serve.request import Drafted, Ended, Piece, Scored
 from mlx_drift.serve.said import CallArguments, CallBegan, Reasoning, Said, Speech, Text
 
 CHUNK = "chat.completion.chunk"
@@ -128,6 +129,7 @@ class ChatReply:
                     "logprobs": self._logprobs(scored),
                     "finish_reason": answer.ended.reason,
                 }
+                | _speculative([p.drafted for p in answer.pieces if p.drafted is not None])
             )
         body = self.head.of("chat.completion", choices)
         return body | {"usage": usage([a.ended for a in answers], self.choices)}
@@ -138,13 +140,16 @@ class ChatReply:
         return "".join(self._chunk(index, role, None, None) for index in range(self.choices))
 
     def piece(self, index: int, piece: Piece) -> str:
-        """Returns the chunks of a piece; the first of them has its log-probabilities."""
+        """Returns the chunks of a piece; the first of them has what is told of its tokens."""
         deltas = [delta for said in piece.said if (delta := self._delta(index, said))]
-        if piece.scored and not deltas:
+        if (piece.scored or piece.drafted) and not deltas:
             deltas = [{"content": ""}]
         logprobs = self._logprobs(piece.scored)
+        further = _speculative([piece.drafted] if piece.drafted else [])
         return "".join(
-            self._chunk(index, delta, None if i else logprobs, None)
+            self._chunk(index, delta, None, None)
+            if i
+            else self._chunk(index, delta, logprobs, None, further)
             for i, delta in enumerate(deltas)
         )
 
@@ -182,9 +187,10 @@ class ChatReply:
         delta: dict[str, Any],
         logprobs: dict[str, Any] | None,
         reason: str | None,
+        further: dict[str, Any] | None = None,
     ) -> str:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        chunk = self.head.of(CHUNK, [choice])
+        chunk = self.head.of(CHUNK, [choice | (further or {})])
         return data(chunk | {"usage": None} if self.include_usage else chunk)
 
     def _logprobs(self, scored: Sequence[Scored]) -> dict[str, Any] | None:
@@ -215,3 +221,31 @@ def _reasoning(text: str) -> dict[str, str]:
 
 def _call(id: str, name: str, arguments: str) -> dict[str, Any]:
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _speculative(rounds: Sequence[Drafted]) -> dict[str, Any]:
+    """Writes who said what in rounds; nothing if there are none."""
+    if not rounds:
+        return {}
+    return {
+        "speculative": [
+            {
+                "tested": round.tested,
+                "seconds": round.seconds,
+                "tokens": [
+                    {
+                        "text": _joined(told.said, Text),
+                        "reasoning": _joined(told.said, Reasoning),
+                        "token": told.token,
+                        **asdict(told.origin),
+                    }
+                    for told in round.tokens
+                ],
+            }
+            for round in rounds
+        ]
+    }
+
+
+def _joined(said: Sequence[Said], kind: type[Text] | type[Reasoning]) -> str:
+    return "".join(one.text for one in said if isinstance(one, kind))

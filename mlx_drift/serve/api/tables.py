@@ -40,6 +40,12 @@ def _is_bias(value: Any) -> bool:
     )
 
 
+def _is_speculative(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        key == "tokens" and (item is None or isinstance(item, bool)) for key, item in value.items()
+    )
+
+
 def _is_stream_options(value: Any) -> bool:
     known = {"include_usage", "include_obfuscation"}
     return isinstance(value, dict) and all(
@@ -113,7 +119,7 @@ SAMPLING: dict[str, Honoured] = {
         "added to the logits of tokens",
     ),
     "num_draft_tokens": Honoured(
-        integer(1, MAX_DRAFT_TOKENS), "drafts a round; default: the server's"
+        integer(0, MAX_DRAFT_TOKENS), "drafts a round; 0 for plain decoding; default: the server's"
     ),
 }
 """What the completions of all kinds have in common."""
@@ -154,6 +160,10 @@ CHAT = Fields(
         "chat_template_kwargs": Honoured(mapping, "keywords of the chat template"),
         "response_format": Honoured(FORMAT, FORMAT_DOES),
         "reasoning_effort": Honoured(EFFORT, EFFORT_DOES),
+        "speculative": Honoured(
+            Kind("an object: `tokens`", _is_speculative),
+            "`tokens`: tell of every round who said its tokens, in `choices[].speculative`",
+        ),
         "thinking_budget": Honoured(
             integer(0, MOST_TOKENS), "tokens of reasoning at most; then its end is forced"
         ),
