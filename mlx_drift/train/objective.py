@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.train.losses import LOSSES, Loss
@@ -68,17 +69,13 @@ class Objective:
         chain = drafter.train_time_test_states(
             row.tokens, row.taps, self.steps, recompute=self.recompute
         )
+        counted = np.array(row.counted)
         for step, (normed, _) in enumerate(chain):
             rows = row.length - step  # those after have no token to embed
-            if rows < 1:
+            learned = np.flatnonzero(counted[1 + step : 1 + step + max(rows, 0)])
+            if not learned.size:
                 break
-            target, counted = row.logits[1 + step :], row.counted[1 + step :]
-            each = judge(normed[:rows], mx.stop_gradient(target[:rows]))
-            total = total + self.decay**step * _mean(each, counted[:rows])
+            at = mx.array(learned)
+            target = mx.stop_gradient(row.logits[1 + step + at])
+            total = total + self.decay**step * judge(normed[at], target).mean()
         return total
-
-
-def _mean(values: mx.array, counted: mx.array) -> mx.array:
-    """The mean of what counts; 0 if nothing does."""
-    weights = counted.astype(mx.float32)
-    return (mx.where(counted, values, 0) * weights).sum() / mx.maximum(weights.sum(), 1)
