@@ -8,14 +8,14 @@ import time
 
 import mlx.core as mx
 import pytest
-from cases import FAMILIES, PROMPT, answers, taps
 from launch import TESTS, mlx_drift, outcome, run, start
+from rank_cases import FAMILIES, PROMPT, answers, taps
 
 import families
 from backend import assert_same_tokens
 from mlx_drift.demo import TARGET
 
-CASES, WAITING = (str(TESTS / "ranks" / name) for name in ("cases.py", "waiting.py"))
+CASES, WAITING = (str(TESTS / "ranks" / name) for name in ("rank_cases.py", "waiting.py"))
 ROUNDING = 1e-5
 """What another order of sums changes in a state or logit at most, in parts of the largest."""
 

@@ -1,6 +1,6 @@
 """Answers of tiny targets with every kind of drafter: of one process, or of several ranks.
 
-As a program (`python cases.py OUT pipeline|shard FAMILY …`) it is one of the ranks.
+As a program (`python rank_cases.py OUT pipeline|shard FAMILY …`) it is one of the ranks.
 """
 
 import json
