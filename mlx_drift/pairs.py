@@ -22,24 +22,49 @@ class Pair:
     Attributes:
         target: The original repository of the target.
         drafter: The head's repository.
-        sizes: The target's `model_type`, hidden size, number of layers and vocabulary.
+        sizes: The target's `model_type`, hidden size, number of layers and vocabulary; None for a
+            target that is known by its name alone.
         needs: What the model needs for the head to work well.
+        others: Heads of other kinds for the same target: the kind, and the repository.
     """
 
     target: str
     drafter: str
-    sizes: tuple[str, int, int, int]
+    sizes: tuple[str, int, int, int] | None = None
     needs: str = ""
+    others: tuple[tuple[str, str], ...] = ()
 
 
 PAIRS = (
     Pair("Qwen/Qwen3-1.7B", "AngelSlim/Qwen3-1.7B_eagle3", ("qwen3", 2048, 28, 151936), QWEN3),
-    Pair("Qwen/Qwen3-4B", "AngelSlim/Qwen3-4B_eagle3", ("qwen3", 2560, 36, 151936), QWEN3),
     Pair(
-        "Qwen/Qwen3-8B", "RedHatAI/Qwen3-8B-speculator.eagle3", ("qwen3", 4096, 36, 151936), QWEN3
+        "Qwen/Qwen3-4B",
+        "AngelSlim/Qwen3-4B_eagle3",
+        ("qwen3", 2560, 36, 151936),
+        QWEN3,
+        others=(
+            ("DFlash", "z-lab/Qwen3-4B-DFlash-b16"),
+            ("DSpark", "deepseek-ai/dspark_qwen3_4b_block7"),
+        ),
     ),
     Pair(
-        "Qwen/Qwen3-14B", "RedHatAI/Qwen3-14B-speculator.eagle3", ("qwen3", 5120, 40, 151936), QWEN3
+        "Qwen/Qwen3-8B",
+        "RedHatAI/Qwen3-8B-speculator.eagle3",
+        ("qwen3", 4096, 36, 151936),
+        QWEN3,
+        others=(
+            ("DFlash", "z-lab/Qwen3-8B-DFlash-b16"),
+            ("DSpark", "deepseek-ai/dspark_qwen3_8b_block7"),
+            ("DSpark", "mgoin/Qwen3-8B-speculator.dspark"),
+            ("P-EAGLE", "RedHatAI/Qwen3-8B-speculator.peagle"),
+        ),
+    ),
+    Pair(
+        "Qwen/Qwen3-14B",
+        "RedHatAI/Qwen3-14B-speculator.eagle3",
+        ("qwen3", 5120, 40, 151936),
+        QWEN3,
+        others=(("DSpark", "deepseek-ai/dspark_qwen3_14b_block7"),),
     ),
     Pair(
         "Qwen/Qwen3-32B", "RedHatAI/Qwen3-32B-speculator.eagle3", ("qwen3", 5120, 64, 151936), QWEN3
@@ -56,11 +81,13 @@ PAIRS = (
         "Qwen/Qwen3-Coder-30B-A3B-Instruct",
         "JinnP/SGLang-EAGLE3-Qwen3-Coder-30B-A3B-Instruct",
         ("qwen3_moe", 2048, 48, 151936),
+        others=(("DFlash", "z-lab/Qwen3-Coder-30B-A3B-DFlash"),),
     ),
     Pair(
         "meta-llama/Llama-3.1-8B-Instruct",
         "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B",
         ("llama", 4096, 32, 128256),
+        others=(("DFlash", "z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat"),),
     ),
     Pair(
         "meta-llama/Llama-3.3-70B-Instruct",
@@ -76,26 +103,76 @@ PAIRS = (
         "openai/gpt-oss-20b",
         "RedHatAI/gpt-oss-20b-speculator.eagle3",
         ("gpt_oss", 2880, 24, 201088),
+        others=(
+            ("DFlash", "z-lab/gpt-oss-20b-DFlash"),
+            ("P-EAGLE", "amazon/GPT-OSS-20B-P-EAGLE"),
+        ),
     ),
     Pair(
         "openai/gpt-oss-120b",
         "RedHatAI/gpt-oss-120b-speculator.eagle3",
         ("gpt_oss", 2880, 36, 201088),
+        others=(
+            ("DFlash", "z-lab/gpt-oss-120b-DFlash"),
+            ("P-EAGLE", "amazon/GPT-OSS-120B-P-EAGLE"),
+        ),
     ),
     Pair(
         "google/gemma-4-31B-it",
         "RedHatAI/gemma-4-31B-it-speculator.eagle3",
         ("gemma4", 5376, 60, 262144),
+        others=(("DFlash", "z-lab/gemma-4-31B-it-DFlash"),),
     ),
     Pair(
         "Qwen/Qwen3.6-27B",
         "Dogacel/specdrift-qwen3.6-27b-eagle3",
         ("qwen3_5", 5120, 64, 248320),
+        others=(
+            ("DFlash", "z-lab/Qwen3.6-27B-DFlash"),
+            ("DSpark", "satgeze/Qwen3.6-27B-DSpark"),
+        ),
     ),
     Pair(
         "Qwen/Qwen3.6-35B-A3B",
         "Dogacel/specdrift-qwen3.6-35b-a3b-eagle3",
         ("qwen3_5_moe", 2048, 40, 248320),
+        others=(
+            ("DFlash", "z-lab/Qwen3.6-35B-A3B-DFlash"),
+            ("DSpark", "RedHatAI/Qwen3.6-35B-A3B-speculator.dspark"),
+        ),
+    ),
+    Pair("Qwen/Qwen3.5-4B", "z-lab/Qwen3.5-4B-DFlash"),
+    Pair("Qwen/Qwen3.5-9B", "z-lab/Qwen3.5-9B-DFlash"),
+    Pair("Qwen/Qwen3.5-27B", "z-lab/Qwen3.5-27B-DFlash"),
+    Pair("Qwen/Qwen3.5-35B-A3B", "z-lab/Qwen3.5-35B-A3B-DFlash"),
+    Pair("Qwen/Qwen3.5-122B-A10B", "z-lab/Qwen3.5-122B-A10B-DFlash"),
+    Pair(
+        "Qwen/Qwen3.8-27B",
+        "RedHatAI/Qwen3.8-27B-speculator.dspark",
+        others=(
+            ("DSpark", "RadixArk/Qwen3.8-27B-DSpark"),
+            ("EAGLE-4", "EAGLE-Corp/Qwen3.8-27B-EAGLE4"),
+        ),
+    ),
+    Pair("openbmb/MiniCPM5-2B", "openbmb/MiniCPM5-2B-DSpark"),
+    Pair(
+        "lmsys/vicuna-7b-v1.3",
+        "ankner/hydra-vicuna-7b-v1.3",
+        others=(("Medusa", "FasterDecoding/medusa-vicuna-7b-v1.3"),),
+    ),
+    Pair(
+        "lmsys/vicuna-13b-v1.3",
+        "ankner/hydra-vicuna-13b-v1.3",
+        others=(("Medusa", "FasterDecoding/medusa-vicuna-13b-v1.3"),),
+    ),
+    Pair(
+        "lmsys/vicuna-33b-v1.3",
+        "ankner/hydra-vicuna-33b-v1.3",
+        others=(("Medusa", "FasterDecoding/medusa-vicuna-33b-v1.3"),),
+    ),
+    Pair(
+        "mistralai/Mistral-7B-Instruct-v0.2",
+        "text-generation-inference/Mistral-7B-Instruct-v0.2-medusa",
     ),
 )
 

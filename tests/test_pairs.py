@@ -27,17 +27,22 @@ LLAMA_8B = {
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.target)
 def test_every_entry_is_well_formed(pair):
-    for name in (pair.target, pair.drafter):
+    for name in (pair.target, pair.drafter, *(other for _, other in pair.others)):
         assert split_repository(name) == (name, "")
-    model_type, *sizes = pair.sizes
-    assert re.fullmatch(r"[a-z0-9_]+", model_type)
-    assert all(size > 0 for size in sizes)
+    assert {kind for kind, _ in pair.others} <= {"DFlash", "DSpark", "P-EAGLE", "Medusa", "EAGLE-4"}
+    if pair.sizes is not None:
+        model_type, *sizes = pair.sizes
+        assert re.fullmatch(r"[a-z0-9_]+", model_type)
+        assert all(size > 0 for size in sizes)
     assert "\n" not in pair.needs
 
 
 def test_targets_and_drafters_are_named_once():
-    assert len({pair.target for pair in PAIRS}) == len({pair.drafter for pair in PAIRS})
     assert len({pair.target for pair in PAIRS}) == len(PAIRS)
+    heads = [
+        head for pair in PAIRS for head in (pair.drafter, *(other for _, other in pair.others))
+    ]
+    assert len(set(heads)) == len(heads)
 
 
 NAMES = {

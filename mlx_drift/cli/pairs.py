@@ -20,6 +20,8 @@ def pairs(
     width = max(len(pair.target) for pair in PAIRS)  # no table: it would break long names in two
     for pair in PAIRS:
         typer.echo(f"{pair.target:{width}}  {pair.drafter}")
+        for kind, other in pair.others:
+            typer.echo(f"{'':{width}}  {other} ({kind})")
     for needs in sorted({pair.needs for pair in PAIRS} - {""}):
         targets = ", ".join(pair.target for pair in PAIRS if pair.needs == needs)
         typer.echo(f"\n{targets} need {needs}")
