@@ -237,7 +237,7 @@ def test_copies_stay_chains(model):
     drafter = CopyingDrafter(tiny_drafter(model))
     responses = [*stream_generate(model, NoText(), prompt, LENGTH, drafter=drafter, tree=5)]
     assert [response.token for response in responses] == plain_greedy(model, prompt, LENGTH)
-    assert responses[0].statistics.copy_rounds > 0
+    assert responses[0].statistics.free_rounds["copy"] > 0
 
 
 def test_processed_logits_have_drafts_be_a_chain(model, plain):
