@@ -14,10 +14,10 @@ from mlx_drift.decode.draft_length import DraftLength
 from mlx_drift.decode.sampling import GREEDY, Sampling
 from mlx_drift.decode.speculate import every, prefill, speculate
 from mlx_drift.drafters.protocol import Draft
-from mlx_drift.target.model import Target
-from mlx_drift.target.tree import Tree
+from mlx_drift.target.model import Target, remove_taps
+from mlx_drift.target.tree import Tree, follow_trees
 from mlx_drift.target.tree_check import check_trees
-from tiny import VOCAB, plain_greedy, tiny_llama
+from tiny import VOCAB, plain_greedy, tiny_drafter, tiny_llama
 from trees import TreeOracle, random_parents
 
 PROMPT = [5, 9, 2, 44, 17, 3, 60]
@@ -238,3 +238,35 @@ def test_an_opaque_samplers_own_tokens_are_committed(model, text):
         rounds = list(spoken(model, text, 6, sampling=Sampling(sampler=sampler)))
         assert tokens_of(rounds) == text[len(PROMPT) :][:LENGTH]
     assert len(drawn) == LENGTH
+
+
+def primitives(path, *arrays):
+    """How many primitives the graph of some arrays has."""
+    mx.export_to_dot(str(path), *arrays)
+    return path.read_text().count("shape=rectangle")
+
+
+def test_a_chain_takes_no_more_primitives_for_there_being_trees(tmp_path):
+    model = tiny_llama()
+    drafter = tiny_drafter(model)
+    remove_taps(drafter.network)
+    target = Target(model, drafter.taps)
+
+    def count():
+        cache, rows = target.make_cache(), drafter.make_cache()
+        prompt = mx.array(PROMPT)
+        _, taps = target(prompt[:-1], cache)
+        drafter.ingest(prompt[1:], taps, rows)
+        mx.eval(cache.state, rows.state)
+        draft = drafter.propose(4, rows)
+        tokens = mx.concatenate([prompt[-1:], draft.tokens])
+        logits, taps = target.verify(tokens, cache, draft.tree)
+        target.keep(cache, range(3))
+        held = [array for part in cache.parts() for array in part.keys_and_values()]
+        return primitives(tmp_path / "graph", logits, taps, *held)
+
+    before = count()
+    check_trees(target)
+    follow_trees(drafter.network)
+    assert any(hasattr(type(module), "by_depth") for module in drafter.network.modules())
+    assert count() == before

@@ -44,6 +44,28 @@ def test_what_is_read_and_said_is_found_again(llama):
         assert third.wait().usage.cached_tokens == len(follow) + 12 - 1
 
 
+def test_trees_take_turns():
+    model = tiny("llama", tree=6)
+    prompts = [[3, 1, 4, 1, 5, i] for i in range(4)]
+    with engine() as running:
+        heard = [ask(running, model, prompt, 30)[0] for prompt in prompts]
+        chain, _ = ask(running, model, prompts[0], 30, num_draft_tokens=2)
+        drawn = [
+            ask(running, model, prompts[1], seed=3, sampling=Sampling(temp=0.8))[0]
+            for _ in range(2)
+        ]
+        for one in (*heard, chain, *drawn):
+            assert isinstance(one.wait(), Ended)
+        for prompt, one in zip(prompts, heard, strict=True):
+            assert one.tokens == plain_greedy(model.model, prompt, 30)
+        assert chain.tokens == heard[0].tokens
+        assert drawn[0].tokens == drawn[1].tokens
+        follow = [*prompts[2], *heard[2].tokens, 9]
+        again, _ = ask(running, model, follow, 30)
+        assert again.wait().usage.cached_tokens == len(follow) - 2
+        assert again.tokens == plain_greedy(model.model, follow, 30)
+
+
 def test_a_prompt_that_is_being_read_is_waited_for_and_forked(llama):
     """Vendors' servers read the same prompt once for each of several choices."""
     prompt = [i * 7 % VOCAB for i in range(900)]
