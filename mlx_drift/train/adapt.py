@@ -199,14 +199,13 @@ class Adaptation:
             gathering = Gathering(self.answerer, run.answers, stop, tell)
             data = self.data or self._own_questions(gathering)
             texts = gathering.to_learn(data.train, given=self.given)
+            gathering.check(texts, "learn from")
             held = gathering.to_measure(data.valid)
+            gathering.check(held, "measure on")
             tested = gathering.to_measure(data.test) or held
             unrelated = gathering.to_measure(self.controls)
             if gathering.stopped:
                 raise Stopped(run.path, 0)
-            if not texts or not held:
-                what = "learn from" if not texts else "measure on"
-                raise DriftError(f"nothing is left to {what}: {'; '.join(gathering.notes)}")
             head, folder = self._head_of(run.path, texts)
             started = time.perf_counter()
             learner = Learner(self.target, head, self.recipe)

@@ -103,6 +103,15 @@ class Gathering:
                 found.append(Held(one.source, one.id, category, tuple(texts)))
         return found
 
+    def check(self, found: Sequence[object], what: str) -> None:
+        """Checks that something is left, unless it was cut short.
+
+        Raises:
+            DriftError: If nothing is, with what was left out.
+        """
+        if not found and not self.stopped:
+            raise DriftError(f"nothing is left to {what}: {'; '.join(self.notes)}")
+
     def _asked(
         self, conversations: Sequence[Conversation], what: str, temp: float | None
     ) -> list[list[Text]]:

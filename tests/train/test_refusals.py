@@ -1,0 +1,98 @@
+"""`mlx-drift adapt` says in one line what is wrong with what it is given, and leaves nothing."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+from adapting import tiny_pair, write_tiny_head
+
+from mlx_drift.cli.adapt import stopping
+from mlx_drift.demo import TARGET
+
+QUESTION = {"turns": ["What is json?"]}
+
+
+def write(path, *records):
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("records", "arguments", "message"),
+    [
+        ([], [], "there are no conversations in it"),
+        ([QUESTION], [], "one conversation; expected at least two"),
+        ([QUESTION, {"what": 1}], [], "line 2: none of the fields"),
+        (
+            [QUESTION, QUESTION],
+            ["--answers", "given"],
+            "there is no assistant's message to learn from; let the target answer with --answers",
+        ),
+        (
+            [{"text": "Some."}, {"text": "More."}],
+            [],
+            "a text, which has no question to answer; learn from texts as they are with --answers",
+        ),
+        ([QUESTION] * 2, ["--learning-rate", 0], "learning_rate is 0.0; expected more than 0"),
+        ([QUESTION] * 2, ["--questions", "self"], "--data, or --questions self: give one of them"),
+        ([QUESTION] * 2, ["--draft-vocab-size", 9], "--draft-vocab-size is for --from-scratch"),
+        ([QUESTION] * 2, ["--chat-template", "no.jinja"], "no.jinja: cannot be read"),
+        ([QUESTION] * 2, ["--report-to", "paper"], "--report-to paper: paper callback doesn't"),
+        (
+            [QUESTION] * 2,
+            ["--from-scratch", "eagle3", "--answer-draft-tokens", 2],
+            "without a head there are no drafts to answer with",
+        ),
+    ],
+)
+def test_what_is_wrong_is_told(refuses, tmp_path, records, arguments, message):
+    data = write(tmp_path / "data.jsonl", *records)
+    refuses(message, "adapt", "--data", data, "--mlx-path", tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_conversations_that_are_all_too_long(cli, tmp_path):
+    data = write(tmp_path / "data.jsonl", QUESTION, {"turns": ["How?"]})
+    out = tmp_path / "out"
+    code, _, err = cli("adapt", "--data", data, "--mlx-path", out, "--max-seq-length", 8)
+    assert code == 1
+    last = err.splitlines()[-1]
+    assert last == "error: nothing is left to learn from: 1 prompts leave no room in 8 tokens"
+
+
+def test_ctrl_c_is_waited_for_once():
+    before = signal.getsignal(signal.SIGINT)
+    with stopping() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_head_of_another_target(refuses, tmp_path):
+    head = write_tiny_head(tmp_path / "head", tiny_pair()[0])
+    data = write(tmp_path / "data.jsonl", QUESTION, QUESTION)
+    refuses(
+        "the drafter was made for a target whose hidden size is 32, but this target's is 256",
+        *("adapt", "--model", TARGET, "--drafter", head, "--data", data),
+        *("--mlx-path", tmp_path / "out"),
+    )
+
+
+def test_a_tokenizer_without_a_template(refuses, tmp_path):
+    target = tmp_path / "target"
+    shutil.copytree(TARGET, target)
+    (target / "chat_template.jinja").unlink()
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (target / "tokenizer_config.json").write_text(json.dumps(config))
+    data = write(tmp_path / "data.jsonl", QUESTION, QUESTION)
+    refuses(
+        "the target's tokenizer has no chat template to lay around conversations; give one with",
+        *("adapt", "--model", target, "--drafter", TARGET.parent / "eagle3.1", "--data", data),
+        *("--mlx-path", tmp_path / "out"),
+    )
