@@ -14,7 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
 
 from mlx_drift.cli import options
-from mlx_drift.cli.load import PROMPT_LOOKUP, load_model, load_pair
+from mlx_drift.cli.load import PROMPT_LOOKUP, copying, load_model, load_pair
 from mlx_drift.cli.prompts import parse_object
 from mlx_drift.convert.target import target_folder
 from mlx_drift.demo import NAME, TARGET
@@ -36,6 +36,7 @@ def serve_command(
     model: options.Model = None,
     drafter: options.Drafter = None,
     draft_model: options.DraftModel = None,
+    lookup: options.Lookup = None,
     no_draft: Annotated[bool, typer.Option("--no-draft", help="Decode without drafts.")] = False,
     adapter_path: options.AdapterPath = None,
     drafter_bits: options.DrafterBits = None,
@@ -144,6 +145,8 @@ def serve_command(
     )
     if no_draft and (drafter is not None or draft_model is not None):
         raise DriftError("--no-draft and a drafter are both given; give one of them")
+    if no_draft and lookup:
+        raise DriftError("--no-draft and --lookup are both given; give one of them")
 
     def load() -> "LoadedModel":
         return _load(
@@ -162,6 +165,7 @@ def serve_command(
                     trust_remote_code,
                 )
             ),
+            lookup,
         )
 
     default = Known(
@@ -171,7 +175,7 @@ def serve_command(
         frozenset({NAME} if model is None else {model, called(model)}),
     )
     serve(
-        [default, *(_allowed(name, settings, console) for name in allow_models or [])],
+        [default, *(_allowed(name, settings, lookup, console) for name in allow_models or [])],
         Options(
             host=host,
             port=port,
@@ -204,7 +208,7 @@ def serve_command(
     )
 
 
-def _allowed(source: str, settings: "Settings", console: Console) -> "Known":
+def _allowed(source: str, settings: "Settings", lookup: bool | None, console: Console) -> "Known":
     """Returns a model that requests may name."""
     from mlx_drift.serve.models import Known, called, weight_bytes
 
@@ -217,7 +221,12 @@ def _allowed(source: str, settings: "Settings", console: Console) -> "Known":
             drafter = PROMPT_LOOKUP
     return Known(
         called(model),
-        lambda: _load(called(model), settings, lambda: load_pair(model, drafter, None, console)),
+        lambda: _load(
+            called(model),
+            settings,
+            lambda: load_pair(model, drafter, None, console),
+            None if drafter == PROMPT_LOOKUP else lookup,
+        ),
         lambda: weight_bytes(model),
         frozenset({model, called(model)}),
     )
@@ -227,10 +236,14 @@ def _load(
     name: str,
     settings: "Settings",
     load: Callable[[], tuple[nn.Module, TokenizerWrapper, Drafter]],
+    lookup: bool | None,
 ) -> "LoadedModel":
     from mlx_drift.serve.model import LoadedModel
 
-    return LoadedModel(name, *load(), settings)
+    target, tokenizer, drafter = load()
+    if settings.num_draft_tokens:
+        drafter = copying(drafter, lookup, default=settings.num_draft_tokens == "auto")
+    return LoadedModel(name, target, tokenizer, drafter, settings)
 
 
 def _without_drafts(

@@ -17,6 +17,7 @@ from mlx_drift.decode.sampling import Sampling
 from mlx_drift.decode.speculate import Cut, speculate
 from mlx_drift.decode.statistics import Statistics
 from mlx_drift.decode.text import Round
+from mlx_drift.drafters.expecting import ExpectingDrafter
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def answer(
     statistics: Statistics,
     clock: Clock | None = None,
     number: int | None = None,
+    expected: Sequence[int] = (),
 ) -> Generator[Chunk | Round]:
     """Reads a prompt and answers it.
 
@@ -57,6 +59,7 @@ def answer(
         statistics: Grows with the rounds.
         clock: What the steps are timed by; see `speculate`.
         number: What `prompt_cache.begin()` returned; None to begin here.
+        expected: Token ids that the answer may have, to draft from; it need not.
 
     Yields:
         A `Chunk` before the first chunk of the prompt and after each, then a `Round` for each
@@ -68,9 +71,12 @@ def answer(
         yield Chunk(done, len(tokens))
     statistics.record_prompt(prompt_cache.reuse, len(tokens), prompt_cache.reused)
     statistics.cache_bytes = prompt_cache.nbytes
+    expecting = None
+    if expected:
+        expecting = ExpectingDrafter(prompt_cache.drafter, expected, prompt_cache.drafter_cache)
     rounds = speculate(
         prompt_cache.target,
-        prompt_cache.drafter,
+        expecting or prompt_cache.drafter,
         mx.array(tokens[-1:], dtype=mx.int32),
         prompt_cache.target_cache,
         prompt_cache.drafter_cache,
@@ -84,5 +90,7 @@ def answer(
     )
     for round in prompt_cache.follow(rounds, number):
         statistics.record_round(round)
+        if expecting is not None:
+            statistics.expected = expecting.counts
         yield round
     statistics.cache_bytes = prompt_cache.nbytes

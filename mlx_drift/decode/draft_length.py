@@ -17,6 +17,7 @@ Notable:
   give most tokens a second is picked.
 """
 
+import copy
 import itertools
 import operator
 from collections import deque
@@ -218,6 +219,21 @@ class DraftLength:
         self._timed_at: dict[tuple[bool, int], int] = {}
         self._catch_up_seconds = 0.0  # a row
         self._is_plain = False
+
+    def for_another(self, fixed: int | None, *, tree: bool = False) -> "DraftLength":
+        """Returns one for another answer: it knows all that this one does.
+
+        Costs are measured together; what is believed of acceptance is its own.
+
+        Args:
+            fixed: Always so many drafts.
+            tree: They branch, where there is a choice.
+        """
+        other = DraftLength(fixed, self.costs, tree=tree)
+        other.copy_costs = self.copy_costs
+        for believed in ("acceptance", "_copies", "_of_forced", "_of_trees"):
+            setattr(other, believed, copy.deepcopy(getattr(self, believed)))
+        return other
 
     def pick(self, sources: Sequence[Source]) -> Source:
         """Returns what to draft from next.

@@ -33,7 +33,10 @@ class Statistics:
         not_finite: Rounds in which the drafter's states were not finite, so that nothing it
             drafted meant anything.
         free_rounds: Rounds whose drafts no network made, by where they came from: "copy", "forced".
-        free_accepted: Drafts accepted in those.
+        free_tested: As `tested`, in those alone.
+        free_accepted: As `accepted`, in those alone.
+        expected: Tokens that came of what the answer was expected to be, and that did not; None if
+            nothing was.
         round_seconds: Wall-clock seconds of each round, drafting and verifying.
         host_seconds: Of each round, the seconds spent in Python.
         plain_step_seconds: Seconds of a one-row target step, where it was timed.
@@ -52,7 +55,9 @@ class Statistics:
     accepted: list[int] = field(default_factory=list)
     not_finite: int = 0
     free_rounds: Counter[str] = field(default_factory=Counter)
-    free_accepted: Counter[str] = field(default_factory=Counter)
+    free_tested: dict[str, list[int]] = field(default_factory=dict)
+    free_accepted: dict[str, list[int]] = field(default_factory=dict)
+    expected: tuple[int, int] | None = None
     round_seconds: list[float] = field(default_factory=list)
     host_seconds: list[float] = field(default_factory=list)
     plain_step_seconds: float | None = None
@@ -77,8 +82,7 @@ class Statistics:
             self.record(round.tested, round.accepted, round.seconds, round.host_seconds)
             self.not_finite += not round.is_finite
             if round.source in FREE:
-                self.free_rounds[round.source] += 1
-                self.free_accepted[round.source] += round.accepted
+                self._add_free(round.source, 1, [1] * round.tested, [1] * round.accepted)
 
     def record(self, tested: int, accepted: int, seconds: float, host_seconds: float = 0.0) -> None:
         """Adds one round in which `accepted` of the `tested` drafts were accepted."""
@@ -90,8 +94,9 @@ class Statistics:
         """Adds another generation's rounds."""
         self.rounds += other.rounds
         self.not_finite += other.not_finite
-        self.free_rounds.update(other.free_rounds)
-        self.free_accepted.update(other.free_accepted)
+        for source, rounds in other.free_rounds.items():
+            tested, accepted = other.free_tested[source], other.free_accepted[source]
+            self._add_free(source, rounds, tested, accepted)
         self.round_seconds += other.round_seconds
         self.host_seconds += other.host_seconds
         self.tested = _sum(self.tested, other.tested)
@@ -101,6 +106,11 @@ class Statistics:
         self.plain_tokens += other.plain_tokens
         self.plain_seconds += other.plain_seconds
         self.cache_bytes = max(self.cache_bytes, other.cache_bytes)
+
+    def _add_free(self, source: str, rounds: int, tested: list[int], accepted: list[int]) -> None:
+        self.free_rounds[source] += rounds
+        self.free_tested[source] = _sum(self.free_tested.get(source, []), tested)
+        self.free_accepted[source] = _sum(self.free_accepted.get(source, []), accepted)
 
     @property
     def acceptance_length(self) -> float:
@@ -116,15 +126,16 @@ class Statistics:
     def sources(self) -> dict[str, dict[str, float]]:
         """Where the drafts came from: rounds, accepted drafts, and their share of all tokens."""
         tokens = self.plain_tokens + sum(self.accepted) + self.rounds
-        rounds, accepted = self.free_rounds, self.free_accepted
+        rounds = self.free_rounds
+        accepted = {name: sum(self.free_accepted.get(name, ())) for name in FREE}
         counts = {
-            "drafter": (self.rounds - rounds.total(), sum(self.accepted) - accepted.total()),
+            "drafter": (self.rounds - rounds.total(), sum(self.accepted) - sum(accepted.values())),
             **{name: (rounds[name], accepted[name]) for name in FREE},
         }
         return {
-            name: {"rounds": rounds, "accepted": accepted, "share": accepted / max(1, tokens)}
-            for name, (rounds, accepted) in counts.items()
-            if rounds
+            name: {"rounds": count, "accepted": right, "share": right / max(1, tokens)}
+            for name, (count, right) in counts.items()
+            if count
         }
 
     @property

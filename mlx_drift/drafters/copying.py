@@ -27,6 +27,7 @@ class CopyingState:
     """One conversation: what the drafter keeps of it, and where its tokens were seen before."""
 
     def __init__(self, own: DrafterCache, lookup: LookupState):
+        self.token_bytes = lookup.token_bytes
         self.own = own
         self.lookup = lookup
 

@@ -26,8 +26,14 @@ RUN = 3
 PLACES, FURTHEST = 64, 64
 """Places that are compared, the latest ones, and how far back each is."""
 
+BELIEVED = 8
+"""Tokens that count as agreeing where a text is said to come."""
+
 WINDOW = 1 << 17
 """Tokens back that are found again. An index of so many takes about 20 MB."""
+
+TOKEN_BYTES = 192
+"""What an index takes a token at most."""
 
 MATCHES = 32, 16, 8, 5, RUN
 """Lengths of a match that are told apart: one counts as the longest of them that it reaches."""
@@ -44,6 +50,7 @@ class LookupState:
         ahead: How many of them have yet to be ingested.
     """
 
+    token_bytes = TOKEN_BYTES
     state: tuple[()] = ()
     seed: tuple[()] = ()
 

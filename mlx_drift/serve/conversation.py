@@ -119,6 +119,7 @@ class Conversation:
             key=_key(request.seed) if sampling.is_random else None,
             statistics=self.statistics,
             clock=self.clock,
+            expected=request.expected,
         )
 
     def step(self) -> list[Event]:
@@ -151,7 +152,7 @@ class Conversation:
         if self._steps is not None:
             self._steps.close()
         if self._draft_length is not None and self.statistics.rounds:
-            self.model.acceptance = self._draft_length.acceptance
+            self.model.learned = self._draft_length
 
     @property
     def usage(self) -> Usage:
@@ -165,9 +166,14 @@ class Conversation:
             rounds=s.rounds,
             tested=tuple(s.tested),
             accepted=tuple(s.accepted),
+            free={
+                source: (rounds, s.free_tested[source], s.free_accepted[source])
+                for source, rounds in s.free_rounds.items()
+            },
+            expected=s.expected,
             plain_tokens=s.plain_tokens,
             seconds=sum(s.round_seconds) + s.plain_seconds,
-            plain_step_seconds=self.model.costs.known().get(PLAIN),
+            plain_step_seconds=self.model.learned.costs.known().get(PLAIN),
         )
 
     def _events(self, round: Round) -> list[Event]:
@@ -211,14 +217,14 @@ class Conversation:
 
     def _time_plain_steps(self) -> None:
         """Learns what plain decoding takes, once, for those who ask how drafting went."""
-        if not self.request.tells_origins or PLAIN in self.model.costs.known():
+        if not self.request.tells_origins or PLAIN in self.model.learned.costs.known():
             return
         assert self.cache is not None, "it has begun"
         self.close()  # whatever is ahead of the text is taken back
         with self.cache.under_way():
             last = mx.array(self.cache.tokens[-1:])
             seconds = time_plain_steps(self.cache.target, last, self.cache.target_cache)
-        self.model.costs.know(PLAIN, seconds)
+        self.model.learned.costs.know(PLAIN, seconds)
 
 
 def _score(token: int, log_probabilities: mx.array, count: int) -> Scored:

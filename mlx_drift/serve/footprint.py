@@ -63,7 +63,8 @@ class Footprint:
         snapshots = [cache.target_cache.snapshot(), cache.drafter_cache.snapshot()]
         copies = any(arrays for snapshot in snapshots for arrays in snapshot)
         seed = sum(a.nbytes for _, a in tree_flatten([cache.drafter_cache.seed]))
-        held, snapshot, row, start = seed, float(seed), 0.0, 0.0
+        index = getattr(cache.drafter_cache, "token_bytes", 0)  # of lookup, which holds no arrays
+        held, snapshot, row, start = seed, float(seed), float(index), 0.0
         for part in _parts(cache):
             if isinstance(part, ArraysCache):
                 held, snapshot = held + part.nbytes, snapshot + part.nbytes
@@ -85,7 +86,7 @@ class Footprint:
 def _parts(cache: PromptCache) -> Iterator[Any]:
     yield from cache.target_cache.parts()
     parts = getattr(cache.drafter_cache, "parts", None)
-    if parts is not None:  # prompt lookup holds no arrays
+    if parts is not None:
         yield from parts()
 
 

@@ -1,7 +1,8 @@
 """What is counted, for Prometheus: `GET /metrics`."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -86,11 +87,20 @@ class Metrics:
             self._prompt.labels(model).inc(usage.prompt_tokens)
         self._cached.labels(model).inc(usage.cached_tokens)
         self._generated.labels(model).inc(usage.completion_tokens)
-        self._rounds.labels(model, source).inc(usage.rounds)
         self._plain.labels(model).inc(usage.plain_tokens)
-        for by_position, counts in ((self._tested, usage.tested), (self._accepted, usage.accepted)):
-            for position, count in enumerate(counts, 1):
-                by_position.labels(model, source, str(position)).inc(count)
+        drafted: tuple[int, Sequence[int], Sequence[int]] = (
+            usage.rounds,
+            usage.tested,
+            usage.accepted,
+        )
+        for rounds, tested, accepted in usage.free.values():
+            drafted = drafted[0] - rounds, _less(drafted[1], tested), _less(drafted[2], accepted)
+        for name, (rounds, tested, accepted) in {**usage.free, source: drafted}.items():
+            if rounds:
+                self._rounds.labels(model, name).inc(rounds)
+            for by_position, counts in ((self._tested, tested), (self._accepted, accepted)):
+                for position, count in enumerate(counts, 1):
+                    by_position.labels(model, name, str(position)).inc(count)
 
     def sizes(
         self, *, running: int, waiting: int, caches: int, idle_caches: int, evicted: int
@@ -112,3 +122,8 @@ class Metrics:
     def text(self) -> bytes:
         """Returns all of it in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+def _less(a: Sequence[int], b: Sequence[int]) -> list[int]:
+    """Takes the counts of some rounds off those of all."""
+    return [x - y for x, y in zip_longest(a, b, fillvalue=0)]

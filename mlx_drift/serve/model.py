@@ -1,6 +1,5 @@
 """A target and its drafter, loaded, and what is learned of them for all conversations alike."""
 
-import copy
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -9,10 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_drift.decode.draft_length import PLAIN, Acceptance, Costs, DraftLength
+from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
 from mlx_drift.decode.trees import drafting_trees
 from mlx_drift.decode.tuned import tuned_costs
+from mlx_drift.drafters.copying import CopyingDrafter
 from mlx_drift.drafters.head import HeadDrafter
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.drafters.protocol import Drafter
@@ -66,8 +66,8 @@ class LoadedModel:
         rows_are_alike: A row has the same bits in a chunk of any size, so chunks may be cut
             anywhere. On a GPU, and in some families, they have not.
         footprint: Bytes of a conversation's caches.
-        costs: What rounds take by draft length, measured by all conversations together.
-        acceptance: What the last answer found of the drafter.
+        learned: What rounds take, measured by all conversations together; and what the last answer
+            found of the drafts.
         row_seconds: What a prompt's token takes, lately.
         round_seconds: What a round takes, lately.
     """
@@ -80,8 +80,7 @@ class LoadedModel:
     rows_are_alike: bool = False
     vocab_size: int = field(init=False)
     footprint: Footprint = field(init=False)
-    costs: Costs = field(init=False)
-    acceptance: Acceptance = field(default_factory=Acceptance)
+    learned: DraftLength = field(init=False)
     row_seconds: float | None = None
     round_seconds: float | None = None
 
@@ -92,17 +91,20 @@ class LoadedModel:
         if self.settings.tree is not None:
             drafting_trees(self.settings.tree, self.drafter, target)
         self.footprint = Footprint.of(self.make_cache(), self.settings.prefill_step_size)
-        self.costs = Costs(tuned_costs(self.model, self.drafter, 1024))
+        self.learned = DraftLength(costs=tuned_costs(self.model, self.drafter, 1024))
         self.rows_are_alike = rows_are_alike(self.make_cache())
 
     @property
     def drafter_kind(self) -> str:
-        """What drafts come from, in a word."""
+        """What drafts come from that are not copied beside it, in a word."""
         if self.settings.num_draft_tokens == PLAIN:
             return "none"
-        if isinstance(self.drafter, HeadDrafter):
-            return str(self.drafter.config.drafter_type)
-        return "prompt-lookup" if isinstance(self.drafter, PromptLookupDrafter) else "draft-model"
+        drafter = self.drafter
+        if isinstance(drafter, CopyingDrafter):
+            drafter = drafter.drafter
+        if isinstance(drafter, HeadDrafter):
+            return str(drafter.config.drafter_type)
+        return "prompt-lookup" if isinstance(drafter, PromptLookupDrafter) else "draft-model"
 
     def make_cache(self) -> PromptCache:
         """Makes the empty caches of a conversation."""
@@ -119,14 +121,11 @@ class LoadedModel:
     def draft_length(self, asked: int | None, is_seeded: bool) -> DraftLength:
         """Returns what says how many tokens to draft for one answer."""
         if self.settings.tree is not None and asked is None:
-            return DraftLength(self.settings.tree - 1, self.costs, tree=True)
+            return self.learned.for_another(self.settings.tree - 1, tree=True)
         fixed = self.settings.num_draft_tokens if asked is None else asked
-        if fixed == PLAIN:
-            return DraftLength(fixed=PLAIN, costs=self.costs)
         if fixed == "auto" and is_seeded:
             fixed = REPRODUCIBLE
-        believed = copy.deepcopy(self.acceptance)
-        return DraftLength(None if fixed == "auto" else fixed, self.costs, believed)
+        return self.learned.for_another(None if fixed == "auto" else fixed)
 
     def cut(self, start: int, is_holding_up: bool) -> int:
         """Says where a chunk of a prompt that begins at some row is to end.

@@ -1,6 +1,6 @@
 """What the engine is asked, and what it tells meanwhile. Nothing here is of an API or of HTTP."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +28,7 @@ class Request:
         marks: Numbers of tokens after which other prompts may branch off: the system prompt's.
         speech: How the answer is told apart; None for text alone.
         tells_origins: Tell of every round who said its tokens.
+        expected: Tokens that the answer may have, to draft from.
     """
 
     tokens: list[int]
@@ -42,6 +43,7 @@ class Request:
     marks: tuple[int, ...] = ()
     speech: Speech | None = None
     tells_origins: bool = False
+    expected: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,9 @@ class Usage:
         rounds: Rounds with drafts.
         tested: Drafts that were tested, by their position in a round.
         accepted: Drafts that were accepted, likewise.
+        free: Of the rounds whose drafts no network made, by where they came from: how many, and
+            the drafts tested and accepted by their position.
+        expected: Tokens that came of what the answer was expected to be, and that did not.
         plain_tokens: Tokens of plain decoding, between the rounds.
         seconds: What all rounds and tokens of plain decoding took.
         plain_step_seconds: What a token of plain decoding takes here; None if it was not timed.
@@ -128,6 +133,8 @@ class Usage:
     rounds: int = 0
     tested: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
+    free: Mapping[str, tuple[int, Sequence[int], Sequence[int]]] = field(default_factory=dict)
+    expected: tuple[int, int] | None = None
     plain_tokens: int = 0
     seconds: float = 0.0
     plain_step_seconds: float | None = None

@@ -3,15 +3,16 @@
 What is expected is computed apart from the package: mlx-lm's filters written anew in numpy, and
 from them the joint distribution of the first three tokens after each prompt.
 
-Every chi-square test asks for p > 0.001 with a fixed seed. There are 25 by default (5 of mlx-lm's
-own samplers, 14 of the batched rule, 2 of its controls, 4 of the real loop) and 4 more marked
-`long`: with other seeds one run in 40 would fail by chance.
+Every chi-square test asks for p > 0.001 with a fixed seed. There are 27 by default (5 of mlx-lm's
+own samplers, 14 of the batched rule, 2 of its controls, 6 of the real loop) and 6 more marked
+`long`: with other seeds one run in 37 would fail by chance.
 """
 
 import copy
 import itertools
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from threading import Thread
@@ -24,8 +25,9 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from backend import ON_GPU, assert_same
 from chi_square import CERTAINLY_WRONG, LEAST_P, p_value, survival
-from mlx_drift import DriftError, stream_generate
+from mlx_drift import CopyingDrafter, DriftError, Statistics, stream_generate
 from mlx_drift.decode.accept import accept_sampled
+from mlx_drift.decode.answer import answer
 from mlx_drift.decode.sampling import Chooser, Sampling
 from mlx_drift.decode.speculate import every, prefill, speculate
 from mlx_drift.drafters.chain import ChainDrafter
@@ -477,6 +479,7 @@ def pair():
     return Pair()
 
 
+record_round = Statistics.record_round
 SOME = 100
 GENERATIONS = [SOME, pytest.param(6000, marks=pytest.mark.long)]
 LOOPS = {
@@ -520,6 +523,31 @@ def test_real_loop_with_trees(pair, keywords, generations):
     counts, acceptance = pair.sample(generations, tree=4, **keywords)
     assert p_value(counts, pair.joint(Sampling(**keywords))) > LEAST_P
     assert 0 < acceptance < 1
+
+
+@pytest.mark.parametrize("generations", GENERATIONS)
+@pytest.mark.parametrize("expected", [(), (1, 1, 0, 2)], ids=["conversation", "expected"])
+def test_real_loop_with_copies_beside_the_head(pair, generations, expected, monkeypatch):
+    """Copies of what followed before, or of what is expected; the head where they end."""
+    here = [3, 1, 4, 0, 2]
+    prompt = here if expected else [*here, 2, *here]
+    monkeypatch.setattr(sys.modules[__name__], "PROMPT", prompt)
+    loop = sys.modules["mlx_drift.generate"]
+    monkeypatch.setattr(loop, "answer", partial(answer, expected=expected))
+    both, sources = copy.copy(pair), Counter()
+    both.drafter = CopyingDrafter(pair.drafter)
+    monkeypatch.setattr(
+        Statistics,
+        "record_round",
+        lambda self, round: (
+            sources.update([round.source == "copy"] if round.tested else []),
+            record_round(self, round),
+        ),
+    )
+    counts, acceptance = both.sample(generations, temp=1.2)
+    assert p_value(counts, both.joint(Sampling(temp=1.2))) > LEAST_P
+    assert 0 < acceptance < 1
+    assert min(sources[True], sources[False]) > generations / 10
 
 
 def test_real_loop_fails_if_draft_probabilities_are_not_scattered(pair, monkeypatch):

@@ -5,11 +5,16 @@ import random
 import mlx.core as mx
 import pytest
 
-from mlx_drift import CopyingDrafter, PromptLookupDrafter, make_prompt_cache
+from mlx_drift import CopyingDrafter, PromptLookupDrafter, Statistics, make_prompt_cache
+from mlx_drift.decode.answer import answer
 from mlx_drift.decode.draft_length import DraftLength
-from mlx_drift.drafters.prompt_lookup import FURTHEST, RUN, LookupState
-from mlx_drift.drafters.protocol import NETWORK, Source
-from tiny import tiny_drafter, tiny_llama
+from mlx_drift.decode.sampling import Sampling
+from mlx_drift.decode.speculate import every
+from mlx_drift.decode.text import Round
+from mlx_drift.drafters.expecting import ExpectingDrafter
+from mlx_drift.drafters.prompt_lookup import FURTHEST, RUN, TOKEN_BYTES, LookupState
+from mlx_drift.drafters.protocol import NETWORK, TREE, Source
+from tiny import VOCAB, plain_greedy, tiny_drafter, tiny_llama
 
 
 def longest(tokens, window):
@@ -85,7 +90,7 @@ def test_the_head_drafts_where_there_is_nothing_to_copy_and_sees_every_row():
         for cache in (beside, alone):
             cache.read(prompt, step_size=3, progress=lambda done, total: None)
         offered = drafter.sources(beside.drafter_cache)
-        assert [*offered] == sources
+        assert [source for source in offered if source != TREE] == sources
         own = offered[NETWORK](3, beside.drafter_cache, None).tokens.tolist()
         assert own == head.propose(3, alone.drafter_cache).tokens.tolist()
     assert drafter.propose(3, beside.drafter_cache).tokens.tolist() == own
@@ -104,6 +109,76 @@ def test_tokens_that_were_seen_ahead_are_seen_once():
     for one in (cache, fork):
         drafter.ingest(mx.array([3, 4, 5]), mx.zeros((3, 0, 32)), one)
         assert one.tokens == [1, 2, 3, 4, 5]
+
+
+def expecting(model, drafter, expected, count=40, prompt=(7, 3, 9, 9, 1), **keywords):
+    """An answer of which something is expected; what became of it."""
+    cache, statistics = make_prompt_cache(model, drafter), Statistics()
+    steps = answer(
+        cache,
+        list(prompt),
+        cut=every(2),
+        max_tokens=count,
+        stop_tokens=frozenset(),
+        sampling=Sampling(),
+        key=None,
+        statistics=statistics,
+        expected=expected,
+        **{"draft_length": DraftLength(fixed=2)} | keywords,
+    )
+    tokens = [token for step in steps if isinstance(step, Round) for token in step.tokens]
+    assert tokens == plain_greedy(model, list(prompt), count)
+    return statistics, cache
+
+
+@pytest.mark.parametrize("kind", ["head", "head and copies", "copies"])
+@pytest.mark.parametrize("auto", [False, True])
+def test_what_is_expected_is_copied_as_long_as_it_is_right(kind, auto):
+    model = tiny_llama()
+    head = tiny_drafter(model)
+    make = {"head": lambda: head, "copies": lambda: PromptLookupDrafter(model)}
+    drafter = make.get(kind, lambda: CopyingDrafter(head))()
+    said = plain_greedy(model, [7, 3, 9, 9, 1], 40)
+    changed = [*said[:12], (said[12] + 1) % VOCAB, *said[13:]]
+    shorter = said[20:]
+    for text, most in ((said, 10), (changed, 16), (shorter, 33), ([1, 2, 3], 40)):
+        keywords = {}
+        if auto:  # a round costs what a token does, whatever is drafted
+            keywords["draft_length"] = DraftLength(costs={0: 1.0, 1: 1.0, 16: 1.0})
+        statistics, cache = expecting(model, drafter, text, **keywords)
+        longest = auto or kind != "copies"  # which are else as long as they are asked to be
+        assert statistics.rounds + statistics.plain_tokens <= (most if longest else 40)
+        followed = statistics.expected[0]
+        assert statistics.expected[1] == len(text) - followed
+        if text == said:
+            assert followed == 40
+        if text == changed:
+            assert 12 + 20 < followed < 39
+        follow = [*cache.tokens, 1]  # nothing of it stays
+        assert expecting(model, drafter, (), 8, follow)[0].expected is None
+
+
+def test_a_copy_of_the_cache_takes_no_part_in_what_is_expected():
+    model = tiny_llama()
+    drafter = tiny_drafter(model)
+    cache, other = drafter.make_cache(), drafter.make_cache()
+    one = ExpectingDrafter(drafter, [4, 5, 6, 7, 8, 9], cache)
+    propose = next(iter(one.sources(cache).values()))
+    assert propose(3, cache, None).tokens.tolist() == [4, 5, 6]
+    taps = mx.zeros((2, 2, 32))
+    one.ingest(mx.array([1, 1]), taps, other)
+    assert one.counts == (0, 6)
+    one.ingest(mx.array([4, 5]), taps, cache)
+    assert one.counts == (2, 4)
+    propose = next(iter(one.sources(cache).values()))
+    assert propose(3, cache, None).tokens.tolist() == [6, 7, 8]
+
+
+def test_an_index_takes_no_more_bytes_a_token_than_is_said():
+    rng, state = random.Random(0), LookupState()
+    for size in range(1, 40_000):
+        state.append([rng.randrange(50_000)])
+        assert state.nbytes <= TOKEN_BYTES * (size + 300)
 
 
 COPY, LONG = Source("copy", 3), Source("copy", 16)

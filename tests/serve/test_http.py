@@ -23,6 +23,7 @@ def demo():
 @pytest.fixture(scope="module")
 def running():
     flags = ["--any-model-name", "claude-*", "--keepalive", "0.02", "--max-tokens", "40"]
+    flags += ["--lookup"]
     with server(*flags) as process:
         yield process
     assert process.returncode == 0, process.err
@@ -271,6 +272,37 @@ def test_health_and_metrics(running, client):
     for gauge in ("running", "waiting", "cache_bytes", "cache_bytes_bound"):
         assert f"mlx_drift_{gauge}" in lines
     assert float(lines['mlx_drift_cached_tokens_total{model="mlx-drift-demo"}']) > 0
+
+
+def test_a_prediction_is_drafted_from_and_counted(running, client, demo):
+    """OpenAI's predicted outputs: whatever is predicted, the answer is the same."""
+    right = expected(demo, OTHER, 40)
+    rounds = {}
+    for predicted in (right, [{"type": "text", "text": right[:50]}], "Something else.", ""):
+        answer = client.chat.completions.create(
+            model="mlx-drift-demo",
+            messages=user(OTHER),
+            max_tokens=40,
+            prediction={"type": "content", "content": predicted},
+        )
+        assert answer.choices[0].message.content == right
+        rounds[str(predicted)] = answer.usage.model_dump()["speculative"]["rounds"]
+        if predicted == right:
+            details = answer.usage.completion_tokens_details
+            assert details.accepted_prediction_tokens > 25
+            assert details.rejected_prediction_tokens < 10
+            copied = answer.usage.model_dump()["speculative"]["copied"]
+            assert copied["accepted"] > 20
+    assert rounds[right] < 8 < rounds[""]
+    lines = fetch(f"{running.root}/metrics").body.decode()
+    assert 'mlx_drift_rounds_total{model="mlx-drift-demo",source="copy"}' in lines
+    assert (
+        'mlx_drift_accepted_tokens_total{model="mlx-drift-demo",position="9",source="copy"}'
+        in lines
+    )
+    body = said(OTHER, prediction={"type": "content", "content": [{"type": "image_url"}]})
+    refused = post(f"{running.url}/chat/completions", body)
+    assert (refused.status, refused.error["param"]) == (400, "prediction.content[0].type")
 
 
 def test_a_first_probing_request_crashes_nothing(running):

@@ -122,6 +122,7 @@ def ask(
     top_logprobs: int | None,
     speech: Speech | None = None,
     grammar: Grammar | None = None,
+    expected: Sequence[int] = (),
 ) -> list[Request]:
     """Makes the engine's requests: `n` for every prompt.
 
@@ -133,6 +134,7 @@ def ask(
         top_logprobs: How many of the likeliest tokens to tell; None for no log-probabilities.
         speech: How answers are told apart.
         grammar: What the answers must be (`mlx_drift.serve.api.formats`); None for anything.
+        expected: Tokens that they may have.
 
     Raises:
         BadRequest: If a field is out of range for this model.
@@ -179,6 +181,7 @@ def ask(
                     marks=prompt.marks,
                     speech=speech,
                     tells_origins=bool((given.get("speculative") or {}).get("tokens")),
+                    expected=tuple(expected),
                 )
             )
     return requests
@@ -237,7 +240,7 @@ def usage(ended: Sequence[Ended], choices: int) -> dict[str, Any]:
     prompts = every[::choices]
     prompt_tokens = sum(u.prompt_tokens for u in prompts)
     completion_tokens = sum(u.completion_tokens for u in every)
-    return {
+    found: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
@@ -245,6 +248,14 @@ def usage(ended: Sequence[Ended], choices: int) -> dict[str, Any]:
         "completion_tokens_details": {"reasoning_tokens": sum(u.reasoning_tokens for u in every)},
         "speculative": speculative(every),
     }
+    expected = [u.expected for u in every if u.expected is not None]
+    if expected:
+        came, rest = map(sum, zip(*expected, strict=True))
+        found["completion_tokens_details"] |= {
+            "accepted_prediction_tokens": came,
+            "rejected_prediction_tokens": rest,
+        }
+    return found
 
 
 def speculative(every: Sequence[Usage]) -> dict[str, Any]:
@@ -259,8 +270,18 @@ def speculative(every: Sequence[Usage]) -> dict[str, Any]:
         "accepted_by_position": accepted,
         "acceptance_length": sum(accepted) / rounds if rounds else 0.0,
         "plain_tokens": sum(u.plain_tokens for u in every),
+        "copied": _copied(every),
         "seconds": sum(u.seconds for u in every),
         "plain_step_seconds": every[-1].plain_step_seconds if every else None,
+    }
+
+
+def _copied(every: Sequence[Usage]) -> dict[str, int]:
+    """Returns the rounds whose drafts were copied, and their accepted drafts."""
+    copies = [usage.free["copy"] for usage in every if "copy" in usage.free]
+    return {
+        "rounds": sum(rounds for rounds, *_ in copies),
+        "accepted": sum(sum(accepted) for *_, accepted in copies),
     }
 
 

@@ -18,7 +18,7 @@ from mlx_drift.serve.api.asking import (
 from mlx_drift.serve.api.events import DONE, KEEPALIVE, data
 from mlx_drift.serve.api.fields import BadRequest
 from mlx_drift.serve.api.formats import response_format
-from mlx_drift.serve.api.history import read_messages
+from mlx_drift.serve.api.history import read_messages, texts_of
 from mlx_drift.serve.api.prompts import lay_out
 from mlx_drift.serve.api.served import Served
 from mlx_drift.serve.api.tables import CHAT
@@ -69,6 +69,7 @@ class Chat:
             top_logprobs=top,
             speech=speech,
             grammar=grammar,
+            expected=_expected(given.get("prediction"), served),
         )
         options = given.get("stream_options") or {}
         reply = ChatReply(
@@ -82,6 +83,14 @@ class Chat:
     def error(self, error: BadRequest) -> dict[str, Any]:
         """Returns the body of an error."""
         return openai_error(error)
+
+
+def _expected(prediction: dict[str, Any] | None, served: Served) -> list[int]:
+    """Returns the tokens of a predicted output."""
+    if prediction is None:
+        return []
+    text = "".join(texts_of(prediction["content"], "prediction.content"))
+    return [*served.tokenizer.encode(text, add_special_tokens=False)] if text else []
 
 
 def effort(asked: str | None) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS
 from mlx_drift.serve.api.fields import Accepted, Fields, Honoured
 from mlx_drift.serve.api.kinds import (
     Kind,
-    anything,
     boolean,
     choice,
     either,
@@ -50,6 +49,15 @@ def _is_stream_options(value: Any) -> bool:
     known = {"include_usage", "include_obfuscation"}
     return isinstance(value, dict) and all(
         key in known and (item is None or isinstance(item, bool)) for key, item in value.items()
+    )
+
+
+def _is_prediction(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"type", "content"}
+        and value["type"] == "content"
+        and isinstance(value["content"], str | list)
     )
 
 
@@ -173,10 +181,13 @@ CHAT = Fields(
             "whether and which; with `none` the model is not told of the tools",
         ),
         "parallel_tool_calls": Honoured(boolean, "`false`: the answer ends after one call"),
+        "prediction": Honoured(
+            Kind('{"type": "content", "content": a text, or a list of parts}', _is_prediction),
+            "what the answer may be: drafts are copied from it as long as they are right",
+        ),
     },
     {
         **ACCEPTED,
-        "prediction": Accepted(anything, HINT),
         "modalities": Accepted(
             Kind('["text"]', lambda value: value == ["text"]), "text is what there is"
         ),
