@@ -16,7 +16,7 @@ FLOORS = [
     "convert.read",
     "convert demo",  # convert: with dialects and mtp
     "pairs loading",
-    "doctor decode grammar",
+    "doctor decode grammar watch",
     "generate",
     "measure",  # what its rooms share
     "measure.acceptance measure.inside measure.speed serve",

@@ -30,9 +30,9 @@ from mlx_drift.demo import load_demo
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.load import load_converted
 from mlx_drift.measure.acceptance.context import condition, windows
-from mlx_drift.measure.inside.around import root_mean_square
-from mlx_drift.measure.inside.figures import CLASSES, Sums
 from mlx_drift.measure.inside.intervene import intervention
+from mlx_drift.watch.around import root_mean_square
+from mlx_drift.watch.sums import CLASSES, Sums
 
 RESULTS = Path(__file__).parent / "results"
 TEXTS = "texts.json"

@@ -16,7 +16,7 @@ from mlx_drift.measure.acceptance.context import condition
 from mlx_drift.measure.bootstrap import Interval
 from mlx_drift.measure.inside.drift import RECENT
 from mlx_drift.measure.inside.drift_plot import FILLS, LABELS, LINES
-from mlx_drift.measure.inside.figures import CLASSES
+from mlx_drift.watch.sums import CLASSES
 
 STEPS = range(1, DEEP + 1)
 TICKS = (1, *range(4, DEEP + 1, 4))

@@ -18,8 +18,8 @@ from attention_drift.texts import Text
 from mlx_drift.drafters.cache import TrainTimeTestCache
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.measure.inside.drift import RECENT
-from mlx_drift.measure.inside.figures import Split, Sums, add_up
-from mlx_drift.measure.inside.observe import Chain, Observed
+from mlx_drift.watch.observe import Chain, Observed
+from mlx_drift.watch.sums import Split, Sums, add_up
 
 SINKS = 1
 """The first of a drafter's rows: the target is a Llama."""

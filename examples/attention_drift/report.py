@@ -54,7 +54,7 @@ from attention_drift.texts import EVERY_PERTURBED, HELD_OUT, LENGTHS, ROW, WORDI
 from mlx_drift.measure.acceptance.context import condition
 from mlx_drift.measure.bootstrap import Interval
 from mlx_drift.measure.inside.drift import RECENT
-from mlx_drift.measure.inside.figures import CLASSES
+from mlx_drift.watch.sums import CLASSES
 
 GROUPS = {"Which norm": (PRE, tuple(ARMS)), "MTP heads": ("mtp_post", tuple(MTP_ARMS))}
 """Arms that are compared, and with which of them; a group without drafters is left out."""

@@ -23,11 +23,12 @@ from mlx_drift.measure.acceptance.questions import read_question_files
 from mlx_drift.measure.bootstrap import Interval
 from mlx_drift.measure.inside.drift import RECENT, STEPS, Arm, Drift, Settings, drift
 from mlx_drift.measure.inside.drift_plot import plot_drift
-from mlx_drift.measure.inside.figures import CLASSES, Attention, Figures
+from mlx_drift.measure.inside.figures import Attention, Figures
 from mlx_drift.measure.inside.intervene import intervention
 from mlx_drift.measure.inside.still import Still
 from mlx_drift.measure.pictures import check_matplotlib
 from mlx_drift.measure.speed.bench import PROMPTS
+from mlx_drift.watch.sums import CLASSES
 
 COLUMNS = 100
 """The width where the output has none of its own."""

@@ -5,7 +5,7 @@ positions (`offset`) and what may be seen. `ChainCache` is decoding; `TrainTimeT
 teacher-forced chain of every position at once. The layers are the same code in both.
 
 What they attend with is a fused kernel that keeps no weights. `weights` tells them afterwards, by
-plain operations in float32: for measuring (`mlx_drift.measure.inside.observe`), decoding does not
+plain operations in float32: for measuring (`mlx_drift.watch.observe`), decoding does not
 ask.
 """
 

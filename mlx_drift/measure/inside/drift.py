@@ -7,7 +7,7 @@ Notable:
 - Only rounds that draft all K tokens count, so that every step is measured on the same rounds: the
   last ones before `max_tokens` draft less. Acceptance is that of all rounds.
 - What the figures mean, and which keys are sink, prompt, answer, recent and drafts, is said in
-  `mlx_drift.measure.inside.figures`; interventions are in `mlx_drift.measure.inside.intervene`.
+  `mlx_drift.watch.sums`; interventions are in `mlx_drift.measure.inside.intervene`.
 """
 
 import warnings
@@ -27,19 +27,12 @@ from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.generate import stream_generate
 from mlx_drift.measure.bootstrap import Interval, ratio, ratio_of_ratios
-from mlx_drift.measure.inside.figures import (
-    Attention,
-    Figures,
-    Head,
-    Split,
-    Sums,
-    add_up,
-    figures_of,
-)
+from mlx_drift.measure.inside.figures import Attention, Figures, Head, figures_of
 from mlx_drift.measure.inside.intervene import Intervention, intervention
-from mlx_drift.measure.inside.observe import Chain, Observed
 from mlx_drift.measure.inside.still import Still, watch
 from mlx_drift.target.model import Target
+from mlx_drift.watch.observe import Chain, Observed
+from mlx_drift.watch.sums import Split, Sums, add_up
 
 STEPS = 8
 """The paper's chain depth (§3)."""

@@ -13,8 +13,8 @@ import numpy as np
 
 from mlx_drift.errors import DriftError
 from mlx_drift.measure.inside.drift import Arm, Drift
-from mlx_drift.measure.inside.figures import CLASSES
 from mlx_drift.measure.pictures import check_matplotlib
+from mlx_drift.watch.sums import CLASSES
 
 INTERVAL = "95 % interval over prompts"
 LINES = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"

@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from mlx_drift.drafters.chain import ChainDrafter, Network
 from mlx_drift.errors import DriftError
-from mlx_drift.measure.inside.around import Around, root_mean_square
+from mlx_drift.watch.around import Around, root_mean_square
 
 NOISE = "noise-hidden", "noise-embedding"
 EXPECTED = "pin, normalize, noise-hidden:ALPHA or noise-embedding:ALPHA"

@@ -19,8 +19,9 @@ from mlx_drift.drafters.head import HeadDrafter
 from mlx_drift.drafters.p_eagle import PEagleDrafter
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS
 from mlx_drift.measure.bootstrap import Interval, ratio
-from mlx_drift.measure.inside.figures import Attention, Looks, Split, attention_of, look
-from mlx_drift.measure.inside.observe import WatchedCache
+from mlx_drift.measure.inside.figures import Attention, attention_of
+from mlx_drift.watch.observe import WatchedCache
+from mlx_drift.watch.sums import Looks, Split, look
 
 Array = npt.NDArray[np.float64]
 

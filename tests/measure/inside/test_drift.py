@@ -15,12 +15,13 @@ from mlx_drift import DriftError, convert_drafter, load_demo, load_drafter, stre
 from mlx_drift.demo import DEMO, DRAFTERS
 from mlx_drift.drafters.load import load_converted
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
-from mlx_drift.measure.inside.around import Around, root_mean_square
 from mlx_drift.measure.inside.drift import Settings, drift
-from mlx_drift.measure.inside.figures import CLASSES, Split, Sums, add_up, figures_of
+from mlx_drift.measure.inside.figures import figures_of
 from mlx_drift.measure.inside.intervene import intervention
-from mlx_drift.measure.inside.observe import Chain, Observed, Step
 from mlx_drift.target.model import Target, TargetShape
+from mlx_drift.watch.around import Around, root_mean_square
+from mlx_drift.watch.observe import Chain, Observed, Step
+from mlx_drift.watch.sums import CLASSES, Split, Sums, add_up
 from tiny import HIDDEN, VOCAB, NoText, tiny_drafter, tiny_llama
 
 ROWS, DRAFTS = 12, 5

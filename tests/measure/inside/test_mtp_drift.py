@@ -11,7 +11,7 @@ from families import VOCAB, build
 from mlx_drift import convert_drafter
 from mlx_drift.drafters.load import load_converted, load_network
 from mlx_drift.measure.inside.drift import Settings, drift
-from mlx_drift.measure.inside.observe import Observed
+from mlx_drift.watch.observe import Observed
 from mtp_heads import FAMILIES, config_of, head, write_repository, written
 from tiny import NoText
 

@@ -11,8 +11,8 @@ from mlx_drift import DriftError, stream_generate
 from mlx_drift.drafters.block_cache import BlockCache
 from mlx_drift.measure.inside.drift import Settings, drift
 from mlx_drift.measure.inside.drift_plot import plot_drift
-from mlx_drift.measure.inside.figures import CLASSES
 from mlx_drift.measure.inside.still import WatchedPasses
+from mlx_drift.watch.sums import CLASSES
 from tiny import NoText, tiny_llama
 
 PROMPTS = [[5, 9, 2, 44, 17, 3, 60, 11], [25, 8, 30]]

@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from mlx_drift.drafters.cache import TrainTimeTestCache
 from mlx_drift.drafters.chain import Network
-from mlx_drift.measure.inside.around import Around
+from mlx_drift.watch.around import Around
 
 ATTENTION = "scaled_dot_product_attention"
 
