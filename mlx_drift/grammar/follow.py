@@ -30,15 +30,16 @@ class Place:
     Attributes:
         phase: `opening`: at the beginning, or within the tokens that open the reasoning;
             `thinking`: within the reasoning; `following`: within what the grammar describes;
-            `off`: after a token that may not come.
+            `over`: after all that, and a token that ends a text; `off`: after a token that may not
+            come.
         done: Tokens of this phase so far; `thinking` does not count them.
     """
 
-    phase: Literal["opening", "thinking", "following", "off"]
+    phase: Literal["opening", "thinking", "following", "over", "off"]
     done: int = 0
 
 
-THINKING, OFF = Place("thinking"), Place("off")
+THINKING, OVER, OFF = Place("thinking"), Place("over"), Place("off")
 
 
 class GrammarProcessor:
@@ -83,7 +84,7 @@ class GrammarProcessor:
             DriftError: If llguidance gives up.
         """
         place = self._go_to(tokens)
-        if place == OFF:
+        if place in (OVER, OFF):
             return logits
         allowed = self._allowed(place, logits.shape[-1])
         return mx.where(allowed, logits, mx.array(-mx.inf, logits.dtype))
@@ -100,7 +101,7 @@ class GrammarProcessor:
         if place.phase == "opening" and place.done:
             assert self._thought is not None
             return [*self._thought.start[place.done :]]
-        if place in (THINKING, OFF):
+        if place in (THINKING, OVER, OFF):
             return []
         return [*self._matcher.compute_ff_tokens()]
 
@@ -137,7 +138,7 @@ class GrammarProcessor:
 
     def _after(self, place: Place, token: int) -> Place:
         """Returns where a token leads; the matcher follows it there."""
-        if place == OFF or token >= self._size:
+        if place in (OVER, OFF) or token >= self._size:
             return OFF
         if place == THINKING:
             assert self._thought is not None
@@ -155,8 +156,10 @@ class GrammarProcessor:
                 )
             if place.done:
                 return OFF
-        is_taken = self._matcher.try_consume_tokens([token])
-        return Place("following", place.done + 1) if is_taken else OFF
+        if self._matcher.try_consume_tokens([token]):
+            return Place("following", place.done + 1)
+        is_over = token in self._stops and self._matcher.is_stopped()
+        return OVER if is_over else OFF
 
     def _go_back(self, length: int) -> None:
         """Goes back to when the answer had so many tokens."""

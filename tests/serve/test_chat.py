@@ -156,7 +156,7 @@ def test_whether_a_tool_is_called(client, scripted):
         ([TOOLS[0], TOOLS[0]], "auto", "get_weather"),
         ([{"type": "web_search"}], "auto", "tools[0].type"),
         ([{"type": "function", "function": {"name": "a b"}}], "auto", "tools[0].function.name"),
-        ([{"type": "function", "function": {"name": "a", "strict": True}}], "auto", "strict"),
+        ([{"type": "function", "function": {"name": "a", "strict": 1}}], "auto", "strict"),
     ):
         body = {"messages": [{"role": "user", "content": "a"}], "tools": tools}
         answered = post(f"{scripted.url}/chat/completions", body | {"tool_choice": choice})

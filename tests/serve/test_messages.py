@@ -198,7 +198,7 @@ def test_errors_are_written_as_the_client_reads_them(client, scripted):
         client.messages.create(model="claude-a", max_tokens=5, messages=user("a b " * 270_000))
     for body, named in (
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),
-        ({"tools": [{"name": "a", "strict": True}]}, "tools[0].strict"),
+        ({"tools": [{"name": "a", "strict": 1}]}, "tools[0].strict"),
         ({"mcp_servers": []}, "mcp_servers"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
         ({"messages": user([{"type": "image", "source": {}}])}, "messages[0].content[0].type"),

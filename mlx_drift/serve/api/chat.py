@@ -22,7 +22,7 @@ from mlx_drift.serve.api.history import read_messages, texts_of
 from mlx_drift.serve.api.prompts import lay_out
 from mlx_drift.serve.api.served import Served
 from mlx_drift.serve.api.tables import CHAT
-from mlx_drift.serve.api.tools import check_free, check_tools, read_tools
+from mlx_drift.serve.api.tools import check_tools, held_to, read_tools
 from mlx_drift.serve.request import Drafted, Ended, Piece, Scored
 from mlx_drift.serve.said import CallArguments, CallBegan, Reasoning, Said, Speech, Text
 
@@ -56,7 +56,7 @@ class Chat:
             thinking_budget=given.get("thinking_budget"),
         )
         grammar = response_format(given.get("response_format"), served)
-        check_free(grammar, must_call, "response_format")
+        grammar = held_to(grammar, offered, must_call, served, "response_format")
         wanted = given.get("logprobs", False)
         if "top_logprobs" in given and not wanted:
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")

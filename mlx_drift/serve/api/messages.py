@@ -14,7 +14,7 @@ from mlx_drift.serve.api.messages_fields import COUNT_TOKENS, MESSAGES
 from mlx_drift.serve.api.messages_history import read_messages, read_system, read_tools
 from mlx_drift.serve.api.prompts import Prompt, lay_out
 from mlx_drift.serve.api.served import Served
-from mlx_drift.serve.api.tools import check_free, check_tools
+from mlx_drift.serve.api.tools import check_tools, held_to
 from mlx_drift.serve.request import Ended, Piece, Usage
 from mlx_drift.serve.said import Block, Blocks, CallBegan, CallEnded, Reasoning, Said, Speech, Text
 
@@ -45,7 +45,7 @@ class Messages:
         prompt, speech = read_prompt(given, served)
         form = (given.get("output_config") or {}).get("format")
         grammar = text_format(form, served, "output_config.format")
-        check_free(grammar, speech.must_call, "output_config.format")
+        grammar = held_to(grammar, speech.tools, speech.must_call, served, "output_config.format")
         renamed = given | {"stop": given.get("stop_sequences", [])}
         requests = ask(
             renamed,

@@ -72,7 +72,11 @@ PROMPT: dict[str, Honoured] = {
         "what the model is told first; a block that starts with `x-anthropic-billing-header:` "
         "loses that line",
     ),
-    "tools": Honoured(TOOLS, "functions that may be called, each with an `input_schema`"),
+    "tools": Honoured(
+        TOOLS,
+        "functions that may be called, each with an `input_schema`; what `strict` ones are given "
+        "fits it, where calls are JSON between marks",
+    ),
     "tool_choice": Honoured(
         CHOICE, "whether and which; with `none` the model is not told of the tools"
     ),

@@ -16,7 +16,7 @@ from mlx_drift.serve.api.history import (
     without_billing,
 )
 from mlx_drift.serve.api.kinds import choice, mapping
-from mlx_drift.serve.api.tools import Tool, check_strict, function
+from mlx_drift.serve.api.tools import Tool, function
 
 HINTS = {"cache_control"}
 ROLES = ("user", "assistant", "system")
@@ -61,10 +61,10 @@ def read_tools(given: Sequence[Any]) -> list[Tool]:
                 code="unsupported",
             )
         tool = only_keys(one, TOOL_KEYS | HINTS, at)
-        check_strict(tool.get("strict", False), f"{at}.strict")
         said(tool.get("defer_loading", False), f"{at}.defer_loading", choice(False))
         said(tool.get("allowed_callers", ["direct"]), f"{at}.allowed_callers", choice(["direct"]))
-        tools.append(function(tool.get("name"), tool.get("description"), _schema(tool, at), at))
+        name, description, strict = (tool.get(key) for key in ("name", "description", "strict"))
+        tools.append(function(name, description, _schema(tool, at), at, strict))
     return tools
 
 

@@ -175,7 +175,11 @@ CHAT = Fields(
         "thinking_budget": Honoured(
             integer(0, MOST_TOKENS), "tokens of reasoning at most; then its end is forced"
         ),
-        "tools": Honoured(TOOLS, "functions that may be called"),
+        "tools": Honoured(
+            TOOLS,
+            "functions that may be called; the arguments of `strict` ones fit their schema, where "
+            "calls are JSON between marks",
+        ),
         "tool_choice": Honoured(
             Kind('"none", "auto", "required", or an object that names a function', _is_tool_choice),
             "whether and which; with `none` the model is not told of the tools",

@@ -6,11 +6,13 @@ from typing import Any
 
 from mlx_drift.errors import brief
 from mlx_drift.grammar.grammar import Grammar
+from mlx_drift.grammar.tools import calls
 from mlx_drift.serve.api.fields import BadRequest
+from mlx_drift.serve.api.formats import checked, held_to_schema
 from mlx_drift.serve.api.history import only_keys, said
-from mlx_drift.serve.api.kinds import Kind, mapping
+from mlx_drift.serve.api.kinds import Kind, boolean, mapping
 from mlx_drift.serve.api.served import Served
-from mlx_drift.serve.calls import format_of
+from mlx_drift.serve.calls import FORMATS, format_of
 
 NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,256}")
 TOOL_NAME = Kind(
@@ -22,7 +24,7 @@ Tool = dict[str, Any]
 """As chat/completions has it: what templates and mlx-lm's parsers take."""
 
 
-def function(name: Any, description: Any, parameters: Any, at: str) -> Tool:
+def function(name: Any, description: Any, parameters: Any, at: str, strict: Any = None) -> Tool:
     """Returns a tool.
 
     Args:
@@ -30,6 +32,7 @@ def function(name: Any, description: Any, parameters: Any, at: str) -> Tool:
         description: What it does; None for nothing said.
         parameters: The JSON schema of its arguments; None for no arguments.
         at: Where it stands in the request.
+        strict: Whether its arguments are held to that; None for no.
 
     Raises:
         BadRequest: If one of them is something else.
@@ -41,6 +44,8 @@ def function(name: Any, description: Any, parameters: Any, at: str) -> Tool:
     if parameters is None:
         parameters = {"type": "object", "properties": {}}
     described["parameters"] = said(parameters, f"{at}.parameters", mapping)
+    if strict is not None and said(strict, f"{at}.strict", boolean):
+        described["strict"] = True
     return {"type": "function", "function": described}
 
 
@@ -61,37 +66,56 @@ def read_tools(given: Sequence[Any]) -> list[Tool]:
         at = f"{at}.function"
         known = {"name", "description", "parameters", "strict"}
         inner = only_keys(tool.get("function"), known, at)
-        check_strict(inner.get("strict", False), f"{at}.strict")
-        tools.append(
-            function(inner.get("name"), inner.get("description"), inner.get("parameters"), at)
-        )
+        name, description, strict = (inner.get(key) for key in ("name", "description", "strict"))
+        tools.append(function(name, description, inner.get("parameters"), at, strict))
     return tools
 
 
-def check_strict(strict: Any, at: str) -> None:
-    """Refuses strict tools.
+def held_to(
+    grammar: Grammar | None,
+    tools: Sequence[Tool],
+    must_call: str | None,
+    served: Served,
+    at: str,
+) -> Grammar | None:
+    """Returns what an answer must be that may call tools, or must; None for anything.
+
+    Args:
+        grammar: What it must be if it is no call.
+        tools: What may be called.
+        must_call: As in `Speech`.
+        served: The model.
+        at: Where the grammar stands in the request.
 
     Raises:
-        BadRequest: If a tool is to be strict.
-    """
-    if strict is not False:
-        raise BadRequest(
-            f"{at} is {brief(strict)}; expected false: arguments are not held to their schema",
-            at,
-            code="unsupported",
-        )
-
-
-def check_free(grammar: Grammar | None, must_call: str | None, at: str) -> None:
-    """Checks that an answer is not to be both a call and something else.
-
-    Raises:
-        BadRequest: If it is.
+        BadRequest: If that cannot be, or no answer can be held to it.
     """
     if grammar is not None and must_call is not None:
         raise BadRequest(
             f"{at} and tool_choice contradict each other: one asks for a text, one for a call", at
         )
+    offered = [tool["function"] for tool in tools]
+    strict = [i for i, tool in enumerate(offered) if tool.get("strict")]
+    if not offered or (grammar is None and not strict):
+        return grammar
+    why = f"tools[{strict[0]}]" if grammar is None else at
+    if format_of(served.tokenizer) is not FORMATS["json_tools"]:
+        raise BadRequest(
+            f"{why}: the calls of {served.name} are not JSON between marks, and cannot be held to "
+            "a schema; leave that out",
+            why,
+            code="unsupported",
+        )
+    if grammar is not None and grammar.kind != "JSON schema":
+        raise BadRequest(f"{at}: beside tools an answer may be held to JSON alone", at)
+    schemas: dict[str, dict[str, Any]] = {}
+    for i, tool in enumerate(offered):
+        if i in strict:
+            held_to_schema(tool["parameters"], served, f"tools[{i}]")
+        if tool["name"] == (must_call or tool["name"]):
+            schemas[tool["name"]] = tool["parameters"] if i in strict else {"type": "object"}
+    held = calls(served.tokenizer, schemas, must_call=must_call is not None, otherwise=grammar)
+    return checked(held, served, why)
 
 
 def check_tools(served: Served, tools: Sequence[Tool], must_call: str | None) -> None:
