@@ -18,6 +18,7 @@ from mlx_drift.drafters.protocol import (
     DrafterCache,
     Propose,
     Source,
+    first_chain,
     sources_of,
 )
 from mlx_drift.target.rewind import Snapshot
@@ -129,7 +130,7 @@ class CopyingDrafter:
 
     def propose(self, k: int, cache: CopyingState, chooser: Choose | None = None) -> Draft:
         """Drafts up to k tokens, from the first of its sources."""
-        return next(iter(self.sources(cache).values()))(k, cache, chooser)
+        return first_chain(self.sources(cache))(k, cache, chooser)
 
     def _copy(self, k: int, cache: CopyingState, chooser: Choose | None = None) -> Draft:
         return self._lookup.propose(k, cache.lookup, chooser)

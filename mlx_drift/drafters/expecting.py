@@ -10,7 +10,15 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_drift.drafters.prompt_lookup import BELIEVED, LookupState, PromptLookupDrafter
-from mlx_drift.drafters.protocol import Choose, Draft, Drafter, Propose, Source, sources_of
+from mlx_drift.drafters.protocol import (
+    Choose,
+    Draft,
+    Drafter,
+    Propose,
+    Source,
+    first_chain,
+    sources_of,
+)
 
 
 class Expected(LookupState):
@@ -80,7 +88,7 @@ class ExpectingDrafter:
 
     def propose(self, k: int, cache: Any, chooser: Choose | None = None) -> Draft:
         """Drafts up to k tokens, from the first of its sources."""
-        return next(iter(self.sources(cache).values()))(k, cache, chooser)
+        return first_chain(self.sources(cache))(k, cache, chooser)
 
     def _copy(self, k: int, cache: Any, chooser: Choose | None = None) -> Draft:
         return self._lookup.propose(k, self._expected, chooser)

@@ -218,3 +218,8 @@ def sources_of(drafter: Drafter, cache: Any, missed: Sequence[int] = ()) -> dict
     if isinstance(drafter, Branches):
         return {TREE: drafter.propose_tree, NETWORK: drafter.propose}
     return {NETWORK: drafter.propose}
+
+
+def first_chain(sources: dict[Source, Propose]) -> Propose:
+    """Returns what drafts from the first of some sources that is no tree."""
+    return next(propose for source, propose in sources.items() if not source.is_tree)

@@ -23,7 +23,15 @@ from mlx_drift.decode.speculate import speculate
 from mlx_drift.decode.statistics import Statistics
 from mlx_drift.drafters.copying import CopyingDrafter, CopyingState
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
-from mlx_drift.drafters.protocol import Choose, Draft, Drafter, Propose, Source, sources_of
+from mlx_drift.drafters.protocol import (
+    Choose,
+    Draft,
+    Drafter,
+    Propose,
+    Source,
+    first_chain,
+    sources_of,
+)
 from mlx_drift.measure.speed.arms import Length
 from mlx_drift.measure.speed.rounds import CERTAIN, Plan, round_costs
 from mlx_drift.target.caches import TargetCache
@@ -188,7 +196,7 @@ class Metered:
 
     def propose(self, k: int, cache: Any, chooser: Choose | None = None) -> Draft:
         """Drafts from the first source."""
-        return next(iter(self.sources(cache).values()))(k, cache, chooser)
+        return first_chain(self.sources(cache))(k, cache, chooser)
 
     def _propose(
         self, source: Source, propose: Propose, k: int, cache: Any, chooser: Choose | None
