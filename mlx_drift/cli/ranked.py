@@ -11,7 +11,7 @@ from pathlib import Path
 from mlx_drift.errors import DriftError
 from mlx_drift.ranks.world import world
 
-COMMANDS = ("generate",)
+COMMANDS = ("generate", "serve")
 """The commands that run over several ranks."""
 
 PACKAGES = "mlx", "mlx-lm", "mlx-drift"

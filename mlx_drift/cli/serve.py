@@ -14,7 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
 
 from mlx_drift.cli import options
-from mlx_drift.cli.load import PROMPT_LOOKUP, copying, load_model, load_pair
+from mlx_drift.cli.load import PROMPT_LOOKUP, copying, load_pair, load_target
 from mlx_drift.cli.prompts import parse_object
 from mlx_drift.convert.target import target_folder
 from mlx_drift.demo import NAME, TARGET
@@ -23,13 +23,15 @@ from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError
 from mlx_drift.files.json_file import read_json
 from mlx_drift.pairs import find_pair
+from mlx_drift.ranks.world import world
 
 if TYPE_CHECKING:
     from mlx_drift.serve.model import LoadedModel, Settings
     from mlx_drift.serve.models import Known
 
 KEY = "MLX_DRIFT_API_KEY"
-DRAFTS_OF_EMBEDDED = 3
+FIXED_DRAFTS = 3
+"""Drafts a round of the embedded pair, and over several ranks."""
 
 
 def serve_command(
@@ -41,6 +43,7 @@ def serve_command(
     adapter_path: options.AdapterPath = None,
     drafter_bits: options.DrafterBits = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    pipeline: options.Pipeline = False,
     num_draft_tokens: options.NumDraftTokens = None,
     tree: options.Tree = None,
     host: Annotated[str, typer.Option(help="Another than loopback needs a key.")] = "127.0.0.1",
@@ -133,7 +136,10 @@ def serve_command(
         ) from None
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     console = Console(stderr=True)
-    chosen = num_draft_tokens or ("auto" if model is not None else str(DRAFTS_OF_EMBEDDED))
+    is_fixed = model is None or world().size > 1  # ranks have no clock in common
+    chosen = num_draft_tokens or (str(FIXED_DRAFTS) if is_fixed else "auto")
+    if chosen == "auto" and world().size > 1:
+        raise DriftError("--num-draft-tokens auto goes by the clock, and each rank has its own")
     options.check_tree_alone(tree, num_draft_tokens=num_draft_tokens, no_draft=no_draft or None)
     settings = Settings(
         num_draft_tokens=0 if no_draft else _drafts(chosen),
@@ -153,7 +159,7 @@ def serve_command(
             NAME if model is None else called(model),
             settings,
             lambda: (
-                _without_drafts(model, adapter_path, trust_remote_code)
+                _without_drafts(model, adapter_path, trust_remote_code, pipeline)
                 if no_draft
                 else load_pair(
                     model,
@@ -163,6 +169,7 @@ def serve_command(
                     drafter_bits,
                     draft_model,
                     trust_remote_code,
+                    pipeline,
                 )
             ),
             lookup,
@@ -247,10 +254,10 @@ def _load(
 
 
 def _without_drafts(
-    model: str | None, adapter_path: str | None, trust_remote_code: bool
+    model: str | None, adapter_path: str | None, trust_remote_code: bool, pipeline: bool
 ) -> tuple[nn.Module, TokenizerWrapper, Drafter]:
     """Loads a target with the drafter that costs nothing, which is then never asked."""
-    target, tokenizer = load_model(model, adapter_path, trust_remote_code)
+    target, tokenizer = load_target(model, adapter_path, trust_remote_code, pipeline)
     return target, tokenizer, PromptLookupDrafter(target)
 
 

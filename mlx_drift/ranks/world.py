@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,6 +28,10 @@ SECONDS_OF_GRACE = 2.0
 """In which rank 0 may meet the error that another rank met, and tell it as its own."""
 
 GREETING_BYTES = 512
+
+
+class RanksApart(DriftError):
+    """Ranks came to other tokens: nothing that follows can be trusted."""
 
 
 class Ranks:
@@ -117,7 +121,7 @@ class Ranks:
             beside: Further ones `[m]` that must be the same too, and are not returned.
 
         Raises:
-            DriftError: If they differ, on all ranks.
+            RanksApart: If they differ, on all ranks.
         """
         if self.size == 1:
             read: list[int] = verdict.tolist()  # type: ignore[assignment]
@@ -128,7 +132,7 @@ class Ranks:
         rows: list[list[int]] = gathered.tolist()
         apart = next((rank for rank, row in enumerate(rows) if row != rows[0]), None)
         if apart is not None:
-            raise DriftError(
+            raise RanksApart(
                 f"rank {apart} came to other tokens than rank 0, so the answer ends here. The "
                 "ranks must compute alike: the same kind of machine, and the same packages"
             )
@@ -158,6 +162,21 @@ class Ranks:
         self._finished.set()
         self._tell({"ends": True})
 
+    def tell(self, value: Any) -> None:
+        """Tells all others something, from rank 0; they have to `hear` it."""
+        self._tell({"says": value})
+
+    def hear(self) -> Any:
+        """Waits for what rank 0 tells next, in the order in which it does."""
+        return self._peers[0].frames.get()["says"]
+
+    def end(self, line: str) -> NoReturn:
+        """Ends this process at once, and the others with it."""
+        with self._last_words:
+            if self.rank == 0 and sys.stderr is not None:
+                print(f"error: {printable(line)}", file=sys.stderr, flush=True)
+            os._exit(1)
+
     def fail(self, line: str | None) -> None:
         """Ends the other ranks: this one is about to, with an error."""
         if self.size == 1 or self._finished.is_set():
@@ -182,10 +201,7 @@ class Ranks:
         """Ends this process, unless it is through or about to end by itself."""
         if self._finished.is_set() or (self.rank == 0 and self._failing.wait(grace)):
             return
-        with self._last_words:
-            if self.rank == 0 and sys.stderr is not None:
-                print(f"error: {printable(line)}", file=sys.stderr, flush=True)
-            os._exit(1)
+        self.end(line)
 
 
 ALONE = Ranks()

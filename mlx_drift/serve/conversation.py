@@ -14,6 +14,7 @@ from mlx_drift.decode.clock import Clock
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.plain import time_plain_steps
 from mlx_drift.decode.prompt_cache import PromptCache
+from mlx_drift.decode.speculate import Cut
 from mlx_drift.decode.statistics import Statistics
 from mlx_drift.decode.text import Round
 from mlx_drift.serve.model import LoadedModel
@@ -96,31 +97,23 @@ class Conversation:
             cache: Its caches, which may hold some of the prompt.
             marks: After how many tokens others may branch off; it may grow.
         """
-        request = self.request
-        self.cache = cache
-        is_seeded = request.seed is not None and request.sampling.is_random
-        draft_length = self.model.draft_length(request.num_draft_tokens, is_seeded)
-        self._draft_length = draft_length
-        self.statistics.draft_length = draft_length
-        processors = make_logits_processors(**request.penalties)
-        processors += steering(self.model.tokenizer, request.speech, len(request.tokens))
-        if request.grammar is not None:
-            processors.append(request.grammar.processor(self.model.tokenizer, request.tokens))
-        sampling = replace(request.sampling, logits_processors=tuple(processors))
-        self._steps = answer(
+        request, self.cache = self.request, cache
+        leader = self.model.leader
+        cut: Cut = lambda start: self.model.cut(start, self._holds_up())  # noqa: E731
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        self._steps = steps_of(
+            self.model,
             cache,
-            request.tokens,
-            cut=lambda start: self.model.cut(start, self._holds_up()),
-            marks=marks,
-            draft_length=draft_length,
-            max_tokens=request.max_tokens,
-            stop_tokens=set(self.model.tokenizer.eos_token_ids),
-            sampling=sampling,
-            key=_key(request.seed) if sampling.is_random else None,
-            statistics=self.statistics,
-            clock=self.clock,
-            expected=request.expected,
+            request,
+            marks,
+            cut if leader is None else leader.cut(cut),
+            seed,
+            self.statistics,
+            self.clock,
         )
+        self._draft_length = self.statistics.draft_length
+        if leader is not None:
+            self._steps = leader.steps(self._steps, request, cache, marks, seed)
 
     def step(self) -> list[Event]:
         """Takes one step: a chunk of the prompt, or a round.
@@ -221,10 +214,16 @@ class Conversation:
             return
         assert self.cache is not None, "it has begun"
         self.close()  # whatever is ahead of the text is taken back
-        with self.cache.under_way():
-            last = mx.array(self.cache.tokens[-1:])
-            seconds = time_plain_steps(self.cache.target, last, self.cache.target_cache)
+        if self.model.leader is not None:
+            self.model.leader.times(self.cache)
+        seconds = seconds_of_plain_step(self.cache)
         self.model.learned.costs.know(PLAIN, seconds)
+
+
+def seconds_of_plain_step(cache: PromptCache) -> float:
+    """Times plain decoding at the end of a conversation, which it leaves as it is."""
+    with cache.under_way():
+        return time_plain_steps(cache.target, mx.array(cache.tokens[-1:]), cache.target_cache)
 
 
 def _score(token: int, log_probabilities: mx.array, count: int) -> Scored:
@@ -239,5 +238,47 @@ def _score(token: int, log_probabilities: mx.array, count: int) -> Scored:
     return Scored(token, own, top)
 
 
-def _key(seed: int | None) -> mx.array:
-    return mx.random.key(secrets.randbits(63) if seed is None else seed)
+def steps_of(
+    model: LoadedModel,
+    cache: PromptCache,
+    request: Request,
+    marks: Collection[int],
+    cut: Cut,
+    seed: int,
+    statistics: Statistics,
+    clock: Clock | None = None,
+) -> Generator[Chunk | Round]:
+    """Returns the steps of an answer, none of them taken.
+
+    Args:
+        model: Who answers.
+        cache: Its caches, which may hold some of the prompt.
+        request: What is asked.
+        marks: After how many tokens others may branch off; it may grow.
+        cut: Says where a chunk of the prompt ends.
+        seed: Of what is drawn, if anything is.
+        statistics: Grows with the rounds.
+        clock: What the steps are timed by.
+    """
+    is_seeded = request.seed is not None and request.sampling.is_random
+    draft_length = model.draft_length(request.num_draft_tokens, is_seeded)
+    statistics.draft_length = draft_length
+    processors = make_logits_processors(**request.penalties)
+    processors += steering(model.tokenizer, request.speech, len(request.tokens))
+    if request.grammar is not None:
+        processors.append(request.grammar.processor(model.tokenizer, request.tokens))
+    sampling = replace(request.sampling, logits_processors=tuple(processors))
+    return answer(
+        cache,
+        request.tokens,
+        cut=cut,
+        marks=marks,
+        draft_length=draft_length,
+        max_tokens=request.max_tokens,
+        stop_tokens=set(model.tokenizer.eos_token_ids),
+        sampling=sampling,
+        key=mx.random.key(seed) if sampling.is_random else None,
+        statistics=statistics,
+        clock=clock,
+        expected=request.expected,
+    )

@@ -17,6 +17,7 @@ from mlx_drift.drafters.head import HeadDrafter
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.serve.footprint import Footprint
+from mlx_drift.serve.ranks import Leader
 from mlx_drift.target.caches import KVQuantization
 
 REPRODUCIBLE = 3
@@ -70,6 +71,7 @@ class LoadedModel:
             found of the drafts.
         row_seconds: What a prompt's token takes, lately.
         round_seconds: What a round takes, lately.
+        leader: Tells the other ranks, where the target is cut over several.
     """
 
     name: str
@@ -83,6 +85,7 @@ class LoadedModel:
     learned: DraftLength = field(init=False)
     row_seconds: float | None = None
     round_seconds: float | None = None
+    leader: Leader | None = None
 
     def __post_init__(self) -> None:
         """Measures what is the same for all conversations."""
@@ -109,7 +112,7 @@ class LoadedModel:
     def make_cache(self) -> PromptCache:
         """Makes the empty caches of a conversation."""
         s = self.settings
-        return make_prompt_cache(
+        cache = make_prompt_cache(
             self.model,
             self.drafter,
             kv_bits=s.kv_bits,
@@ -117,6 +120,16 @@ class LoadedModel:
             quantized_kv_start=s.quantized_kv_start,
             max_snapshots=s.max_snapshots,
         )
+        if self.leader is not None:
+            self.leader.made(cache)
+        return cache
+
+    def fork(self, cache: PromptCache) -> PromptCache:
+        """Copies the caches of a conversation."""
+        other = cache.fork()
+        if self.leader is not None:
+            self.leader.made(other, cache)
+        return other
 
     def draft_length(self, asked: int | None, is_seeded: bool) -> DraftLength:
         """Returns what says how many tokens to draft for one answer."""

@@ -14,7 +14,9 @@ import uvicorn
 
 from mlx_drift.doctor.examine import machine_memory
 from mlx_drift.errors import DriftError
+from mlx_drift.ranks.world import Ranks, world
 from mlx_drift.serve.api.served import Defaults
+from mlx_drift.serve.conversation import seconds_of_plain_step, steps_of
 from mlx_drift.serve.disk import DiskStore
 from mlx_drift.serve.engine import Engine, Limits
 from mlx_drift.serve.guard import Guard, is_loopback
@@ -22,6 +24,7 @@ from mlx_drift.serve.http import Server
 from mlx_drift.serve.metrics import Metrics
 from mlx_drift.serve.model import LoadedModel
 from mlx_drift.serve.models import Known, Models
+from mlx_drift.serve.ranks import Leader, follow
 from mlx_drift.serve.store import Store
 
 SHARE = 0.25
@@ -97,8 +100,14 @@ def serve(
             f"--host {options.host} can be reached from other machines; that needs --api-key, or "
             "MLX_DRIFT_API_KEY in the environment"
         )
+    ranks = world()
+    if ranks.size > 1:
+        _check_for_ranks(known, options)
+    memory = min(ranks.exchange(machine_memory()))  # rank 0 decides what all keep
+    if ranks.rank:
+        _follow(known[0].load(), ranks)
+        return
     listener = _listen(options.host, options.port)
-    memory = machine_memory()
     bound = int(SHARE * memory) if options.cache_bytes is None else options.cache_bytes
     disk = None
     if options.cache_dir is not None:
@@ -114,6 +123,8 @@ def serve(
     told: _Told | None = None
     try:
         loaded: LoadedModel = models.get(known[0]).result()
+        if ranks.size > 1:
+            loaded.leader = Leader(ranks)
         server = Server(
             engine=engine,
             models=models,
@@ -149,8 +160,30 @@ def serve(
         deadline = signalled or time.monotonic() + options.shutdown_seconds
         engine.call(lambda: _save(store, deadline - options.shutdown_seconds * LEAVING))
         has_ended = engine.join(max(0.0, deadline - time.monotonic()))
+        if has_ended and told is not None and loaded.leader is not None:
+            loaded.leader.leave()
         if signalled and not has_ended:
             _leave(say)
+
+
+def _check_for_ranks(known: Sequence[Known], options: Options) -> None:
+    """Refuses what does not go with several ranks yet.
+
+    Raises:
+        DriftError: If something of it is asked for.
+    """
+    refused = {
+        "--allow-models": len(known) > 1,
+        "--idle-unload": options.idle_seconds is not None,
+        "--cache-dir": options.cache_dir is not None,
+    }
+    if asked := [flag for flag, is_asked in refused.items() if is_asked]:
+        raise DriftError(f"{asked[0]} does not go with several ranks; leave it out")
+
+
+def _follow(model: LoadedModel, ranks: Ranks) -> None:
+    """Serves as one of the ranks that do what rank 0 does."""
+    follow(ranks, model.make_cache, lambda *answer: steps_of(model, *answer), seconds_of_plain_step)
 
 
 def _leave(say: Callable[[str], None]) -> NoReturn:

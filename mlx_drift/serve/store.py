@@ -129,14 +129,14 @@ class Store:
             if saved > reach and (read := self.disk.load(model, file)) is not None:
                 return Found(read, saved, max(branch, saved))
         if other is not None:
-            return Found(other.fork(), reach, branch)
+            return Found(model.fork(other), reach, branch)
         if best is None:
             return Found(model.make_cache(), 0, branch)
         best.used_at = time.monotonic()
         if reach == best.tokens.size:  # it only grows
             self._entries.remove(best)
             return Found(best.cache, reach, branch)
-        return Found(best.cache.fork(), reach, branch)
+        return Found(model.fork(best.cache), reach, branch)
 
     def put(self, model: LoadedModel, cache: PromptCache) -> None:
         """Takes caches in that are no longer in use."""
