@@ -8,11 +8,13 @@ from anthropic.resources.beta.messages import Messages as BetaMessages
 from anthropic.resources.messages import Messages
 from openai.resources.chat.completions import Completions as Chat
 from openai.resources.completions import Completions
+from openai.resources.responses import Responses
 
 import mlx_drift.serve
 from mlx_drift.serve.api.endpoints import EVERY
 from mlx_drift.serve.api.fields import BadRequest
 from mlx_drift.serve.api.messages_fields import COUNT_TOKENS, MESSAGES
+from mlx_drift.serve.api.responses_fields import RESPONSES
 from mlx_drift.serve.api.tables import ACCEPTED, CHAT, COMPLETIONS
 
 README = Path(mlx_drift.serve.__file__).parent / "README.md"
@@ -150,7 +152,44 @@ MESSAGES_BAD = {
     "diagnostics": 5,
     "context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]},
 }
+RESPONSES_GOOD = {
+    "input": [{"role": "user", "content": "a"}],
+    "instructions": "a",
+    "max_output_tokens": 1,
+    "tools": [{"type": "function", "name": "a"}],
+    "tool_choice": {"type": "function", "name": "a"},
+    "reasoning": {"effort": "low", "summary": "auto"},
+    "text": {"format": {"type": "text"}, "verbosity": "low"},
+    "include": ["reasoning.encrypted_content"],
+    "stream_options": {"include_obfuscation": False},
+    "background": False,
+    "truncation": "disabled",
+    "max_tool_calls": 3,
+    "client_metadata": {"a": "b"},
+    "top_logprobs": 0,
+    "previous_response_id": None,
+    "conversation": None,
+}
+RESPONSES_BAD = {
+    "input": [],
+    "instructions": 5,
+    "max_output_tokens": 0,
+    "tools": ["a"],
+    "tool_choice": {"type": "function"},
+    "reasoning": {"effort": "much"},
+    "text": {"format": {"type": "xml"}},
+    "include": ["file_search_call.results"],
+    "stream_options": {"include_usage": True},
+    "background": True,
+    "truncation": "auto",
+    "max_tool_calls": 0,
+    "client_metadata": 5,
+    "top_logprobs": 5,
+    "previous_response_id": "resp_1",
+    "conversation": "conv_1",
+}
 OF = {
+    "/v1/responses": (RESPONSES_GOOD, RESPONSES_BAD),
     "/v1/messages": (MESSAGES_GOOD, MESSAGES_BAD),
     "/v1/messages/count_tokens": (MESSAGES_GOOD, MESSAGES_BAD),
 }
@@ -213,6 +252,7 @@ def test_what_the_clients_know_is_decided():
     for create, fields in (
         (Chat.create, CHAT),
         (Completions.create, COMPLETIONS),
+        (Responses.create, RESPONSES),
         (Messages.create, MESSAGES),
         (BetaMessages.create, MESSAGES),
         (Messages.count_tokens, COUNT_TOKENS),
