@@ -63,6 +63,15 @@ def test_the_clients_own_helper_parses_the_answer(client):
     assert answer.choices[0].finish_reason == "stop"
 
 
+def test_responses_helper_parses_the_answer(client):
+    """serving.md 3.16: LM Studio's Responses endpoint knows no schema."""
+    response = client.responses.parse(
+        model=MODEL, input=QUESTION, text_format=Colour, temperature=0.8, extra_body={"seed": 3}
+    )
+    assert isinstance(response.output_parsed, Colour)
+    assert response.status == "completed"
+
+
 def test_anthropics_helper_parses_the_answer(running):
     client = anthropic.Anthropic(base_url=running.root, api_key="none", timeout=PATIENCE)
     message = client.messages.parse(

@@ -199,7 +199,7 @@ def test_what_is_refused_is_named(scripted):
         ({"background": True}, "background"),
         ({"include": ["file_search_call.results"]}, "include"),
         ({"tools": [{"type": "file_search"}]}, "tools[0].type"),
-        ({"tools": [{"type": "function", "name": "a", "strict": True}]}, "tools[0].strict"),
+        ({"tools": [{"type": "function", "name": "a", "strict": "yes"}]}, "tools[0].strict"),
         ({"tools": [NAMESPACE | {"tools": [{"type": "mcp"}]}]}, "tools[0].tools[0].type"),
         ({"input": [{"type": "item_reference", "id": "a"}]}, "input[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content"),

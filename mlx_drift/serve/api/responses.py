@@ -15,7 +15,7 @@ from mlx_drift.serve.api.prompts import lay_out
 from mlx_drift.serve.api.responses_fields import RESPONSES
 from mlx_drift.serve.api.responses_input import Origin, read_input, read_tools
 from mlx_drift.serve.api.served import Served
-from mlx_drift.serve.api.tools import check_free, check_tools
+from mlx_drift.serve.api.tools import check_tools, held_to
 from mlx_drift.serve.request import Ended, Piece, Request, Usage
 from mlx_drift.serve.said import Block, Blocks, CallBegan, CallEnded, Reasoning, Said, Speech, Text
 
@@ -36,8 +36,7 @@ class Responses:
         offered = [] if choice == "none" else tools
         check_tools(served, offered, must_call)
         reasoning, form = given.get("reasoning") or {}, (given.get("text") or {}).get("format")
-        grammar = text_format(form, served)
-        check_free(grammar, must_call, "text.format")
+        grammar = held_to(text_format(form, served), offered, must_call, served, "text.format")
         keywords = effort(reasoning.get("effort")) | given.get("chat_template_kwargs", {})
         messages = read_input(given["input"], given.get("instructions"), origins)
         prompt = lay_out(served, messages, keywords, offered, param="input")
@@ -255,7 +254,7 @@ class ResponsesReply:
                 )
         else:
             kind = "output_text" if block.kind is Text else "reasoning_text"
-            more = {"logprobs": []} if block.kind is Text else {}
+            more: dict[str, Any] = {"logprobs": []} if block.kind is Text else {}
             said = self._of_item(f"{kind}.done", content_index=0, text=block.text, **more)
             said += self._of_item("content_part.done", content_index=0, part=_part(block))
         item = self._item(block, status)

@@ -65,7 +65,8 @@ RESPONSES = Fields(
         "stream": SAMPLING["stream"],
         "tools": Honoured(
             TOOLS,
-            "what may be called: `function`; `custom`, whose input is one text (its `format` is "
+            "what may be called: `function`, whose arguments fit its schema if `strict` (where "
+            "calls are JSON between marks); `custom`, whose input is one text (its `format` is "
             "told to the model, not enforced); `namespace`, a group of those. `web_search` is read "
             "over: a model that is not told of a tool does not call it",
         ),

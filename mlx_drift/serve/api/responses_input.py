@@ -24,7 +24,7 @@ from mlx_drift.serve.api.history import (
     without_billing,
 )
 from mlx_drift.serve.api.tables import MOST_TOOLS
-from mlx_drift.serve.api.tools import TOOL_NAME, Tool, check_strict, function
+from mlx_drift.serve.api.tools import TOOL_NAME, Tool, function
 
 READ_OVER = ("web_search", "web_search_2025_08_26", "web_search_preview")
 """Tools of OpenAI's own servers that clients offer unasked: Codex does."""
@@ -76,7 +76,6 @@ def _add(
     own = {"type", "name", "description", "defer_loading", "allowed_callers", "async"}
     if kind == "function":
         tool = only_keys(given, own | {"parameters", "strict", "output_schema"}, at)
-        check_strict(tool.get("strict", False), f"{at}.strict")
         parameters = tool.get("parameters")
     elif kind == "custom":
         tool = only_keys(given, own | {"format"}, at)
@@ -96,7 +95,7 @@ def _add(
     description = tool.get("description")
     if kind == "custom":
         description = f"{description or ''}{_form(tool.get('format'), f'{at}.format')}" or None
-    tools.append(function(told, description, parameters, at))
+    tools.append(function(told, description, parameters, at, tool.get("strict")))
     origins[told] = Origin(name, namespace, kind == "custom")
 
 
