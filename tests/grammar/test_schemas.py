@@ -11,13 +11,14 @@ from functools import cache
 import pytest
 
 from backend import ON_GPU
-from mlx_drift import PromptLookupDrafter, load, load_demo, stream_generate
+from mlx_drift import PromptLookupDrafter, Statistics, load, load_demo, stream_generate
 from schemas import SCHEMAS, assert_valid, grammar_of
 
 COUNT = 40
 GRID = list(itertools.product(SCHEMAS, (0.0, 0.8), (1, 4)))
 SAMPLE = {GRID[4 * i + i % 4] for i in range(len(SCHEMAS))}
-REAL = [*itertools.product(("object", "enum", "anyOf", "map"), (0.0, 0.8), (1, 4))]
+REAL_NAMES = "object", "enum", "anyOf", "map"
+REAL = [*itertools.product(REAL_NAMES, (0.0, 0.8), (1, 4))]
 FOLDER = os.environ.get("MLX_DRIFT_REAL")
 
 
@@ -45,9 +46,14 @@ def plain(pair, name, count):
     return [response.token for response in answer(pair(), name, count)]
 
 
-def assert_holds(pair, name, temp, k, count):
+@cache
+def drafted(pair, name, temp, k, count):
     drafter = pair()[2]
-    said = answer(pair(), name, count, temp=temp, seed=7, drafter=drafter, num_draft_tokens=k)
+    return answer(pair(), name, count, temp=temp, seed=7, drafter=drafter, num_draft_tokens=k)
+
+
+def assert_holds(pair, name, temp, k, count):
+    said = drafted(pair, name, temp, k, count)
     text = "".join(response.text for response in said)
     assert_valid(SCHEMAS[name], pair()[1], text, said[-1].finish_reason)
     if not temp and not ON_GPU:
@@ -62,8 +68,26 @@ def test_answers_of_the_embedded_pair(name, temp, k):
     assert_holds(pair, name, temp, k, COUNT)
 
 
-@pytest.mark.real
-@pytest.mark.skipif(not FOLDER, reason="set MLX_DRIFT_REAL to a folder with SmolLM2-135M-Instruct")
-@pytest.mark.parametrize(("name", "temp", "k"), REAL)
+real = [
+    pytest.mark.real,
+    pytest.mark.skipif(
+        not FOLDER, reason="set MLX_DRIFT_REAL to a folder with SmolLM2-135M-Instruct"
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "temp", "k"), [pytest.param(*case, marks=real) for case in REAL])
 def test_answers_of_smollm2(name, temp, k):
     assert_holds(real_pair, name, temp, k, 64)
+
+
+@pytest.mark.parametrize(
+    ("temp", "k"),
+    [pytest.param(*case, marks=real) for case in itertools.product((0.0, 0.8), (1, 4))],
+)
+def test_what_is_forced_spares_smollm2_rounds(temp, k):
+    total = Statistics()
+    for name in REAL_NAMES:
+        total.add(drafted(real_pair, name, temp, k, 64)[-1].statistics)
+    assert total.tokens_per_round >= 1.3
+    assert total.sources["forced"]["share"] > 0.1
