@@ -123,7 +123,8 @@ class GrammarProcessor:
         """Follows a text to its end, and returns where it stands."""
         end = tokens.size - self._begin
         first = max(0, min(len(self._answer), end) - FURTHEST)
-        fresh: Any = tokens[self._begin + first :].tolist()
+        # Read as they lie: to cut them on the device would take another turn there.
+        fresh: Any = np.array(tokens, copy=False)[self._begin + first :].tolist()
         pairs = zip(self._answer[first:], fresh, strict=False)
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         self._go_back(first + common)

@@ -270,18 +270,19 @@ def speculative(every: Sequence[Usage]) -> dict[str, Any]:
         "accepted_by_position": accepted,
         "acceptance_length": sum(accepted) / rounds if rounds else 0.0,
         "plain_tokens": sum(u.plain_tokens for u in every),
-        "copied": _copied(every),
+        "copied": _free("copy", every),
+        "forced": _free("forced", every),
         "seconds": sum(u.seconds for u in every),
         "plain_step_seconds": every[-1].plain_step_seconds if every else None,
     }
 
 
-def _copied(every: Sequence[Usage]) -> dict[str, int]:
-    """Returns the rounds whose drafts were copied, and their accepted drafts."""
-    copies = [usage.free["copy"] for usage in every if "copy" in usage.free]
+def _free(source: str, every: Sequence[Usage]) -> dict[str, int]:
+    """Returns the rounds whose drafts came from a source without a network, and those accepted."""
+    found = [usage.free[source] for usage in every if source in usage.free]
     return {
-        "rounds": sum(rounds for rounds, *_ in copies),
-        "accepted": sum(sum(accepted) for *_, accepted in copies),
+        "rounds": sum(rounds for rounds, *_ in found),
+        "accepted": sum(sum(accepted) for *_, accepted in found),
     }
 
 

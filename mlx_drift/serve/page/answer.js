@@ -7,10 +7,13 @@ export function element(name, attributes = {}, ...children) {
   return made;
 }
 
-// The class of who said a token: d1 to d3, d4 for all drafts behind, or a copy; none for the target.
+const LETTERS = { copy: "c", forced: "f" };
+
+// The class of who said a token: d1 to d3, d4 for all drafts behind, a copy, or what a grammar
+// forced; none for the target.
 export function kindOf(token) {
   if (!token.position) return "";
-  return token.by === "copy" ? "copy" : `d${Math.min(token.position, 4)}`;
+  return token.by in LETTERS ? token.by : `d${Math.min(token.position, 4)}`;
 }
 
 function marked(token, text, mark = markOf(token)) {
@@ -18,7 +21,7 @@ function marked(token, text, mark = markOf(token)) {
 }
 
 export function markOf(token) {
-  return `${token.by === "copy" ? "c" : ""}${token.position}`;
+  return `${LETTERS[token.by] ?? ""}${token.position}`;
 }
 
 export function nameOf(token) {

@@ -74,8 +74,9 @@ function showPanels(message) {
       met.set(nameOf(token), token);
     }
   }
+  const rank = (token) => ["copy", "forced"].indexOf(token.by);
   const order = [...met.values()].sort(
-    (a, b) => (a.by === "copy") - (b.by === "copy") || a.position - b.position,
+    (a, b) => rank(a) - rank(b) || a.position - b.position,
   );
   get("legend").replaceChildren(...legend(order));
 
