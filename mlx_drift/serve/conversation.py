@@ -17,6 +17,7 @@ from mlx_drift.decode.prompt_cache import PromptCache
 from mlx_drift.decode.speculate import Cut
 from mlx_drift.decode.statistics import Statistics
 from mlx_drift.decode.text import Round
+from mlx_drift.errors import DriftError
 from mlx_drift.serve.model import LoadedModel
 from mlx_drift.serve.request import (
     Drafted,
@@ -31,6 +32,7 @@ from mlx_drift.serve.request import (
 )
 from mlx_drift.serve.said import joined
 from mlx_drift.serve.steering import steering
+from mlx_drift.serve.watching import Drift, Watch
 from mlx_drift.serve.wording import Wording
 
 Sink = Callable[[Event], None]
@@ -89,6 +91,7 @@ class Conversation:
         self._done = 0
         self._count = 0
         self._reasoning = 0
+        self._watch: Watch | None = None
 
     def begin(self, cache: PromptCache, marks: Collection[int]) -> None:
         """Takes its caches.
@@ -112,6 +115,15 @@ class Conversation:
             self.clock,
         )
         self._draft_length = self.statistics.draft_length
+        cache.drafter = self.model.drafter  # it may be a fork of one that is watched
+        if request.tells_drift:
+            if leader is not None or (self._draft_length and self._draft_length.tree):
+                raise DriftError(
+                    "speculative.drift: chains are watched, not trees (num_draft_tokens asks for a "
+                    "chain), and on one rank alone; else leave it out"
+                )
+            self._watch = Watch(self.model.drafter, len(request.tokens))
+            cache.drafter = self._watch.drafter
         if leader is not None:
             self._steps = leader.steps(self._steps, request, cache, marks, seed)
 
@@ -127,12 +139,13 @@ class Conversation:
             step = next(self._steps)
         finally:
             self.clock.stop()
+        drift = None if self._watch is None else self._watch.take()
         if isinstance(step, Chunk):
             self.rows, self._done = step.done - self._done, step.done
             self.is_reading = step.done < step.total - 1
             return [Reading(step.done, step.total)]
         self.rows = len(step.tokens)
-        return self._events(step)
+        return self._events(step, drift if step.source == "network" else None)
 
     def wait(self) -> None:
         """Waits until the device has done all that was begun, on this conversation's account."""
@@ -144,6 +157,8 @@ class Conversation:
         """Ends it, whole or not; its caches are as after its last step."""
         if self._steps is not None:
             self._steps.close()
+        if self.cache is not None:
+            self.cache.drafter = self.model.drafter
         if self._draft_length is not None and self.statistics.rounds:
             self.model.learned = self._draft_length
 
@@ -169,7 +184,7 @@ class Conversation:
             plain_step_seconds=self.model.learned.costs.known().get(PLAIN),
         )
 
-    def _events(self, round: Round) -> list[Event]:
+    def _events(self, round: Round, drift: Drift | None) -> list[Event]:
         """Returns what a round added; the answer may end within it."""
         ends = self.model.tokenizer.eos_token_ids
         told: list[Told] = []
@@ -200,7 +215,7 @@ class Conversation:
         said = joined(one for token in told for one in token.said)
         drafted = None
         if self.request.tells_origins:
-            drafted = Drafted(told, round.tested, round.seconds)
+            drafted = Drafted(told, round.tested, round.seconds, drift)
         has_more = said or scored or drafted is not None
         events: list[Event] = [Piece(said, scored, drafted)] if has_more else []
         if reason is not None:

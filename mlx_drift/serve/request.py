@@ -8,6 +8,7 @@ from mlx_drift.decode.sampling import Sampling
 from mlx_drift.decode.text import Origin
 from mlx_drift.grammar.grammar import Grammar
 from mlx_drift.serve.said import Said, Speech, Text
+from mlx_drift.serve.watching import Drift
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Request:
         marks: Numbers of tokens after which other prompts may branch off: the system prompt's.
         speech: How the answer is told apart; None for text alone.
         tells_origins: Tell of every round who said its tokens.
+        tells_drift: And what its drafter's chain did.
         expected: Tokens that the answer may have, to draft from.
     """
 
@@ -43,6 +45,7 @@ class Request:
     marks: tuple[int, ...] = ()
     speech: Speech | None = None
     tells_origins: bool = False
+    tells_drift: bool = False
     expected: tuple[int, ...] = ()
 
 
@@ -79,11 +82,13 @@ class Drafted:
         tokens: Those that the answer has of it.
         tested: Drafts that were tested.
         seconds: What it took.
+        drift: What the drafter's chain did, where that was asked for and there was one.
     """
 
     tokens: list[Told]
     tested: int
     seconds: float
+    drift: Drift | None = None
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,21 @@ def test_settings_and_curl(page):
     assert page.find("#rounds-said").text == "No drafts: plain decoding."
 
 
+def test_the_drift_panel(page):
+    page.run("document.getElementById('inside').open = true")
+    page.find("#watch").click()
+    page.send(QUESTION)
+    page.answered()
+    rows = page.all("#drift tbody tr")
+    assert len(rows) == 3  # the server's drafts a round
+    for row in rows:
+        _, rms, *masses = map(float, row.text.split())
+        assert rms > 0
+        assert sum(masses) == pytest.approx(1, abs=0.03)
+    assert len(page.all("#drift .mass")) == 15
+    assert "at step 3" in page.find("#drift-said").text
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_it_fits_and_everyone_can_use_it(page, size, dark):
@@ -203,6 +218,7 @@ def test_it_fits_and_everyone_can_use_it(page, size, dark):
     axe = pytest.importorskip("axe_core_python.selenium", reason="axe-core-python: not installed")
     page.look(*size, dark)
     page.run("document.getElementById('most').value = '16'")
+    page.run("document.getElementById('watch').checked = true")
     page.send(QUESTION)
     page.answered()
     page.run("for (const one of document.querySelectorAll('details')) one.open = true")

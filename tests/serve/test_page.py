@@ -7,8 +7,11 @@ from importlib.resources import files
 
 import pytest
 
+from mlx_drift import load_demo
 from mlx_drift.demo import QUESTION
+from mlx_drift.measure.inside.drift import Settings, drift
 from mlx_drift.serve.page import FILES
+from mlx_drift.watch.sums import CLASSES
 from serving import fetch, post, said, server
 
 
@@ -79,7 +82,7 @@ def test_every_file_is_packaged_and_refers_to_this_server_alone():
 def test_every_field_has_a_label():
     html = files("mlx_drift.serve.page").joinpath("index.html").read_text()
     ids = re.findall(r'<(?:textarea|select|input) [^>]*?id="([a-z]+)"', html)
-    assert len(ids) == 9
+    assert len(ids) == 10
     for name in ids:
         in_label = rf"<label class=\"check\"><input [^>]*?id=\"{name}\""
         assert f'<label for="{name}">' in html or re.search(in_label, html), name
@@ -152,4 +155,44 @@ def test_what_else_is_in_the_key_is_refused(running):
         f"{running.url}/chat/completions", said(QUESTION, speculative={"who": True}), KEY
     )
     assert answered.status == 400
-    assert "expected an object: `tokens`" in answered.error["message"]
+    assert "expected an object: `tokens`, `drift`" in answered.error["message"]
+
+
+def test_the_drift_of_rounds(running):
+    """The figures of a round are those of `mlx_drift drift`, and the answer is the same."""
+    plain = ask(running, num_draft_tokens=4).json
+    whole = ask(running, speculative={"drift": True}, num_draft_tokens=4).json
+    assert whole["choices"][0]["message"] == plain["choices"][0]["message"]
+    rounds = whole["choices"][0]["speculative"]
+    agree(rounds, whole["choices"][0]["message"]["content"], whole["usage"])
+    model, tokenizer, drafter = load_demo()
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True
+    )
+    measured = drift(
+        model,
+        tokenizer,
+        {"eagle3.1": drafter},
+        [prompt],
+        Settings(steps=4, max_tokens=16, teacher_forced=False),
+    )
+    figures = measured.arms[0].free_running
+    drifts = [round["drift"] for round in rounds if len(round["drift"]["rms"]) == 4]
+    assert len(drifts) == figures.chains
+    for step in range(4):
+        mean = sum(one["rms"][step] for one in drifts) / len(drifts)
+        assert mean == pytest.approx(figures.rms[step].value, rel=1e-5)
+        for name in CLASSES:
+            mean = sum(one["attention"][name][step] for one in drifts) / len(drifts)
+            assert mean == pytest.approx(figures.attention[name][step].value, abs=1e-6)
+    again = ask(running, num_draft_tokens=4, speculative={"tokens": True}).json
+    assert all("drift" not in round for round in again["choices"][0]["speculative"])
+
+
+def test_a_drafter_without_a_state_has_no_drift():
+    with server("--drafter", "prompt-lookup") as process:
+        answered = post(
+            f"{process.url}/chat/completions", said(QUESTION, speculative={"drift": True})
+        )
+        assert answered.status == 400
+        assert "recycles no state that could drift" in answered.error["message"]

@@ -160,7 +160,7 @@ def ask(
         )
     except DriftError as error:  # the one that the fields' ranges leave
         raise BadRequest(f"temperature: {error}", "temperature") from None
-    stop = given.get("stop", [])
+    stop, tells = given.get("stop", []), given.get("speculative", {})
     requests = []
     for prompt in prompts:
         check_length(served, prompt.tokens, param)
@@ -180,7 +180,8 @@ def ask(
                     top_logprobs=top_logprobs,
                     marks=prompt.marks,
                     speech=speech,
-                    tells_origins=bool((given.get("speculative") or {}).get("tokens")),
+                    tells_origins=bool(tells.get("tokens") or tells.get("drift")),
+                    tells_drift=bool(tells.get("drift")),
                     expected=tuple(expected),
                 )
             )

@@ -251,6 +251,7 @@ def _speculative(rounds: Sequence[Drafted]) -> dict[str, Any]:
                     for told in round.tokens
                 ],
             }
+            | ({} if round.drift is None else {"drift": asdict(round.drift)})
             for round in rounds
         ]
     }

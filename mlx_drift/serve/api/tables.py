@@ -41,7 +41,8 @@ def _is_bias(value: Any) -> bool:
 
 def _is_speculative(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        key == "tokens" and (item is None or isinstance(item, bool)) for key, item in value.items()
+        key in {"tokens", "drift"} and (item is None or isinstance(item, bool))
+        for key, item in value.items()
     )
 
 
@@ -169,8 +170,9 @@ CHAT = Fields(
         "response_format": Honoured(FORMAT, FORMAT_DOES),
         "reasoning_effort": Honoured(EFFORT, EFFORT_DOES),
         "speculative": Honoured(
-            Kind("an object: `tokens`", _is_speculative),
-            "`tokens`: tell of every round who said its tokens, in `choices[].speculative`",
+            Kind("an object: `tokens`, `drift`", _is_speculative),
+            "`tokens`: tell of every round who said its tokens, in `choices[].speculative`; "
+            "`drift`: and what its drafter's chain recycled and attended to, which takes longer",
         ),
         "thinking_budget": Honoured(
             integer(0, MOST_TOKENS), "tokens of reasoning at most; then its end is forced"

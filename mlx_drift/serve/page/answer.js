@@ -66,7 +66,11 @@ export class Message {
   }
 }
 
-export function legend(origins) {
+export function legend(met) {
+  const kinds = Object.keys(LETTERS); // behind the target and its drafts
+  const origins = met.toSorted(
+    (a, b) => kinds.indexOf(a.by) - kinds.indexOf(b.by) || a.position - b.position,
+  );
   const shown = (token) => (token.position ? marked(token, nameOf(token)) : nameOf(token));
   return origins.map((token) => element("li", {}, shown(token)));
 }

@@ -2,10 +2,10 @@
 
 import { Message, legend, nameOf } from "./answer.js";
 import { Refused, answer, curl, models } from "./api.js";
-import { bars, rounds } from "./panels.js";
+import { bars, drift, rounds } from "./panels.js";
 
 const PLACE = "mlx-drift"; // in sessionStorage: of this tab alone, and it outlives a reload
-const SETTINGS = ["model", "k", "temperature", "most", "system", "key", "drafts", "marks"];
+const SETTINGS = ["model", "k", "temperature", "most", "system", "key", "drafts", "marks", "watch"];
 const get = (id) => document.getElementById(id);
 
 let messages = [];
@@ -50,7 +50,7 @@ function request() {
     ...(get("drafts").checked ? number("k", "num_draft_tokens") : { num_draft_tokens: 0 }),
     stream: true,
     stream_options: { include_usage: true },
-    speculative: { tokens: true },
+    speculative: { tokens: true, ...(get("watch").checked ? { drift: true } : {}) },
   };
 }
 
@@ -74,11 +74,7 @@ function showPanels(message) {
       met.set(nameOf(token), token);
     }
   }
-  const rank = (token) => ["copy", "forced"].indexOf(token.by);
-  const order = [...met.values()].sort(
-    (a, b) => rank(a) - rank(b) || a.position - b.position,
-  );
-  get("legend").replaceChildren(...legend(order));
+  get("legend").replaceChildren(...legend([...met.values()]));
 
   const drawn = rounds(all);
   get("rounds").replaceChildren(...(drawn ? [drawn.svg] : []));
@@ -115,6 +111,10 @@ function showPanels(message) {
     get("cached").replaceChildren();
     get("cached-said").textContent = "No answer yet.";
   }
+
+  const inside = drift(all);
+  get("drift").replaceChildren(...(inside ? inside.parts : []));
+  get("drift-said").textContent = inside ? inside.said : "No round was watched yet.";
 }
 
 function show() {
