@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.sample_utils import (
     apply_min_p,
     apply_top_k,
@@ -30,6 +31,7 @@ from mlx_lm.sample_utils import (
 
 from mlx_drift.decode.accept import accept_matching, accept_on_tree, accept_sampled
 from mlx_drift.decode.fork import LogitsProcessor, fork
+from mlx_drift.decode.sources import Foresees
 from mlx_drift.decode.stateless import is_stateless
 from mlx_drift.drafters.protocol import Draft
 from mlx_drift.errors import DriftError
@@ -203,7 +205,7 @@ class Chooser:
         stop_tokens: AbstractSet[int] = frozenset(),
     ):
         self.sampling = sampling
-        self._history = history
+        self._history = mx.zeros((0,), mx.int32) if history is None else history
         self._stop_tokens = stop_tokens
         self._ahead: Sequence[LogitsProcessor] = ()
         if not sampling.processors_have_state:
@@ -273,16 +275,17 @@ class Chooser:
     def log_probabilities(self, logits: mx.array, draft: Draft) -> mx.array:
         """Returns the target's log-probabilities `[k+1, V]`, after the logits processors.
 
-        One host synchronisation, if there are some and the drafts are a tree.
+        One host synchronisation, if there are some and the drafts are a tree, or one of them reads
+        the tokens.
 
         Args:
             logits: The target's, after the last committed token and each draft, `[k+1, V]`.
             draft: The drafts.
         """
         if processors := self.sampling.logits_processors:
-            rows = enumerate(_paths(draft))
+            rows = enumerate(self._texts(draft, logits))
             logits = mx.concatenate(
-                [self._process(processors, logits[i : i + 1], path) for i, path in rows]
+                [_process(processors, logits[i : i + 1], text) for i, text in rows]
             )
         return _log_softmax(logits)
 
@@ -318,7 +321,7 @@ class Chooser:
         rows: list[mx.array] = []
         for row in range(logits.shape[0]):
             rows.append(
-                _log_softmax(self._process(processors, logits[row : row + 1], drafted[:row]))
+                _log_softmax(_process(processors, logits[row : row + 1], self._text(drafted[:row])))
             )
             verdict: Any = self._accept_one(draft, row, rows[-1]).tolist()
             accepted, token, *_ = verdict
@@ -332,11 +335,11 @@ class Chooser:
         processors = self.sampling.logits_processors
         parents: Any = draft.parents.tolist() if draft.parents is not None else []
         drafted: Any = draft.tokens.tolist()
-        before, rows = _paths(draft), mx.array(logits)
+        before, rows = self._texts(draft, logits), mx.array(logits)
         tokens: list[int] = []
         path, row = [], 0
         while True:
-            log_p = _log_softmax(self._process(processors, logits[row : row + 1], before[row]))
+            log_p = _log_softmax(_process(processors, logits[row : row + 1], before[row]))
             rows[row] = log_p[0]
             token: Any = self._drawn(log_p, row).item()
             tokens.append(token)
@@ -401,7 +404,9 @@ class Chooser:
         """Processes the logits of a draft, as far as processors can follow the drafts before it."""
         if self.sampling.processors_have_state:
             self._look_ahead(drafted)
-        return self._process(self._ahead, logits, drafted)
+        if not self._ahead:
+            return logits
+        return _process(self._ahead, logits, self._text(drafted))
 
     def _look_ahead(self, drafted: Sequence[mx.array]) -> None:
         """Forks the processors for a round's drafts, and lets go of them where they cannot follow.
@@ -420,25 +425,39 @@ class Chooser:
                 self._ahead = ()
         self._looked += 1
 
-    def _process(
-        self, processors: Sequence[LogitsProcessor], logits: mx.array, drafted: Sequence[mx.array]
-    ) -> mx.array:
-        for processor in processors:
-            assert self._history is not None
-            logits = mx.array(logits)  # which processors may write into
-            logits = processor(mx.concatenate([self._history, *drafted]), logits)
-        return logits
+    def _text(self, drafted: Sequence[mx.array]) -> mx.array:
+        """Returns all tokens up to a draft, `[n]`."""
+        return mx.concatenate([self._history, *drafted])
+
+    def _texts(self, draft: Draft, logits: mx.array) -> list[mx.array]:
+        """Returns for each row all tokens before it, `[n]` each; reads a tree's shape.
+
+        For processors that read the tokens, too, they are read once and laid out on the host, while
+        the device verifies them.
+        """
+        paths = _paths(draft)
+        if not any(isinstance(one, Foresees) for one in self.sampling.logits_processors):
+            drafted = [draft.tokens[i : i + 1] for i in range(draft.tokens.size)]
+            return [self._text([drafted[i] for i in path]) for path in paths]
+        history, tokens = np.array(self._history), np.array(draft.tokens)
+        mx.async_eval(logits)
+        return [mx.array(np.concatenate([history, *(tokens[i : i + 1] for i in p)])) for p in paths]
 
 
-def _paths(draft: Draft) -> list[list[mx.array]]:
-    """Returns for each row the drafts before it, `[1]` each; reads a tree's shape."""
-    drafted = [draft.tokens[i : i + 1] for i in range(draft.tokens.size)]
+def _process(processors: Sequence[LogitsProcessor], logits: mx.array, text: mx.array) -> mx.array:
+    for processor in processors:
+        logits = processor(text, mx.array(logits))  # which processors may write into
+    return logits
+
+
+def _paths(draft: Draft) -> list[list[int]]:
+    """Returns for each row which drafts come before it; reads a tree's shape."""
     parents: Any = range(-1, draft.tokens.size - 1)
     if draft.parents is not None and draft.tree is not None:
         parents = draft.parents.tolist()
-    paths: list[list[mx.array]] = [[]]
-    for token, parent in zip(drafted, parents, strict=True):
-        paths.append([*paths[parent + 1], token])
+    paths: list[list[int]] = [[]]
+    for i, parent in enumerate(parents):
+        paths.append([*paths[parent + 1], i])
     return paths
 
 
