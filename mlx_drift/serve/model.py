@@ -55,7 +55,7 @@ class Settings:
 
 @dataclass(eq=False)
 class LoadedModel:
-    """A model that answers. Made and used on the device's thread.
+    """A model that answers, on the device's thread. Nothing in it is lazy, whoever made it.
 
     Attributes:
         name: What it is called.
@@ -89,6 +89,7 @@ class LoadedModel:
 
     def __post_init__(self) -> None:
         """Measures what is the same for all conversations."""
+        mx.eval(self.drafter.network)
         target = self.make_cache().target
         self.vocab_size = target.shape.vocab_size
         if self.settings.tree is not None:

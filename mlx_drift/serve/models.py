@@ -1,11 +1,14 @@
 """The models that are served: a default one, and those that are allowed beside it.
 
 Only names that the operator gave are ever loaded: a request names one of them, or gets a 404, and
-what is loaded stays loaded. All loading is done by the device's thread, between two turns.
+what is loaded stays loaded. Models are loaded by a thread of its own, one after another, while
+answers go on; the device's thread makes room before, between two turns.
 """
 
 import fnmatch
 import gc
+import queue
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -32,7 +35,7 @@ class Known:
 
     Attributes:
         name: What it is called in answers.
-        load: Loads it, on the device's thread.
+        load: Loads it, on the loading thread, and leaves nothing lazy: that is this thread's.
         weights: Bytes of its weights, as far as they are on this machine already.
         names: What it is called in requests.
         loaded: It, if it is.
@@ -57,7 +60,7 @@ class Models:
     """Finds and loads models.
 
     Args:
-        engine: Who loads and unloads.
+        engine: Whose thread makes room, and has what was loaded.
         known: All that may be asked for, the default one first.
         patterns: Other names that the default one answers to, as of a shell.
         memory: Bytes that the machine has for all.
@@ -78,6 +81,15 @@ class Models:
         self.patterns = list(patterns)
         self.memory = memory
         self.idle_seconds = idle_seconds
+        self._wanted: queue.SimpleQueue[tuple[Known, Future[LoadedModel]]] = queue.SimpleQueue()
+        self._loading = False
+        # One thread for all: MLX keeps something of every thread that ever computed.
+        threading.Thread(target=self._load_all, name="loading", daemon=True).start()
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a model is being read."""
+        return self._loading
 
     def find(self, name: str | None) -> Known:
         """Finds a model by the name of a request; the default one for None.
@@ -99,13 +111,14 @@ class Models:
         )
 
     def get(self, known: Known) -> "Future[LoadedModel]":
-        """Returns a model, loaded by the device's thread if it is not."""
+        """Returns a model, which is loaded if it is not."""
         known.used_at = time.monotonic()
+        future: Future[LoadedModel] = Future()
         if known.loaded is not None:
-            done: Future[LoadedModel] = Future()
-            done.set_result(known.loaded)
-            return done
-        return self.engine.call(lambda: self._load(known))
+            future.set_result(known.loaded)
+        else:
+            self._wanted.put((known, future))
+        return future
 
     def unload_idle(self) -> bool:
         """Unloads what nobody asked for lately; on the device's thread, when nothing runs."""
@@ -117,9 +130,33 @@ class Models:
             self._unload(known)
         return bool(idle)
 
+    def _load_all(self) -> None:
+        """Loads what is wanted, one after another, for as long as the process lives."""
+        while True:
+            known, future = self._wanted.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            self._loading = True
+            loaded, failure = None, None
+            try:
+                loaded = self._load(known)
+            except BaseException as error:  # whatever it is, it is the caller's
+                failure = error
+            self._loading = False
+            if loaded is not None:
+                future.set_result(loaded)
+            else:
+                future.set_exception(failure)
+
     def _load(self, known: Known) -> LoadedModel:
-        if known.loaded is not None:
-            return known.loaded
+        if (loaded := known.loaded) is not None:
+            return loaded
+        self.engine.call(lambda: self._make_room(known)).result()
+        known.loaded = known.load()
+        return known.loaded
+
+    def _make_room(self, known: Known) -> None:
+        """Unloads others until there is memory for a model; on the device's thread."""
         weights = known.weights()
         others = sorted((k for k in self.known if k.loaded), key=lambda k: k.used_at)
         for other in others:
@@ -133,8 +170,6 @@ class Models:
                 f"{known.name} needs {weights} bytes, and with what is loaded that is more than "
                 f"the machine's {self.memory}; try again when the other models are not answering"
             )
-        known.loaded = known.load()
-        return known.loaded
 
     def _unload(self, known: Known) -> None:
         if known.loaded is not None:

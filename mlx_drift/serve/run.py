@@ -163,7 +163,9 @@ def serve(
         if has_ended and told is not None and loaded.leader is not None:
             loaded.leader.leave()
         if signalled and not has_ended:
-            _leave(say)
+            _leave(say, "the device was still at work at the deadline; its caches are not saved")
+        if signalled and models.is_loading:
+            _leave(say, "a model was still being loaded")
 
 
 def _check_for_ranks(known: Sequence[Known], options: Options) -> None:
@@ -186,13 +188,13 @@ def _follow(model: LoadedModel, ranks: Ranks) -> None:
     follow(ranks, model.make_cache, lambda *answer: steps_of(model, *answer), seconds_of_plain_step)
 
 
-def _leave(say: Callable[[str], None]) -> NoReturn:
-    """Ends the process beside a device thread that is still at work.
+def _leave(say: Callable[[str], None], why: str) -> NoReturn:
+    """Ends the process beside a thread that is still at work in MLX.
 
     The interpreter's own end would take the thread's next step away from under MLX, which aborts
     the process. What was written to disk is whole: caches are written aside and renamed.
     """
-    say("the device was still at work at the deadline; its caches are not saved")
+    say(why)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

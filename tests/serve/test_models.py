@@ -1,18 +1,19 @@
 """Several models: names, what is loaded when, what leaves."""
 
+import threading
 import time
 
 import pytest
 
 from mlx_drift import DriftError
-from mlx_drift.serve.model import LoadedModel
 from mlx_drift.serve.models import Known, Models, NotServed
-from serving import ask, engine, loaded
+from mlx_drift.serve.request import Ended
+from serving import PATIENCE, ask, engine, loaded
 from tiny import plain_greedy, tiny_drafter, tiny_llama
 
 
 def known(name, loads, weights=0):
-    def load() -> LoadedModel:
+    def load():
         loads.append(name)
         model = tiny_llama()
         return loaded(model, tiny_drafter(model))
@@ -56,6 +57,44 @@ def test_one_stays_until_memory_asks():
             models.get(b).result()
         assert a.loaded is None  # what could be given up was
         assert not len(running.store) or all(e.model is not first for e in running.store._entries)
+
+
+def test_answers_go_on_while_a_model_is_loaded():
+    with engine() as running:
+        a, b = known("a", []), known("b", [])
+        models = Models(running, [a, b], memory=1 << 40)
+        first = models.get(a).result()
+        let_go, load = threading.Event(), b.load
+
+        def slowly():
+            assert let_go.wait(PATIENCE)
+            return load()
+
+        b.load = slowly
+        waiting = [models.get(b) for _ in range(3)]
+        for prompt in ([1, 2, 3], [4, 5, 6]):
+            heard, _ = ask(running, first, prompt)
+            assert isinstance(heard.wait(), Ended)
+            assert heard.tokens == plain_greedy(first.model, prompt, 12)
+        assert models.is_loading
+        assert not any(future.done() for future in waiting)
+        let_go.set()
+        assert {future.result(PATIENCE) for future in waiting} == {b.loaded}
+        heard, _ = ask(running, b.loaded, [1, 2, 3])
+        heard.wait()
+        assert heard.tokens == plain_greedy(b.loaded.model, [1, 2, 3], 12)
+
+
+def test_a_model_that_cannot_be_loaded_says_so_and_is_tried_again():
+    with engine() as running:
+        a = known("a", [])
+        models = Models(running, [a], memory=1 << 40)
+        load, a.load = a.load, lambda: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            models.get(a).result(PATIENCE)
+        a.load = load
+        assert models.get(a).result(PATIENCE) is a.loaded
+        assert not models.is_loading
 
 
 def test_who_answers_is_not_unloaded():
