@@ -180,6 +180,11 @@ def stream_generate(
     progress = told or (lambda done, total: None)
     processors = functions("logits_processors", logits_processors)
     if grammar is not None:
+        if not isinstance(grammar, Grammar):
+            raise DriftError(
+                f"grammar is of type {type(grammar).__name__}; expected "
+                "Grammar.json_schema(schema), or another Grammar"
+            )
         processors = (*processors, grammar.processor(tokenizer, tokens))
     sampling = Sampling(
         temp=temp,

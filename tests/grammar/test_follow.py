@@ -16,6 +16,7 @@ from mlx_drift.grammar.follow import GrammarProcessor
 from schemas import SCHEMAS, grammar_of
 from stateful import EOS, PROMPT, SIZE, grammar, plain, say, small_llama, tokens_of
 from stateful import Grammar as InOrder
+from tiny import tiny_drafter
 
 SENT = 2, 3, 4
 TEMP = 1.3
@@ -226,3 +227,9 @@ def test_without_the_extra(tokenizer, monkeypatch):
     fresh = own_tokenizer()
     with pytest.raises(DriftError, match=r"pip install 'mlx-drift\[grammar\]'"):
         grammar_of("object").check(fresh)
+
+
+def test_what_is_no_grammar(tokenizer):
+    drafter = tiny_drafter(model := small_llama())
+    with pytest.raises(DriftError, match=r"grammar is of type dict; expected Grammar\.json_schema"):
+        say(model, drafter, 3, grammar=SCHEMAS["object"])

@@ -3,21 +3,29 @@
 serving.md 3.15: others' servers read the field over and answer 200.
 """
 
+import contextlib
 import sys
 from typing import Literal
 
 import anthropic
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
 from mlx_drift import Grammar, load_demo, stream_generate
 from mlx_drift.serve.api.fields import BadRequest
 from mlx_drift.serve.api.formats import response_format, text_format
 from mlx_drift.serve.api.served import Defaults, Served
+from mlx_drift.serve.api.tables import FORMATS
 from schemas import SCHEMAS, assert_valid
 from serving import PATIENCE, post, server
 
+WORDS = st.sampled_from(
+    "type properties items enum const pattern anyOf allOf $ref $defs required not x-guidance "
+    "maximum minItems maxLength additionalProperties format name schema".split()
+)
 MODEL = "mlx-drift-demo"
 QUESTION = [{"role": "user", "content": "Describe a colour as JSON."}]
 
@@ -163,3 +171,20 @@ def test_without_the_extra(served, monkeypatch):
     fresh = Served(MODEL, tokenizer, 4096, 2048, "the model", False, Defaults())
     with pytest.raises(BadRequest, match=r"pip install 'mlx-drift\[grammar\]'"):
         response_format({"type": "json_object"}, fresh)
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(JUNK, st.sampled_from(FORMATS), st.sampled_from(["schema", "json_schema", "pattern"]))
+def test_whatever_is_sent_is_a_grammar_or_refused(served, junk, kind, key):
+    forms = {"type": kind, key: junk}, {"type": kind, "json_schema": {"schema": junk}}
+    for read in (response_format, text_format):
+        for form in forms:
+            with contextlib.suppress(BadRequest):
+                read(form, served)
