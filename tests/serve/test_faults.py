@@ -101,7 +101,7 @@ STRANGE = [
     1.5,
     10**30,
     "",
-    "x" * 2000,
+    "x" * 520,  # longer than names may be
     [],
     {},
     [[]],
