@@ -14,7 +14,7 @@ from mlx_drift.cli import options
 from mlx_drift.cli.load import PROMPT_LOOKUP, choose_drafter
 from mlx_drift.cli.show import as_is
 from mlx_drift.demo import TARGET
-from mlx_drift.doctor import CacheKind, Diagnosis, DrafterFacts, Family, Memory, Taps
+from mlx_drift.doctor import CacheKind, Diagnosis, DrafterFacts, Family, Memory, RankMemory, Taps
 from mlx_drift.doctor import doctor as examine
 from mlx_drift.errors import DriftError
 from mlx_drift.target.caches import KVQuantization
@@ -43,6 +43,10 @@ def doctor(
     quantized_kv_start: options.QuantizedKvStart = KVQuantization.start,
     prefill_step_size: options.PrefillStepSize = 2048,
     trust_remote_code: options.TrustRemoteCode = False,
+    ranks: Annotated[
+        int, typer.Option(help="Tell the memory of each of so many machines, too.", min=1)
+    ] = 1,
+    pipeline: options.Pipeline = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Tell caches, taps, memory and what is refused, before any weights are loaded."""
@@ -61,6 +65,8 @@ def doctor(
             quantized_kv_start=quantized_kv_start,
             prefill_step_size=prefill_step_size,
             trust_remote_code=trust_remote_code,
+            ranks=ranks,
+            pipeline=pipeline,
         )
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
@@ -81,6 +87,7 @@ def _print(console: Console, found: Diagnosis) -> None:
         "taps": _taps(found.taps),
         "drafter": _drafter(found.drafter, found.context),
         "memory": _memory(found.memory, found.context),
+        "ranks": _ranks(found.ranks),
         "notes": found.notes,
         "refused": _refused(found),
     }
@@ -156,6 +163,15 @@ def _memory(memory: Memory, context: int) -> Iterator[str]:
         fits = "fits" if memory.fits else "DOES NOT FIT"
         machine = _size(memory.machine)
         yield f"{_size(memory.total):>9}  and activations; the machine has {machine}: {fits}"
+
+
+def _ranks(ranks: list[RankMemory]) -> Iterator[str]:
+    for one in ranks:
+        fits = {None: "unknown", True: "fits", False: "DOES NOT FIT"}[one.fits]
+        yield (
+            f"rank {one.rank}: {_size(one.weights)} of weights, {_size(one.caches)} of caches, "
+            f"{_size(one.total)} in all; on a machine like this one: {fits}"
+        )
 
 
 def _refused(found: Diagnosis) -> Iterator[str]:

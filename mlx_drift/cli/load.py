@@ -138,9 +138,7 @@ def load_pair(
         draft_model,
         trust_remote_code,
     )
-    if world().size > 1:
-        weights = {"a digest of its weights": fingerprint(loaded.network)[:12]}
-        world().check_same("the drafter", weights, "Copy the folder of one to all")
+    _check_same(loaded)
     return target, tokenizer, loaded
 
 
@@ -188,6 +186,7 @@ def load_drafters(
     console: Console,
     drafter_bits: int | None = None,
     trust_remote_code: bool = False,
+    pipeline: bool = False,
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Drafter]]:
     """Loads a target, its tokenizer and several drafters, by what they are called.
 
@@ -198,9 +197,11 @@ def load_drafters(
         console: Told which drafter `auto` is.
         drafter_bits: Bits to quantize the drafters to.
         trust_remote_code: Run the code that the target brings, if it needs its own.
+        pipeline: Spread the target's layers over the ranks, instead of cutting each.
 
     Raises:
-        DriftError: If one of them is missing, damaged, does not fit, or is given twice.
+        DriftError: If one of them is missing, damaged, does not fit, is given twice, or is not the
+            same on all ranks.
     """
     if again := [name for name, count in Counter(drafters).items() if count > 1]:
         raise DriftError(f"--drafter {again[0]} is given more than once")
@@ -210,7 +211,13 @@ def load_drafters(
     }
     first = drafters[0] if drafters else None
     target, tokenizer, drafter = load_pair(
-        model, first, adapter_path, console, drafter_bits, trust_remote_code=trust_remote_code
+        model,
+        first,
+        adapter_path,
+        console,
+        drafter_bits,
+        trust_remote_code=trust_remote_code,
+        pipeline=pipeline,
     )
     loaded = {first or DRAFTERS[0]: drafter}
     for name, source in chosen.items():
@@ -220,7 +227,15 @@ def load_drafters(
             loaded[name] = load_drafter(
                 source, target, drafter_bits=drafter_bits, on_convert=_say_where
             )
+            _check_same(loaded[name])
     return target, tokenizer, loaded
+
+
+def _check_same(drafter: Drafter) -> None:
+    """Checks that all ranks have the same drafter."""
+    if world().size > 1:
+        weights = {"a digest of its weights": fingerprint(drafter.network)[:12]}
+        world().check_same("the drafter", weights, "Copy the folder of one to all")
 
 
 def windowed(

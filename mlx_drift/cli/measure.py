@@ -43,6 +43,7 @@ from mlx_drift.measure.acceptance.plot import (
 )
 from mlx_drift.measure.acceptance.questions import Question, read_question_files
 from mlx_drift.measure.acceptance.wording import Wording, read_chat_template
+from mlx_drift.ranks.world import world
 
 
 def measure(
@@ -63,6 +64,7 @@ def measure(
     drafter_bits: options.DrafterBits = None,
     adapter_path: options.AdapterPath = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    pipeline: options.Pipeline = False,
     limit: Annotated[
         int | None, typer.Option(metavar="N", help="The first N questions of each file.", min=1)
     ] = None,
@@ -135,6 +137,8 @@ def measure(
     settings = Settings(k, max_tokens, temp, top_p, min_p, top_k, seed, tree=tree)
     keywords = parse_object(chat_template_config, "--chat-template-config")
     templates = _read_templates(chat_template or ())
+    if save is not None and world().size > 1:
+        raise DriftError("--save: each of several ranks would go on from a file of its own")
     if plot is not None:
         check_plot(plot)
     lengths = parse_lengths(context) if context is not None else []
@@ -146,7 +150,7 @@ def measure(
 
     console = Console(stderr=True)
     target, tokenizer, drafters = load_drafters(
-        model, drafter or [], adapter_path, console, drafter_bits, trust_remote_code
+        model, drafter or [], adapter_path, console, drafter_bits, trust_remote_code, pipeline
     )
     same: dict[str, str] = {}
     depends: dict[str, object] = {}
@@ -189,7 +193,8 @@ def measure(
     found = _collect(tasks, save, described, console)
     measured = conditions(found, same)
 
-    if plot is not None:
+    world().finish()  # a result is told when all ranks are through
+    if plot is not None and world().rank == 0:
         if lengths:
             plot_contexts(measured, plot)
         elif perturb:
@@ -197,7 +202,11 @@ def measure(
         else:
             plot_positions(measured[0], plot)
     if as_json:
-        told = {"settings": described, "conditions": [one.to_dict() for one in measured]}
+        told = {
+            "settings": described,
+            "ranks": world().size,
+            "conditions": [one.to_dict() for one in measured],
+        }
         typer.echo(json.dumps(told))
         return
     out = Console()

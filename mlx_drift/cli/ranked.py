@@ -1,17 +1,19 @@
 """A command as one of several ranks, started by `mlx.launch`: rank 0 speaks, all end together."""
 
+import atexit
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 from mlx_drift.errors import DriftError
-from mlx_drift.ranks.world import world
+from mlx_drift.ranks.world import SECONDS_OF_GRACE, Ranks, world
 
-COMMANDS = ("generate", "serve")
+COMMANDS = "generate", "serve", "bench", "measure"
 """The commands that run over several ranks."""
 
 PACKAGES = "mlx", "mlx-lm", "mlx-drift"
@@ -46,15 +48,34 @@ def among_ranks(arguments: list[str] | None) -> Iterator[None]:
         yield
     except SystemExit as end:
         if end.code:
-            ranks.fail(None)
+            _fail(ranks, None, end.code if isinstance(end.code, int) else 1)
         else:
             ranks.finish()
         raise
     except DriftError as error:
-        ranks.fail(str(error))
+        _fail(ranks, str(error))
         raise
     except BaseException as error:
+        # A collective fails, too, where a rank is gone: that is told by the thread that watches,
+        # in one line, with which it ends this process.
+        time.sleep(SECONDS_OF_GRACE)
         if ranks.rank:
             traceback.print_exc(file=sys.__stderr__)
-        ranks.fail(f"{type(error).__name__}: {error}")
+        _fail(ranks, f"{type(error).__name__}: {error}")
         raise
+
+
+def _fail(ranks: Ranks, line: str | None, code: int = 1) -> None:
+    """Ends all ranks: the others now, this one when its error is told.
+
+    Without the interpreter's own end, which would wait for collectives that nobody comes to.
+    """
+
+    def leave() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+    ranks.fail(line)
+    atexit.register(leave)

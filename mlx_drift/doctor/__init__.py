@@ -6,8 +6,18 @@ from mlx_drift.doctor.diagnosis import (
     DrafterFacts,
     Family,
     Memory,
+    RankMemory,
     Taps,
 )
 from mlx_drift.doctor.examine import doctor
 
-__all__ = ["CacheKind", "Diagnosis", "DrafterFacts", "Family", "Memory", "Taps", "doctor"]
+__all__ = [
+    "CacheKind",
+    "Diagnosis",
+    "DrafterFacts",
+    "Family",
+    "Memory",
+    "RankMemory",
+    "Taps",
+    "doctor",
+]

@@ -123,6 +123,25 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class RankMemory:
+    """Expected bytes of one of several ranks.
+
+    Attributes:
+        rank: Its number.
+        weights: Of its part of the target; None where nothing tells.
+        caches: Of that part at the context.
+        total: Those, and the drafter's, which each rank has whole; None if one is not known.
+        fits: Whether a machine like this one has so much; None if it is not known.
+    """
+
+    rank: int
+    weights: int | None
+    caches: int
+    total: int | None
+    fits: bool | None
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """What a run would be.
 
@@ -137,6 +156,7 @@ class Diagnosis:
         refused: What was asked for and a run would refuse, a line each.
         would_refuse: What was not asked for, and would be.
         notes: What else the user should know, a line each.
+        ranks: What each of several ranks would hold; empty for one process.
     """
 
     model: str
@@ -149,6 +169,7 @@ class Diagnosis:
     refused: list[str]
     would_refuse: list[str]
     notes: list[str]
+    ranks: list[RankMemory]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns it for `--json`."""

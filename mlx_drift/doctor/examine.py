@@ -35,9 +35,11 @@ from mlx_drift.doctor.diagnosis import (
     DrafterFacts,
     Family,
     Memory,
+    RankMemory,
     Source,
     Taps,
 )
+from mlx_drift.doctor.ranks import parts
 from mlx_drift.drafters.config import check_target, read_config
 from mlx_drift.drafters.fold import fold
 from mlx_drift.drafters.load import (
@@ -76,6 +78,8 @@ def doctor(
     quantized_kv_start: int = KVQuantization.start,
     prefill_step_size: int = 2048,
     trust_remote_code: bool = False,
+    ranks: int = 1,
+    pipeline: bool = False,
 ) -> Diagnosis:
     """Tells what a run would be: caches and how they go back, taps, memory, and what is refused.
 
@@ -93,6 +97,8 @@ def doctor(
         quantized_kv_start: See `max_kv_size`.
         prefill_step_size: Prompt tokens that are processed at a time.
         trust_remote_code: Build the network by the code that the folder brings, if it needs it.
+        ranks: Over how many machines it would run.
+        pipeline: Its layers would be spread over them, instead of cut.
 
     Raises:
         DriftError: If the model is missing or damaged, mlx-lm has none of this config, or a number
@@ -122,7 +128,25 @@ def doctor(
             examination.examine_drafter(drafter, model, config)
         if not place.here and named_dtype(config) is None:
             examination.notes.append("the config names no dtype; bfloat16 is assumed")
-        return examination.diagnosis(model, config, *weights_of(place, network, loaded))
+        diagnosis = examination.diagnosis(model, config, *weights_of(place, network, loaded))
+        if ranks == 1:
+            return diagnosis
+        caches_options = max_kv_size, quantization
+        found, refused = [], []
+        try:
+            for part, weights in parts(
+                lambda: build_model(place, config, trust_remote_code)[0], ranks, pipeline
+            ):
+                of_part = Examination(part, context, prefill_step_size)
+                of_part.examine_target(*caches_options)
+                found.append(
+                    of_part.rank_memory(
+                        len(found), None if diagnosis.memory.weights is None else weights, diagnosis
+                    )
+                )
+        except DriftError as error:
+            refused.append(str(error))
+        return replace(diagnosis, ranks=found, refused=diagnosis.refused + refused)
 
 
 class Examination:
@@ -219,6 +243,7 @@ class Examination:
             refused=self.refused,
             would_refuse=[line for line in self.would_refuse if line not in self.refused],
             notes=self.notes,
+            ranks=[],
         )
 
     def _ask(self, question: Callable[[], Answer]) -> Answer | None:
@@ -313,6 +338,16 @@ class Examination:
             return family
         dtype = str(self.target.dtype).rpartition(".")[2]
         return replace(family, **vars(self.target.shape), dtype=dtype)
+
+    def rank_memory(self, rank: int, weights: int | None, whole: Diagnosis) -> RankMemory:
+        """Tells what a rank would hold: this part of the target, and the drafter whole."""
+        memory = whole.memory
+        caches = sum(kind.nbytes for kind in self.caches)
+        total = None
+        if weights is not None and self.empty is not None:
+            total = weights + caches + memory.drafter + memory.drafter_caches + memory.taps
+        fits = None if total is None else total <= memory.machine
+        return RankMemory(rank, weights, caches, total, fits)
 
     def _memory(self, weights: int | None, weights_from: Source | None) -> Memory:
         caches = None if self.empty is None else sum(kind.nbytes for kind in self.caches)

@@ -75,11 +75,40 @@ def shard(model: nn.Module, ranks: Ranks) -> None:
     model.ranks = ranks
 
 
-def note_stage(model: nn.Module, ranks: Ranks) -> None:
-    """Notes which layers of a pipeline this rank was given. All must call."""
-    start, end = model.model.start_idx, model.model.end_idx
+def spread(model: nn.Module, ranks: Ranks) -> None:
+    """Gives a rank its layers of a model, the last ones to rank 0.
+
+    Raises:
+        DriftError: If mlx-lm has no such cut for the model, or there are more ranks than layers.
+    """
+    layers = check_spread(model, ranks)
+    model.model.pipeline(ranks.group)
+    note_stage(model, ranks, layers)
+
+
+def check_spread(model: nn.Module, ranks: Ranks) -> int:
+    """Checks that a whole model's layers can be spread over the ranks; returns their number.
+
+    Raises:
+        DriftError: If not.
+    """
+    if not has_pipeline(model):
+        raise DriftError(
+            f"mlx-lm cannot spread the layers of the target ({model.model_type}) over ranks; leave "
+            "--pipeline out"
+        )
+    layers = len(model.model.layers)
+    if layers < ranks.size:
+        raise DriftError(
+            f"the target has {layers} layers, which do not go round {ranks.size} ranks"
+        )
+    return layers
+
+
+def note_stage(model: nn.Module, ranks: Ranks, layers: int) -> None:
+    """Notes which of the `layers` of a pipeline this rank was given."""
     model.ranks = ranks
-    model.stage = Stage(start, end, max(ranks.exchange(end)))
+    model.stage = Stage(model.model.start_idx, model.model.end_idx, layers)
 
 
 def fingerprints(folder: Path) -> dict[str, str]:

@@ -178,7 +178,12 @@ class Ranks:
             os._exit(1)
 
     def fail(self, line: str | None) -> None:
-        """Ends the other ranks: this one is about to, with an error."""
+        """Ends the other ranks: this one is about to end, with an error.
+
+        Args:
+            line: The error, for rank 0 to tell if it does not meet it; None if there is none to
+                tell.
+        """
         if self.size == 1 or self._finished.is_set():
             return
         self._failing.set()
@@ -192,10 +197,11 @@ class Ranks:
         if "ends" in frame and self.rank:
             self._finished.set()  # here, so that the end of rank 0 is not taken for its death
         if "fails" in frame:
-            self._end(f"rank {peer}: {frame['fails']}", SECONDS_OF_GRACE)
+            why = frame["fails"] or "ended before the answer was whole"
+            self._end(f"rank {peer}: {why}", SECONDS_OF_GRACE)
 
     def _lost(self, peer: int) -> None:
-        self._end(f"rank {peer} ended before the answer was whole", 0.0)
+        self._end(f"rank {peer}: ended before the answer was whole", 0.0)
 
     def _end(self, line: str, grace: float) -> None:
         """Ends this process, unless it is through or about to end by itself."""

@@ -13,7 +13,7 @@ import mlx_lm
 import mlx_lm.utils
 
 from mlx_drift.errors import DriftError
-from mlx_drift.ranks.cut import fingerprints, has_pipeline, note_stage, shard
+from mlx_drift.ranks.cut import check_spread, fingerprints, note_stage, shard
 from mlx_drift.ranks.world import Ranks
 
 
@@ -100,16 +100,7 @@ def load_stage(
         model, _ = mlx_lm.utils.load_model(
             folder, lazy=True, strict=False, trust_remote_code=trust_remote_code
         )
-        if not has_pipeline(model):
-            raise DriftError(
-                f"mlx-lm cannot spread the layers of the target ({model.model_type}) over ranks; "
-                "leave --pipeline out"
-            )
-        if len(model.model.layers) < ranks.size:
-            raise DriftError(
-                f"the target has {len(model.model.layers)} layers, which do not go round "
-                f"{ranks.size} ranks"
-            )
+        layers = check_spread(model, ranks)
         if not (folder / "model.safetensors.index.json").is_file():
             raise DriftError(
                 f"{path_or_hf_repo}: --pipeline needs model.safetensors.index.json, which "
@@ -121,7 +112,7 @@ def load_stage(
             tokenizer_config={"trust_remote_code": trust_remote_code},
             trust_remote_code=trust_remote_code,
         )
-    note_stage(model, ranks)
+    note_stage(model, ranks, layers)
     return model, tokenizer
 
 

@@ -18,7 +18,7 @@ from mlx_drift.drafters.draft_model import DraftModelDrafter
 from mlx_drift.drafters.load import build_drafter, build_network
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.generate import stream_generate
-from mlx_drift.ranks.cut import note_stage, shard
+from mlx_drift.ranks.cut import shard, spread
 from mlx_drift.ranks.world import world
 from mlx_drift.target.model import Target
 from tiny import NoText, tiny_drafter
@@ -103,8 +103,7 @@ def main(out: str, way: str, *names: str) -> None:
         if way == "shard":
             shard(model, ranks)
         else:
-            model.model.pipeline(ranks.group)
-            note_stage(model, ranks)
+            spread(model, ranks)
         told[family] = answers(family, model)
         captured[family] = taps(model)
     ranks.finish()
