@@ -131,22 +131,23 @@ def doctor(
         diagnosis = examination.diagnosis(model, config, *weights_of(place, network, loaded))
         if ranks == 1:
             return diagnosis
-        caches_options = max_kv_size, quantization
-        found, refused = [], []
+
+        def examine(part: nn.Module) -> Examination:
+            of_part = Examination(part, context, prefill_step_size)
+            of_part.examine_target(max_kv_size, quantization)
+            return of_part
+
+        def build() -> nn.Module:
+            return build_model(place, config, trust_remote_code)[0]
+
         try:
-            for part, weights in parts(
-                lambda: build_model(place, config, trust_remote_code)[0], ranks, pipeline
-            ):
-                of_part = Examination(part, context, prefill_step_size)
-                of_part.examine_target(*caches_options)
-                found.append(
-                    of_part.rank_memory(
-                        len(found), None if diagnosis.memory.weights is None else weights, diagnosis
-                    )
-                )
+            told = [
+                examine(part).rank_memory(rank, weights, diagnosis)
+                for rank, (part, weights) in enumerate(parts(build, ranks, pipeline))
+            ]
         except DriftError as error:
-            refused.append(str(error))
-        return replace(diagnosis, ranks=found, refused=diagnosis.refused + refused)
+            return replace(diagnosis, refused=[*diagnosis.refused, str(error)])
+        return replace(diagnosis, ranks=told)
 
 
 class Examination:
@@ -339,15 +340,16 @@ class Examination:
         dtype = str(self.target.dtype).rpartition(".")[2]
         return replace(family, **vars(self.target.shape), dtype=dtype)
 
-    def rank_memory(self, rank: int, weights: int | None, whole: Diagnosis) -> RankMemory:
+    def rank_memory(self, rank: int, weights: int, whole: Diagnosis) -> RankMemory:
         """Tells what a rank would hold: this part of the target, and the drafter whole."""
         memory = whole.memory
         caches = sum(kind.nbytes for kind in self.caches)
         total = None
-        if weights is not None and self.empty is not None:
+        if memory.weights is not None and self.empty is not None:
             total = weights + caches + memory.drafter + memory.drafter_caches + memory.taps
         fits = None if total is None else total <= memory.machine
-        return RankMemory(rank, weights, caches, total, fits)
+        known = None if memory.weights is None else weights
+        return RankMemory(rank, known, caches, total, fits)
 
     def _memory(self, weights: int | None, weights_from: Source | None) -> Memory:
         caches = None if self.empty is None else sum(kind.nbytes for kind in self.caches)

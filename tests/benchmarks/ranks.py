@@ -16,7 +16,7 @@ from mlx_drift.cli.load import load_pair
 from mlx_drift.generate import stream_generate
 from mlx_drift.ranks.world import world
 
-PROMPT = "def area(width, height):\n    return width * height\n\ndef area(width, height):\n"
+PROMPT = "one two three four five six seven\n" * 4 + "one two"
 TOKENS = 16
 
 

@@ -20,6 +20,7 @@ ROUNDING = 1e-5
 """What another order of sums changes in a state or logit at most, in parts of the largest."""
 
 SECONDS_TO_END = 10
+QUESTIONS = str(TESTS.parent / "examples" / "train_demo_pair" / "heldout.jsonl")
 GENERATE = "generate", "--json", "-m", "24", "--temp", "0.7", "--seed", "3"
 ENDLESS = "generate", "-m", "-1", "--extra-eos-token", "0", "--temp", "2", "-p", "def"
 
@@ -118,3 +119,28 @@ def test_what_cannot_be_is_told_in_one_line(tmp_path, count, arguments, line):
     assert told[0][2].count("\n") == 1
     assert [out for _, out, _ in told] == [""] * count
     assert [err for _, _, err in told[1:]] == [""] * (count - 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["bench", "--num-draft-tokens", "2", "-p", "def", "--repeats", "1", "-m", "8"],
+            lambda found: [arm["acceptance_length"] for arm in found["arms"]],
+        ),
+        (
+            ["measure", "--questions", QUESTIONS, "--limit", "1", "-m", "12"],
+            lambda found: found["conditions"],
+        ),
+    ],
+    ids=["bench", "measure"],
+)
+def test_what_is_accepted_on_two_ranks_is_what_one_accepts(cli, tmp_path, arguments, told):
+    code, alone, err = cli(*arguments, "--json")
+    assert code == 0, err
+    first, second = mlx_drift(2, tmp_path, *arguments, "--json")
+    assert (first[0], second) == (0, (0, "", "")), first[2]
+    together = json.loads(first[1])
+    assert together["ranks"] == 2
+    assert told(together) == told(json.loads(alone))
