@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from chi_square import LEAST_P, p_value
 from mlx_drift import DriftError, Grammar
 from mlx_drift.demo import TARGET
+from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.draft_model import DraftModelDrafter
 from mlx_drift.grammar.follow import GrammarProcessor
+from mlx_drift.target.model import Target
 from schemas import SCHEMAS, grammar_of
 from stateful import EOS, PROMPT, SIZE, grammar, plain, say, small_llama, tokens_of
 from stateful import Grammar as InOrder
@@ -150,18 +152,29 @@ class Held(GrammarProcessor):
         super().__init__(grammar().deep_copy(), PROMPT, thought=None, stops=stops, size=SIZE)
 
 
+def drafter_of(kind, model):
+    if kind == "draft model":
+        return DraftModelDrafter(small_llama(num_hidden_layers=1), model)
+    # Of a reduced vocabulary: where none of its tokens may come, there is nothing to draft.
+    base = tiny_drafter(model, draft_vocab_size=4, own_head=True)
+    d2t = mx.array([0, 1, 3, 5])
+    return ChainDrafter(base.config, base.network, Target(model, (1, 2)), d2t)
+
+
 @pytest.mark.parametrize("k", [1, 3, 8])
-def test_greedy_text_is_that_of_a_processor_with_a_state(k):
+@pytest.mark.parametrize("kind", ["draft model", "head"])
+def test_greedy_text_is_that_of_a_processor_with_a_state(kind, k):
     model = small_llama()
-    drafter = DraftModelDrafter(small_llama(num_hidden_layers=1), model)
+    drafter = drafter_of(kind, model)
     expected = plain(model, PROMPT, InOrder())
     assert tokens_of(say(model, drafter, k, Held())) == expected
     assert plain(model, PROMPT, Held()) == expected
 
 
-def test_sampled_text_has_the_distribution_of_plain_decoding():
+@pytest.mark.parametrize("kind", ["draft model", "head"])
+def test_sampled_text_has_the_distribution_of_plain_decoding(kind):
     model = small_llama()
-    drafter = DraftModelDrafter(small_llama(num_hidden_layers=1), model)
+    drafter = drafter_of(kind, model)
     expected, counts = np.zeros(SIZE**FIRST), np.zeros(SIZE**FIRST)
 
     def cell(said):
