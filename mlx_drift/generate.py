@@ -36,7 +36,7 @@ from mlx_drift.decode.sampling import Sampler, Sampling
 from mlx_drift.decode.speculate import every
 from mlx_drift.decode.statistics import LOW_ACCEPTANCE, Statistics
 from mlx_drift.decode.text import Origin
-from mlx_drift.decode.trees import check_tree, drafting_trees
+from mlx_drift.decode.trees import check_tree, prepare_trees
 from mlx_drift.decode.tuned import remember, tuned_costs
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError, DriftWarning
@@ -70,7 +70,7 @@ def stream_generate(
     *,
     drafter: Drafter | None = None,
     num_draft_tokens: int | Literal["auto"] = 3,
-    tree: int | None = None,
+    tree: int | Literal["auto"] | None = None,
     temp: float = 0.0,
     top_p: float = 0.0,
     min_p: float = 0.0,
@@ -107,11 +107,11 @@ def stream_generate(
         num_draft_tokens: Drafts a round, K; or `"auto"`: what pays, learned from the rounds and
             from what this process or `mlx-drift tune` measured before, plain decoding where
             nothing does. That depends on time: a seed gives the same text again at a fixed K only.
-        tree: Rows the target verifies a round, the last token and drafts that branch. In place of
-            `num_draft_tokens`, for drafters that step (EAGLE and MTP heads); None for a chain. More
-            is accepted a row where the likeliest draft is often wrong and the second one right. At
-            a temperature above 0, too, drafts are the likeliest: a text may take fewer rounds with
-            a chain, whose drafts are drawn. A logits processor has the drafts be a chain.
+        tree: Rows the target verifies a round, the last token and drafts that branch; or `"auto"`:
+            a tree or a chain, whichever pays. In place of `num_draft_tokens`; None for a chain.
+            More is accepted a row where a drafter's likeliest token is often wrong and its second
+            right. At a temperature above 0 a tree's drafts are the likeliest ones, while a chain's
+            are drawn, which may be accepted more often. A logits processor has drafts be a chain.
         temp: Temperature; 0 for greedy decoding. This and the next seven are the keywords of
             mlx-lm's `make_sampler`, and mean the same.
         top_p: Keep the likeliest tokens that make up this mass; 0 or 1 for all.
@@ -272,9 +272,10 @@ def stream_generate(
         prompt_cache.single_use = True
     prompt_cache = _own(prompt_cache, model, drafter)
     if tree is not None and num_draft_tokens != PLAIN:
-        draft_length = drafting_trees(tree, drafter, prompt_cache.target)
-    else:
-        draft_length = _draft_length(num_draft_tokens, prompt_cache, len(tokens))
+        prepare_trees(drafter, prompt_cache.target)
+        num_draft_tokens = "auto" if tree == "auto" else tree - 1
+    draft_length = _draft_length(num_draft_tokens, prompt_cache, len(tokens))
+    draft_length.tree = tree is not None
     statistics = Statistics(draft_length=draft_length)
     detokenizer = tokenizer.detokenizer
     count, told = 0, False
@@ -338,7 +339,7 @@ def stream_generate(
             if seconds is not None:
                 draft_length.costs.know(PLAIN, seconds)
         statistics.plain_step_seconds = seconds
-        if draft_length.fixed is None:
+        if num_draft_tokens == "auto":
             remember(drafter, draft_length)
 
 

@@ -210,7 +210,7 @@ MAKES = {
 
 def test_every_number_is_tried():
     annotated = signature(stream_generate).parameters.values()
-    kinds = int, float, int | None, int | Literal["auto"]
+    kinds = int, float, int | None, int | Literal["auto"], int | Literal["auto"] | None
     assert {p.name for p in annotated if p.annotation in kinds} == NUMBERS.keys()
 
 
@@ -237,7 +237,7 @@ def test_what_is_no_number(pair, name, value):
 
 
 def test_what_numbers_may_be_instead(pair):
-    for name in ("tree", "seed", "max_kv_size", "kv_bits"):
+    for name in ("seed", "max_kv_size", "kv_bits"):
         assert spoken(pair, IDS, **{name: None}) == spoken(pair, IDS)
         assert "a whole number or None" in refusal(pair, **{name: "x"})
     assert "a whole number or auto" in refusal(pair, num_draft_tokens="Auto")

@@ -106,12 +106,13 @@ def generate(
     question = question or QUESTION
     held_to = read_grammar(json_schema, regex, grammar)
     template_keywords = parse_object(chat_template_config, "--chat-template-config")
+    no = no_draft or None
+    rows = options.read_tree(tree, num_draft_tokens=num_draft_tokens, no_draft=no)
     # The embedded pair shows drafting, whether it pays or not; and ranks have no clock in common.
     is_fixed = model is None or world().size > 1
     k = draft_tokens(num_draft_tokens or ("3" if is_fixed else "auto"))
     if not no_draft:
         check_num_draft_tokens(k)
-    options.check_tree_alone(tree, num_draft_tokens=num_draft_tokens, no_draft=no_draft or None)
     if prompt_cache_file is not None:
         if world().size > 1:
             raise DriftError("--prompt-cache-file holds a whole target's rows, not a rank's part")
@@ -154,7 +155,7 @@ def generate(
     if loaded is not None:
         loaded = windowed(loaded, drafter_window, drafter_sinks, tokenizer, lay_out(PLACE))
         loaded = confident(loaded, drafter_confidence)
-        loaded = copying(loaded, lookup, default=k == "auto" and tree is None)
+        loaded = copying(loaded, lookup, default=k == "auto" and rows in (None, "auto"))
     if prompt_cache_file is not None and loaded is not None:
         cache = load_prompt_cache(prompt_cache_file, target, loaded)
         rest = lay_out(PLACE, prefill_response=prefill_response).after_place()
@@ -175,7 +176,7 @@ def generate(
                 max_tokens,
                 drafter=loaded,
                 num_draft_tokens=k,
-                tree=tree,
+                tree=rows,
                 temp=temp,
                 top_p=top_p,
                 min_p=min_p,

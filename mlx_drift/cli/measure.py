@@ -71,7 +71,10 @@ def measure(
     num_draft_tokens: Annotated[
         int | None, typer.Option(metavar="K", help="Drafts a round. Default: 4.")
     ] = None,
-    tree: options.Tree = None,
+    tree: Annotated[
+        int | None,
+        typer.Option(metavar="ROWS", help="Trees of drafts: rows a round, the drafts + 1."),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Tokens to generate a turn, at most.", min=2)
     ] = Settings.max_tokens,
@@ -130,7 +133,7 @@ def measure(
     _check_together(
         perturb, context, document, system_prompt or (), chat_template or (), ignore_chat_template
     )
-    options.check_tree_alone(tree, num_draft_tokens=num_draft_tokens)
+    options.read_tree(None if tree is None else str(tree), num_draft_tokens=num_draft_tokens)
     k = Settings.num_draft_tokens if tree is None else tree - 1
     k = k if num_draft_tokens is None else num_draft_tokens
     check_num_draft_tokens(k)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mlx_drift.decode.trees import check_tree
+from mlx_drift.decode.trees import Rows, check_tree
 from mlx_drift.errors import DriftError
 from mlx_drift.generate import stream_generate
 
@@ -153,7 +153,7 @@ NumDraftTokens = Annotated[
         "Default: auto, for the embedded pair 3. A --seed gives the same text again at a fixed K.",
     ),
 ]
-Tree = Annotated[int | None, typer.Option(metavar="ROWS", help=described("tree"))]
+Tree = Annotated[str | None, typer.Option(metavar="ROWS|auto", help=described("tree"))]
 DrafterSinks = Annotated[
     str | None,
     typer.Option(
@@ -198,19 +198,23 @@ QuantizedKvStart = Annotated[int, typer.Option(help=described("quantized_kv_star
 PrefillStepSize = Annotated[int, typer.Option(help=described("prefill_step_size"), min=1)]
 
 
-def check_tree_alone(tree: int | None, **others: object) -> None:
-    """Checks `--tree`, and that nothing else is given that says what to draft.
+def read_tree(text: str | None, **others: object) -> Rows | None:
+    """Reads `--tree`, beside which nothing else may say how much to draft.
 
     Args:
-        tree: Its value; None if it is not given.
+        text: Its value; None if it is not given.
         others: Values of other flags under the names of their variables; None if not given.
 
     Raises:
-        DriftError: If its number makes no sense, or another one is given.
+        DriftError: If it makes no sense, or another one is given.
     """
-    if tree is None:
-        return
-    check_tree(tree)
+    if text is None:
+        return None
+    if text != "auto" and not text.removeprefix("-").isdecimal():
+        raise DriftError(f"--tree is {text}; expected a number of rows, or auto")
+    rows: Rows = "auto" if text == "auto" else int(text)
+    check_tree(rows)
     if given := [name for name, value in others.items() if value is not None]:
         flag = "--" + given[0].replace("_", "-")
         raise DriftError(f"{flag} and --tree are both given; give one of them")
+    return rows

@@ -6,6 +6,7 @@ import mlx.core as mx
 from rich.table import Table
 
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
+from mlx_drift.drafters.protocol import TREE
 from mlx_drift.generate import DriftResponse
 from mlx_drift.ranks.world import world
 
@@ -91,6 +92,14 @@ def explanation(draft_length: DraftLength) -> Table:
             f"{candidate.tokens_per_second:.1f}",
             "best" if candidate == best else "",
         )
+    for candidate in draft_length.candidates(TREE)[1:] if draft_length.tree else ():
+        rows.add_row(
+            f"tree of {candidate.num_draft_tokens + 1}",
+            f"{1000 * candidate.seconds:.1f}" + ("" if candidate.measured else " (estimated)"),
+            f"{candidate.tokens:.2f}",
+            f"{candidate.tokens_per_second:.1f}",
+            "best" if candidate == best else "",
+        )
     return rows
 
 
@@ -100,6 +109,8 @@ def _draft_length(draft_length: DraftLength) -> str:
     if draft_length.tree and draft_length.fixed:
         return f"trees of {draft_length.fixed + 1} rows"
     if draft_length.fixed is None:
+        if best is not None and draft_length.prefers_trees:
+            return f"auto: trees of {best.num_draft_tokens + 1} rows now"
         if best is None or best.num_draft_tokens == PLAIN:
             return "auto: plain decoding, no number of drafts pays here"
         return f"auto: K = {best.num_draft_tokens} now"

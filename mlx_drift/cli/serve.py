@@ -136,18 +136,21 @@ def serve_command(
         ) from None
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     console = Console(stderr=True)
-    is_fixed = model is None or world().size > 1  # ranks have no clock in common
+    no = no_draft or None
+    rows = options.read_tree(tree, num_draft_tokens=num_draft_tokens, no_draft=no)
+    # Ranks have no clock in common.
+    is_fixed = (model is None and rows != "auto") or world().size > 1
     chosen = num_draft_tokens or (str(FIXED_DRAFTS) if is_fixed else "auto")
-    if chosen == "auto" and world().size > 1:
-        raise DriftError("--num-draft-tokens auto goes by the clock, and each rank has its own")
-    options.check_tree_alone(tree, num_draft_tokens=num_draft_tokens, no_draft=no_draft or None)
+    if "auto" in (chosen, rows) and world().size > 1:
+        flag = "--num-draft-tokens" if chosen == "auto" else "--tree"
+        raise DriftError(f"{flag} auto goes by the clock, and each rank has its own")
     settings = Settings(
         num_draft_tokens=0 if no_draft else _drafts(chosen),
         prefill_step_size=prefill_step_size,
         kv_bits=kv_bits,
         kv_group_size=kv_group_size,
         quantized_kv_start=quantized_kv_start,
-        tree=tree,
+        tree=rows,
     )
     if no_draft and (drafter is not None or draft_model is not None):
         raise DriftError("--no-draft and a drafter are both given; give one of them")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_drift.decode.tree_shape import Levels
 from mlx_drift.drafters.protocol import Draft
 from mlx_drift.target.tree import Tree
 
@@ -18,12 +19,14 @@ class Verdict:
         tested: How many were tested: one more, where another would have followed.
         tokens: What the target chooses after each row; the first accepted + 1 are committed.
         path: The rows that it chooses those after.
+        levels: Of a tree, which of the drafts that followed the path were accepted.
     """
 
     accepted: int
     tested: int
     tokens: list[int]
     path: Sequence[int]
+    levels: Levels = ()
 
 
 def read_verdict(values: list[int], draft: Draft) -> Verdict:
@@ -33,8 +36,14 @@ def read_verdict(values: list[int], draft: Draft) -> Verdict:
     if draft.tree is None:
         return Verdict(accepted, min(kept, draft.tokens.size), tokens[:kept], range(kept))
     tested, *tokens = tokens
+    drafts = draft.tokens.size
+    tokens, parents = tokens[:-drafts], tokens[-drafts:]
     tokens, path = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
-    return Verdict(accepted, tested, tokens[:kept], path[:kept])
+    levels = []
+    for row, following in zip(path[:tested], [*path[1:kept], None], strict=False):
+        beside = [i + 1 for i, parent in enumerate(parents) if parent == row - 1]
+        levels.append((len(beside), 0 if following is None else beside.index(following) + 1))
+    return Verdict(accepted, tested, tokens[:kept], path[:kept], levels)
 
 
 def accept_matching(draft: mx.array, choices: mx.array) -> mx.array:
@@ -111,8 +120,8 @@ def accept_on_tree(draft: mx.array, parents: mx.array, tree: Tree, choices: mx.a
             each by chances of its own, `[N+1]`.
 
     Returns:
-        `[2(N+1) + 2]` int32: how many drafts are accepted, how many were tested, then the choices
-        and the rows they follow, those of the path first.
+        `[2(N+1) + 2 + N]` int32: how many drafts are accepted, how many were tested, then the
+        choices and the rows they follow, those of the path first, and the parents.
     """
     choices, rows = choices.astype(mx.int32), mx.arange(draft.size + 1)
     is_chosen = draft == choices[parents + 1]
@@ -123,7 +132,7 @@ def accept_on_tree(draft: mx.array, parents: mx.array, tree: Tree, choices: mx.a
     order = mx.argsort(mx.where(on_path, rows, rows + rows.size)).astype(mx.int32)
     accepted = on_path.astype(mx.int32).sum(axis=-1, keepdims=True) - 1
     tested = accepted + (parents == order[accepted] - 1).any(axis=-1, keepdims=True)
-    return mx.concatenate([accepted, tested, choices[order], order])
+    return mx.concatenate([accepted, tested, choices[order], order, parents.astype(mx.int32)])
 
 
 def _verdict(accepted: mx.array, tokens: mx.array) -> mx.array:

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mlx_drift.decode.tree_shape import Levels, Ranks, tokens_of_trees
 from mlx_drift.drafters.protocol import NETWORK, TREE, Source
 
 PLAIN = 0
@@ -39,6 +40,9 @@ GUESS, GUESS_WEIGHT = 0.7, 3.0  # an untested drafter's acceptance, and the roun
 FADING, COPY_FADING = 0.99, 0.999  # what is left of the past after a token; copies are rarer
 LOOK_AROUND, NEAR_BEST = 64, 0.9  # rounds after which a neighbour that is near best is timed again
 HORIZON = 64  # tokens in which rows that the drafter missed must have paid for themselves
+
+TREES = 2, 4, 7, 11, MOST_DRAFTS
+"""Drafts of a tree: few, so that each is soon known; with the last token often a kernel's rows."""
 
 COPIED = 1, 2, 4, 8, MOST_DRAFTS
 """Lengths of a copy: few, so that each is soon known."""
@@ -194,7 +198,7 @@ class DraftLength:
         costs: Seconds of a round by draft length, as measured before (`mlx-drift tune`); or what
             several answers measure together.
         acceptance: What is believed of the drafter to begin with.
-        tree: Those of a network branch, where it can; only with `fixed`.
+        tree: Those of a network branch, where it can; without `fixed`, where that pays.
     """
 
     def __init__(
@@ -209,14 +213,16 @@ class DraftLength:
         self.costs = costs if isinstance(costs, Costs) else Costs(costs)
         self.copy_costs = Costs()
         self.acceptance = acceptance or Acceptance()
+        self.tree_costs = Costs()
         self._of_trees = Acceptance()  # by depth
+        self._ranks = Ranks()
         self._of_forced = Acceptance(FORCED_GUESS)
         self.tuned = bool(costs)
         self.rounds = 0
         self._copies = {match: Acceptance(guess) for match, guess in COPY_GUESS.items()}
         self._sources: Sequence[Source] = (NETWORK,)
         self._source = NETWORK
-        self._timed_at: dict[tuple[bool, int], int] = {}
+        self._timed_at: dict[tuple[str, int], int] = {}
         self._catch_up_seconds = 0.0  # a row
         self._is_plain = False
 
@@ -230,8 +236,8 @@ class DraftLength:
             tree: They branch, where there is a choice.
         """
         other = DraftLength(fixed, self.costs, tree=tree)
-        other.copy_costs = self.copy_costs
-        for believed in ("acceptance", "_copies", "_of_forced", "_of_trees"):
+        other.copy_costs, other.tree_costs = self.copy_costs, self.tree_costs
+        for believed in ("acceptance", "_copies", "_of_forced", "_of_trees", "_ranks"):
             setattr(other, believed, copy.deepcopy(getattr(self, believed)))
         return other
 
@@ -241,8 +247,10 @@ class DraftLength:
         Args:
             sources: What there is: what is forced, then a copy, then what a network drafts.
         """
-        others = {NETWORK} if self.tree and TREE in sources else {TREE}
-        sources = [source for source in sources if source not in others]
+        if not self.tree:
+            sources = [source for source in sources if source != TREE]
+        elif self.fixed is not None and TREE in sources:
+            sources = [source for source in sources if source != NETWORK]
         self._sources, self._source = sources, sources[-1]
         if len(sources) > 1 and self.fixed is not None:
             self._source = next(filter(self._is_preferred, sources), sources[-1])
@@ -294,6 +302,7 @@ class DraftLength:
         accepted: int,
         seconds: float,
         source: Source = NETWORK,
+        levels: Levels = (),
     ) -> None:
         """Learns from a round.
 
@@ -305,6 +314,7 @@ class DraftLength:
             accepted: How many were accepted.
             seconds: What the round took.
             source: What was drafted from.
+            levels: Which drafts of a tree were accepted.
         """
         self._is_plain = False
         self.rounds += 1
@@ -312,7 +322,12 @@ class DraftLength:
         self._fade(1 if source.is_free else accepted + 1)
         fell_short = drafted < asked and accepted == drafted and not source.is_tree
         self._acceptance_of(source).record(tested + fell_short, accepted)
-        if asked and not source.is_tree:  # not so at the end of the text
+        if source.is_tree:  # along its first drafts it is a chain
+            self._ranks.record(levels)
+            first = [right == 1 for _, right in levels]
+            right = first.index(False) if False in first else len(first)
+            self.acceptance.record(min(right + 1, len(first)), right)
+        if asked:  # not so at the end of the text
             self._time(source, asked, seconds)
 
     def record_plain(self, seconds: float | None) -> None:
@@ -330,30 +345,44 @@ class DraftLength:
     def candidates(self, source: Source = NETWORK) -> list[Candidate]:
         """Returns plain decoding and the lengths that may be tried, the shortest first.
 
-        Of a network's drafts every length up to one more than was tried; of a copy `COPIED`, and of
-        what is forced those of them that it has, and all.
+        Of a network's drafts every length up to one more than was tried; of its trees `TREES` up to
+        one of them more; of a copy `COPIED`, and of what is forced those of them that it has, and
+        all.
         """
-        if source.is_tree:
-            return []
         known = self._known(source)
         tokens = self._acceptance_of(source).tokens(MOST_DRAFTS)
-        lengths: Sequence[int] = range(min(max(known, default=0) + 1, MOST_DRAFTS) + 1)
+        longest = max(known, default=0)
+        lengths: Sequence[int] = range(min(longest + 1, MOST_DRAFTS) + 1)
+        if source.is_tree:
+            tokens = tokens_of_trees(self.acceptance.rates(MOST_DRAFTS), self._ranks.shares())
+            lengths = PLAIN, *(k for i, k in enumerate(TREES) if not i or TREES[i - 1] <= longest)
         if source.is_free:
             lengths = (PLAIN,) if source.is_empty else (PLAIN, *COPIED)
         if source.kind == "forced":
             most = min(source.match, MOST_DRAFTS)
             lengths = [*(k for k in lengths if k < most), most]
+        own = self._costs_of(source).known() if source.is_tree else known
         costs = [(k, estimate(k, known)) for k in lengths]
         return [
-            Candidate(k, seconds, k in known, tokens[k])
+            Candidate(k, seconds, k in own or k == PLAIN, tokens[k])
             for k, seconds in costs
             if seconds is not None
         ]
 
     def best(self) -> Candidate | None:
         """Returns the candidate of most tokens a second, if there is one."""
-        source = self._sources[-1]
-        return self._best(source) if self.candidates(source) else None
+        found = [self._best(one) for one in self._of_network() if self.candidates(one)]
+        return max(found, key=lambda one: one.tokens_per_second, default=None)
+
+    @property
+    def prefers_trees(self) -> bool:
+        """Whether the best of all is a tree."""
+        trees = self._best(TREE) if self.tree and self.candidates(TREE) else None
+        return trees is not None and trees.num_draft_tokens > PLAIN and trees == self.best()
+
+    def _of_network(self) -> list[Source]:
+        """Returns what a network drafts, if it is there; else what there is."""
+        return [one for one in self._sources if not one.is_free] or [self._sources[-1]]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the decision and its numbers, for `--json` and `--explain`."""
@@ -385,10 +414,11 @@ class DraftLength:
         return max(self.candidates(source), key=lambda c: c.tokens_per_second)
 
     def _known(self, source: Source) -> dict[int, float]:
-        """Returns what rounds from a source take; of a copy at most what a chain's would."""
-        if not source.is_free:
-            return self.costs.known()
-        return dict(sorted((self.costs.known() | self.copy_costs.known()).items()))
+        """Returns what rounds from a source take; of others a chain's, where theirs is unknown."""
+        return dict(sorted((self.costs.known() | self._costs_of(source).known()).items()))
+
+    def _costs_of(self, source: Source) -> Costs:
+        return {"network": self.costs, "tree": self.tree_costs}.get(source.kind, self.copy_costs)
 
     def _acceptance_of(self, source: Source) -> Acceptance:
         if source.kind == "copy":
@@ -399,6 +429,7 @@ class DraftLength:
     def _fade(self, tokens: int) -> None:
         self.acceptance.fade(tokens)
         self._of_trees.fade(tokens)
+        self._ranks.fade(FADING**tokens)
         for acceptance in (*self._copies.values(), self._of_forced):
             acceptance.fade(tokens, COPY_FADING)
 
@@ -406,14 +437,15 @@ class DraftLength:
         return self.rounds - self._timed_at.get(_place(source, k), 0) > LOOK_AROUND
 
     def _time(self, source: Source, k: int, seconds: float) -> None:
-        is_free, _ = place = _place(source, k)
-        (self.copy_costs if is_free else self.costs).add(k, seconds)
-        self._timed_at[place] = self.rounds
+        (self.costs if k == PLAIN else self._costs_of(source)).add(k, seconds)
+        self._timed_at[_place(source, k)] = self.rounds
 
 
-def _place(source: Source, k: int) -> tuple[bool, int]:
-    """Tells which costs rounds of a source belong to; plain decoding is no copy."""
-    return source.is_free and k != PLAIN, k
+def _place(source: Source, k: int) -> tuple[str, int]:
+    """Tells which costs rounds of a source belong to; plain decoding is nobody's."""
+    if k == PLAIN:
+        return "", k
+    return "free" if source.is_free else source.kind, k
 
 
 def _lower_median(values: Any) -> float:

@@ -350,7 +350,7 @@ class Chooser:
                 break
         accepted = len(path) - (not row)
         tested = accepted + (not row and bool(following))
-        return mx.array([accepted, tested, *tokens, *path]), rows
+        return mx.array([accepted, tested, *tokens, *path, *parents]), rows
 
     def _accept_one(self, draft: Draft, row: int, log_probabilities: mx.array) -> mx.array:
         """Accepts one draft, or draws the token in its place, as `accept` does for a round of one.

@@ -169,6 +169,7 @@ def speculate(
         tokens = text.commit(verdict.tokens)
         path = verdict.path[: len(tokens)]
         tested, accepted = min(verdict.tested, len(path)), min(verdict.accepted, len(path))
+        levels = verdict.levels[:tested]
         target.keep(target_cache, path)
         drafter.ingest(text.fresh, _rows(taps, path), drafter_cache)
         chosen_from = [log_probabilities[row] for row in path]
@@ -176,7 +177,7 @@ def speculate(
         # the next round or read the probabilities: what is lazy belongs to this thread's stream.
         waited += _start(drafter_cache.state, target_cache.state, chosen_from, text.state)
         seconds = clock() - start
-        draft_length.record_round(k, draft.size, tested, accepted, seconds, source)
+        draft_length.record_round(k, draft.size, tested, accepted, seconds, source, levels)
         host_seconds = seconds - (read - built) - waited
         round = Round(
             tokens,
@@ -186,6 +187,7 @@ def speculate(
             read - start,
             host_seconds,
             source.kind,
+            levels,
             is_finite=is_finite,
             is_last=text.finished,
         )

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlx_drift.decode.sampling import Chooser, Sampling
 from mlx_drift.decode.sources import possible_sources
+from mlx_drift.decode.tree_shape import Levels
 from mlx_drift.drafters.protocol import Drafter, DrafterCache, Kind, Propose, Source, sources_of
 from mlx_drift.target.caches import TargetCache
 
@@ -47,6 +48,7 @@ class Round:
     # where a processor keeps a state.
     host_seconds: float
     source: Kind = "network"  # of the drafts
+    levels: Levels = ()  # of a tree that was tested
     is_plain: bool = False  # a token of plain decoding: nothing was drafted
     is_finite: bool = True  # all that the drafter computed for it
     is_last: bool = False  # nothing is wanted after it

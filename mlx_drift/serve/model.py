@@ -10,7 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
-from mlx_drift.decode.trees import drafting_trees
+from mlx_drift.decode.trees import Rows, prepare_trees
 from mlx_drift.decode.tuned import tuned_costs
 from mlx_drift.drafters.copying import CopyingDrafter
 from mlx_drift.drafters.head import HeadDrafter
@@ -38,7 +38,7 @@ class Settings:
     Attributes:
         num_draft_tokens: Drafts a round; 0 for plain decoding.
         tree: Rows that the target verifies a round, their drafts a tree, unless a request asks for
-            a number of drafts; None for chains.
+            a number of drafts; or `auto`, of numbers that are; None for chains.
         prefill_step_size: Tokens a chunk of a prompt, at most.
         kv_bits: As in `make_prompt_cache`; so the next two.
         max_snapshots: As in `make_prompt_cache`.
@@ -50,7 +50,7 @@ class Settings:
     kv_group_size: int = KVQuantization.group_size
     quantized_kv_start: int = KVQuantization.start
     max_snapshots: int = 4
-    tree: int | None = None
+    tree: Rows | None = None
 
 
 @dataclass(eq=False)
@@ -93,7 +93,7 @@ class LoadedModel:
         target = self.make_cache().target
         self.vocab_size = target.shape.vocab_size
         if self.settings.tree is not None:
-            drafting_trees(self.settings.tree, self.drafter, target)
+            prepare_trees(self.drafter, target)
         self.footprint = Footprint.of(self.make_cache(), self.settings.prefill_step_size)
         self.learned = DraftLength(costs=tuned_costs(self.model, self.drafter, 1024))
         self.rows_are_alike = rows_are_alike(self.make_cache())
@@ -134,12 +134,15 @@ class LoadedModel:
 
     def draft_length(self, asked: int | None, is_seeded: bool) -> DraftLength:
         """Returns what says how many tokens to draft for one answer."""
-        if self.settings.tree is not None and asked is None:
-            return self.learned.for_another(self.settings.tree - 1, tree=True)
+        tree = None if asked is not None else self.settings.tree
+        if isinstance(tree, int):
+            return self.learned.for_another(tree - 1, tree=True)
         fixed = self.settings.num_draft_tokens if asked is None else asked
         if fixed == "auto" and is_seeded:
             fixed = REPRODUCIBLE
-        return self.learned.for_another(None if fixed == "auto" else fixed)
+        if fixed == "auto":
+            return self.learned.for_another(None, tree=tree == "auto")
+        return self.learned.for_another(fixed)
 
     def cut(self, start: int, is_holding_up: bool) -> int:
         """Says where a chunk of a prompt that begins at some row is to end.

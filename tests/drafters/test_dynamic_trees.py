@@ -12,6 +12,7 @@ from mlx_drift.drafters.config import EagleConfig
 from mlx_drift.drafters.copying import CopyingDrafter
 from mlx_drift.drafters.eagle import EagleNetwork
 from mlx_drift.drafters.load import load_converted
+from mlx_drift.drafters.protocol import TREE
 from mlx_drift.drafters.tree import DEPTH, WIDTH
 from mlx_drift.errors import DriftError
 from mlx_drift.target.model import Target, remove_taps
@@ -223,6 +224,25 @@ def test_a_conversation_goes_on_with_trees(options):
             texts.append([response.token for response in said])
         texts.append(tokens)
     assert texts[:3] == texts[3:]
+
+
+def test_auto_chooses_between_chains_and_trees(model, plain):
+    drafter = tiny_drafter(model)
+    cache = make_prompt_cache(model, drafter)
+    for _ in range(2):  # what was learned stays with the conversation
+        said = [
+            *stream_generate(
+                model, NoText(), PROMPT, LENGTH, drafter=drafter, tree="auto", prompt_cache=cache
+            )
+        ]
+        assert [response.token for response in said] == plain
+    length = said[-1].statistics.draft_length
+    assert length.fixed is None
+    assert length.candidates(TREE)
+    said = stream_generate(
+        model, NoText(), PROMPT, 4, drafter=drafter, num_draft_tokens="auto", prompt_cache=cache
+    )
+    assert not [*said][-1].statistics.draft_length.tree
 
 
 def test_windows_of_a_target_past_the_wrap():

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_drift.decode.trees import drafting_trees
+from mlx_drift.decode.trees import check_tree, prepare_trees
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.generate import check_num_draft_tokens
 from mlx_drift.measure.speed.arithmetic import break_even, device_name, quartiles
@@ -135,7 +135,8 @@ def bench(
     for length in lengths:
         check_num_draft_tokens(length)
     for rows in trees:
-        drafting_trees(rows, drafter, Target(model, drafter.taps))
+        check_tree(rows)
+        prepare_trees(drafter, Target(model, drafter.taps))
     if draft_model is not None:
         check_baseline(model, draft_model)
     drafters = {None: drafter} | ({} if quantized is None else {quantized[0]: quantized[1]})
