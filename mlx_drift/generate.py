@@ -202,10 +202,11 @@ def stream_generate(
         raise DriftError(f"seed is {seed}; expected a whole number from 0 to 2**64 - 1")
     ranks = ranks_of(model)
     if ranks.size > 1:
-        if num_draft_tokens == "auto" and drafter is not None:
+        by_clock = {"num_draft_tokens": num_draft_tokens, "tree": tree}
+        if drafter is not None and "auto" in by_clock.values():
+            name = next(name for name, value in by_clock.items() if value == "auto")
             raise DriftError(
-                "num_draft_tokens is auto, which goes by the clock, and each rank has its own; "
-                "give a number of drafts"
+                f"{name} is auto, which goes by the clock, and each rank has its own; give a number"
             )
         seed = _same_start(ranks, tokens, seed)
     if seed is not None and not (drafter is not None and sampling.is_random):
