@@ -204,9 +204,9 @@ def stream_generate(
     if ranks.size > 1:
         by_clock = {"num_draft_tokens": num_draft_tokens, "tree": tree}
         if drafter is not None and "auto" in by_clock.values():
-            name = next(name for name, value in by_clock.items() if value == "auto")
+            keyword = next(one for one, value in by_clock.items() if value == "auto")
             raise DriftError(
-                f"{name} is auto, which goes by the clock, and each rank has its own; give a number"
+                f"{keyword} is auto, which goes by the clock, and each rank has its own; give a number"
             )
         seed = _same_start(ranks, tokens, seed)
     if seed is not None and not (drafter is not None and sampling.is_random):
