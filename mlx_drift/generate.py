@@ -206,7 +206,8 @@ def stream_generate(
         if drafter is not None and "auto" in by_clock.values():
             keyword = next(one for one, value in by_clock.items() if value == "auto")
             raise DriftError(
-                f"{keyword} is auto, which goes by the clock, and each rank has its own; give a number"
+                f"{keyword} is auto, which goes by the clock, and each rank has its own; give "
+                "a number"
             )
         seed = _same_start(ranks, tokens, seed)
     if seed is not None and not (drafter is not None and sampling.is_random):

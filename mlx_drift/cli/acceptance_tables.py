@@ -32,6 +32,17 @@ def figures(condition: Condition) -> Table:
                 for values in by_position
             )
             table.add_row(f"  draft {position + 1}", *shares)
+    levels = max(len(one.acceptance_by_rank) for one in found)
+    for level in range(levels):
+        by_rank = [one.acceptance_by_rank[level : level + 1] for one in found]
+        table.add_row()
+        table.add_row(f"level {level + 1} of the trees")
+        for rank in range(max(len(ranks[0]) for ranks in by_rank if ranks)):
+            shares = (
+                _show(ranks[0][rank], count) if ranks and rank < len(ranks[0]) else "–"
+                for ranks in by_rank
+            )
+            table.add_row(f"  its draft {rank + 1}", *shares)
     groups = [name for name in next(iter(drafters.values())) if name != ALL]
     if groups:
         table.add_row()

@@ -62,6 +62,12 @@ def table(last: DriftResponse, interrupted: bool) -> Table:
             for name, one in statistics.sources.items()
         ]
         rows.add_row("accepted from", "; ".join(told))
+    if statistics.ranks:
+        rows.add_row(
+            "of a tree's first level",
+            "  ".join(f"{rate:.2f}" for rate in statistics.acceptance_by_rank[0])
+            + "  (its first, second, … draft)",
+        )
     if statistics.speedup is not None and statistics.plain_step_seconds is not None:
         faster = statistics.speedup >= 1
         is_auto = statistics.draft_length is not None and statistics.draft_length.fixed is None

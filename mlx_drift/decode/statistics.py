@@ -37,6 +37,8 @@ class Statistics:
         free_accepted: As `accepted`, in those alone.
         expected: Tokens that came of what the answer was expected to be, and that did not; None if
             nothing was.
+        ranks: Of trees, for each level that was tested, how often the first of the drafts that
+            followed the path was accepted, the second and so on; under 0, how often none was.
         round_seconds: Wall-clock seconds of each round, drafting and verifying.
         host_seconds: Of each round, the seconds spent in Python.
         plain_step_seconds: Seconds of a one-row target step, where it was timed.
@@ -58,6 +60,7 @@ class Statistics:
     free_tested: dict[str, list[int]] = field(default_factory=dict)
     free_accepted: dict[str, list[int]] = field(default_factory=dict)
     expected: tuple[int, int] | None = None
+    ranks: list[Counter[int]] = field(default_factory=list)
     round_seconds: list[float] = field(default_factory=list)
     host_seconds: list[float] = field(default_factory=list)
     plain_step_seconds: float | None = None
@@ -81,6 +84,7 @@ class Statistics:
         else:
             self.record(round.tested, round.accepted, round.seconds, round.host_seconds)
             self.not_finite += not round.is_finite
+            self._add_ranks([Counter([right]) for _, right in round.levels])
             if round.source in FREE:
                 self._add_free(round.source, 1, [1] * round.tested, [1] * round.accepted)
 
@@ -94,6 +98,7 @@ class Statistics:
         """Adds another generation's rounds."""
         self.rounds += other.rounds
         self.not_finite += other.not_finite
+        self._add_ranks(other.ranks)
         for source, rounds in other.free_rounds.items():
             tested, accepted = other.free_tested[source], other.free_accepted[source]
             self._add_free(source, rounds, tested, accepted)
@@ -106,6 +111,9 @@ class Statistics:
         self.plain_tokens += other.plain_tokens
         self.plain_seconds += other.plain_seconds
         self.cache_bytes = max(self.cache_bytes, other.cache_bytes)
+
+    def _add_ranks(self, ranks: list[Counter[int]]) -> None:
+        self.ranks = [a + b for a, b in zip_longest(self.ranks, ranks, fillvalue=Counter())]
 
     def _add_free(self, source: str, rounds: int, tested: list[int], accepted: list[int]) -> None:
         self.free_rounds[source] += rounds
@@ -144,6 +152,14 @@ class Statistics:
         return [a / t for a, t in zip_longest(self.accepted, self.tested, fillvalue=0) if t]
 
     @property
+    def acceptance_by_rank(self) -> list[list[float]]:
+        """For each level of trees, in what share of its tests the first draft was accepted, …"""
+        return [
+            [counts[rank] / counts.total() for rank in range(1, max(1, *counts) + 1)]
+            for counts in self.ranks
+        ]
+
+    @property
     def speedup(self) -> float | None:
         """Tokens a second over plain decoding's, from medians; None if plain was not timed."""
         if self.plain_step_seconds is None or not (self.rounds or self.plain_tokens):
@@ -160,6 +176,7 @@ class Statistics:
             "acceptance_length": self.acceptance_length,
             "tokens_per_round": self.tokens_per_round,
             "conditional_acceptance": self.conditional_acceptance,
+            "acceptance_by_rank": self.acceptance_by_rank,
             "sources": self.sources,
             "round_seconds": statistics.median(self.round_seconds) if self.rounds else None,
             "host_seconds": statistics.median(self.host_seconds) if self.rounds else None,

@@ -13,6 +13,7 @@ from mlx_drift.decode.accept import accept_on_tree, read_verdict
 from mlx_drift.decode.draft_length import DraftLength
 from mlx_drift.decode.sampling import GREEDY, Sampling
 from mlx_drift.decode.speculate import every, prefill, speculate
+from mlx_drift.decode.statistics import Statistics
 from mlx_drift.drafters.protocol import Draft
 from mlx_drift.target.model import Target, remove_taps
 from mlx_drift.target.tree import Tree, follow_trees
@@ -191,6 +192,27 @@ def test_rows_have_the_log_probabilities_they_are_chosen_from(model, text):
     logits = model(mx.array([text]))[0, len(PROMPT) - 1 :][: len(chosen_from)]
     expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     assert mx.allclose(chosen_from, expected, atol=1e-4)
+
+
+def test_statistics_tell_acceptance_by_depth_and_rank(model, text):
+    statistics = Statistics()
+    rounds = [round for round in spoken(model, text, 8) if round.levels]  # but for a last chain
+    for round in rounds:
+        statistics.record_round(round)
+        assert [right > 0 for _, right in round.levels] == [
+            *[True] * round.accepted,
+            *[False] * (round.tested - round.accepted),
+        ]
+        assert all(right <= drafts for drafts, right in round.levels)
+    assert [counts.total() for counts in statistics.ranks] == statistics.tested
+    by_rank = [sum(shares) for shares in statistics.acceptance_by_rank]
+    assert by_rank == pytest.approx(statistics.conditional_acceptance)
+    assert len(statistics.acceptance_by_rank[0]) > 1
+    twice = Statistics()
+    twice.add(statistics)
+    twice.add(statistics)
+    assert twice.acceptance_by_rank == statistics.acceptance_by_rank
+    assert twice.ranks[0].total() == 2 * statistics.ranks[0].total()
 
 
 def test_processors_without_a_state_see_the_path_of_each_draft(model):

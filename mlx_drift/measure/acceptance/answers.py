@@ -282,7 +282,10 @@ def _answer(value: dict[str, Any], most: int) -> Answer:
         raise ValueError
     if not prompt_tokens or not all(0 < tokens < MOST_TOKENS for tokens in prompt_tokens):
         raise ValueError
-    return Answer(prompt_tokens, rounds)
+    ranks = tuple((int(a), int(b), int(c)) for a, b, c in value.get("ranks", ()))
+    if not all(0 <= level < most and 0 <= rank <= most and n > 0 for level, rank, n in ranks):
+        raise ValueError
+    return Answer(prompt_tokens, rounds, ranks)
 
 
 def _names(by_condition: Mapping[str, Iterable[str]]) -> list[tuple[str, list[str]]]:

@@ -47,10 +47,13 @@ class Answer:
         prompt_tokens: Tokens of each turn's prompt.
         rounds: Of each round of all turns, how many drafts were tested and how many accepted
             (`mlx_drift.decode.statistics` says what these words mean).
+        ranks: Of trees: a level, from 0, which of its drafts was accepted, from 1, or 0 for none,
+            and how often.
     """
 
     prompt_tokens: tuple[int, ...] = ()
     rounds: tuple[tuple[int, int], ...] = ()
+    ranks: tuple[tuple[int, int, int], ...] = ()
 
 
 Answers = dict[str, dict[str, Answer]]
@@ -90,7 +93,11 @@ def ask(
         said, answers = answer(model, tokenizer, drafters, prompt, settings, seed)
         texts.append(said)
         found = {
-            name: Answer(before.prompt_tokens + now.prompt_tokens, before.rounds + now.rounds)
+            name: Answer(
+                before.prompt_tokens + now.prompt_tokens,
+                before.rounds + now.rounds,
+                before.ranks + now.ranks,
+            )
             for (name, before), now in zip(found.items(), answers.values(), strict=True)
         }
     return found
@@ -142,7 +149,12 @@ def answer(
                 rounds.append((so_far[0] - tested, so_far[1] - accepted))
                 tested, accepted = so_far
         texts.append(text)
-        answers[name] = Answer((len(prompt),), tuple(rounds))
+        ranks = [
+            (level, rank, count)
+            for level, by_rank in enumerate(response.statistics.ranks)
+            for rank, count in sorted(by_rank.items())
+        ]
+        answers[name] = Answer((len(prompt),), tuple(rounds), tuple(ranks))
     return texts[0], answers
 
 

@@ -44,6 +44,8 @@ class Acceptance:
         tokens_per_round: That plus one.
         conditional_acceptance: For each draft position, the share accepted of those tested there.
         unconditional_acceptance: For each draft position, the share of rounds that accepted it.
+        acceptance_by_rank: For each level of trees, the share of its tests in which the first of
+            the drafts there was accepted, the second and so on.
     """
 
     questions: int
@@ -53,6 +55,7 @@ class Acceptance:
     tokens_per_round: Interval
     conditional_acceptance: tuple[Interval, ...]
     unconditional_acceptance: tuple[Interval, ...]
+    acceptance_by_rank: tuple[tuple[Interval, ...], ...] = ()
 
     @classmethod
     def of(cls, answers: Sequence[Answer]) -> "Acceptance":
@@ -70,6 +73,7 @@ class Acceptance:
             tokens_per_round=Interval(*(bound + 1 for bound in length)),
             conditional_acceptance=tuple(map(ratio, accepted, tested)),
             unconditional_acceptance=tuple(ratio(at, rounds) for at in accepted),
+            acceptance_by_rank=_by_rank(answers),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,6 +90,9 @@ class Acceptance:
             "tokens_per_round": bounded(self.tokens_per_round),
             "conditional_acceptance": [bounded(share) for share in self.conditional_acceptance],
             "unconditional_acceptance": [bounded(share) for share in self.unconditional_acceptance],
+            "acceptance_by_rank": [
+                [bounded(share) for share in level] for level in self.acceptance_by_rank
+            ],
         }
 
 
@@ -204,6 +211,22 @@ def _groups(questions: Sequence[Question]) -> dict[str, list[int]]:
         if members not in kept.values():
             kept[name] = members
     return kept
+
+
+def _by_rank(answers: Sequence[Answer]) -> tuple[tuple[Interval, ...], ...]:
+    """Returns the shares of each level's ranks."""
+    found: list[tuple[Interval, ...]] = []
+    for level in range(max((at + 1 for a in answers for at, _, _ in a.ranks), default=0)):
+        counts = [[(r, n) for at, r, n in a.ranks if at == level] for a in answers]
+        tested = [sum(n for _, n in of_answer) for of_answer in counts]
+        ranks = range(1, max(1, *(r for of_answer in counts for r, _ in of_answer)) + 1)
+        found.append(
+            tuple(
+                ratio([sum(n for r, n in of_answer if r == rank) for of_answer in counts], tested)
+                for rank in ranks
+            )
+        )
+    return tuple(found)
 
 
 def _accepted(answer: Answer) -> int:

@@ -57,6 +57,8 @@ class Arm:
         efficiency: Round efficiency of the two.
         draft_length: What `auto` decided last, and by what numbers.
         tree: Rows that the target verified a round, in a tree; None for a chain.
+        acceptance_by_rank: Of each level of a tree, the share of its tests in which the first draft
+            was accepted, the second and so on.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Arm:
     efficiency: tuple[float, float] | None = None
     draft_length: dict[str, Any] | None = None
     tree: int | None = None
+    acceptance_by_rank: tuple[list[float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -227,4 +230,5 @@ def _arm(way: Way, found: Answer, plain: Answer, prompts: int, costs: Sequence[R
         (greedy.efficiency, sampled.efficiency) if greedy and sampled else None,
         found.draft_length,
         way.tree,
+        tuple(seen.acceptance_by_rank),
     )

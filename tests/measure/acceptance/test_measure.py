@@ -55,6 +55,14 @@ class TestByHand:
         assert [v.value for v in found.conditional_acceptance] == [2 / 3, 1, 1 / 2]
         assert [v.value for v in found.unconditional_acceptance] == [1 / 2, 1 / 2, 1 / 4]
 
+    def test_acceptance_by_level_and_rank_of_trees(self):
+        ranks = ((0, 0, 2), (0, 1, 5), (0, 3, 1), (1, 0, 4))
+        answers = [Answer((4,), self.ROUNDS, ranks), Answer((4,), self.ROUNDS, ((0, 1, 2),))]
+        first, second = Acceptance.of(answers).acceptance_by_rank
+        assert [share.value for share in first] == [7 / 10, 0, 1 / 10]
+        assert [share.value for share in second] == [0]
+        assert Acceptance.of([Answer((4,), self.ROUNDS)]).to_dict()["acceptance_by_rank"] == []
+
     def test_figures_as_json(self):
         (one,) = [Acceptance.of([Answer((4,), self.ROUNDS)]).to_dict()]
         assert one == {
@@ -65,6 +73,7 @@ class TestByHand:
             "tokens_per_round": [2.25, None, None],
             "conditional_acceptance": [[2 / 3, None, None], [1, None, None], [0.5, None, None]],
             "unconditional_acceptance": [[0.5, None, None], [0.5, None, None], [0.25, None, None]],
+            "acceptance_by_rank": [],
         }
 
     def test_groups_and_ratios(self):
