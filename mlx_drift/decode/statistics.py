@@ -113,7 +113,8 @@ class Statistics:
         self.cache_bytes = max(self.cache_bytes, other.cache_bytes)
 
     def _add_ranks(self, ranks: list[Counter[int]]) -> None:
-        self.ranks = [a + b for a, b in zip_longest(self.ranks, ranks, fillvalue=Counter())]
+        none: Counter[int] = Counter()
+        self.ranks = [a + b for a, b in zip_longest(self.ranks, ranks, fillvalue=none)]
 
     def _add_free(self, source: str, rounds: int, tested: list[int], accepted: list[int]) -> None:
         self.free_rounds[source] += rounds
