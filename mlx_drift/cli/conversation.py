@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mlx.nn as nn
-from mlx_lm.generate import TextStateMachine
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.cli.drafts import Said
@@ -19,6 +18,8 @@ from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
 from mlx_drift.files.text import check_text, read_text
 from mlx_drift.generate import DriftResponse, stream_generate
+from mlx_drift.serve.said import Reasoning, Speech, Text
+from mlx_drift.serve.wording import Wording
 from mlx_drift.target.context import longest_text
 
 TEXT, REASONING = "text", "reasoning"
@@ -106,6 +107,7 @@ class Conversation:
     def speak_with(self, speaker: Speaker) -> None:
         """Goes on with another model."""
         self.speaker = speaker
+        self.statistics.plain_step_seconds = None
         cache = make_prompt_cache(speaker.model, speaker.drafter, **self.settings.caches)
         # A fork does not warn where a prompt leaves the conversation: here someone asked for it.
         self._cache: PromptCache = cache.fork()
@@ -142,7 +144,9 @@ class Conversation:
             progress(done, total)
             _stop_if(is_stopped())
 
-        parts = Parts(self.speaker.tokenizer, rendered)
+        start = self.speaker.tokenizer.think_start  # some templates open reasoning themselves
+        opens = start is not None and rendered.rstrip().endswith(start)
+        wording = Wording(self.speaker.tokenizer, (), Speech(begins_in_reasoning=opens))
         written = {TEXT: "", REASONING: ""}
         responses: Any = stream_generate(
             self.speaker.model,
@@ -162,11 +166,16 @@ class Conversation:
             for response in responses:
                 self.last = response
                 self.said.append(Said(response.text, response.token, response.origin))
-                is_last = response.finish_reason is not None
-                for kind, part in parts.add(response.text, is_last):
-                    written[kind] += part
-                    yield kind, Said(part, response.token, response.origin)
-                _stop_if(is_stopped() and not is_last)
+                ended = response.finish_reason
+                pieces = [] if ended == "stop" else wording.add(response.token)
+                if ended is not None:
+                    pieces += wording.end(is_cut=ended == "length")
+                for piece in pieces or [Text("")]:
+                    if isinstance(piece, Text | Reasoning):
+                        kind = TEXT if isinstance(piece, Text) else REASONING
+                        written[kind] += piece.text
+                        yield kind, Said(piece.text, response.token, response.origin)
+                _stop_if(is_stopped() and ended is None)
         except _Stopped:
             pass
         finally:
@@ -272,29 +281,3 @@ class _Stopped(Exception):
 def _stop_if(stopped: bool) -> None:
     if stopped:
         raise _Stopped
-
-
-class Parts:
-    """Tells reasoning from the answer, by the tokenizer's markers.
-
-    Args:
-        tokenizer: The target's.
-        prompt: What comes before the answer: some templates end within reasoning.
-    """
-
-    def __init__(self, tokenizer: TokenizerWrapper, prompt: str):
-        edges: dict[str, list[tuple[str, str]]] = {}
-        state = TEXT
-        if tokenizer.has_thinking:
-            start, end = tokenizer.think_start, tokenizer.think_end
-            edges = {TEXT: [(start, REASONING)], REASONING: [(end, TEXT)]}
-            state = REASONING if prompt.rfind(start) > prompt.rfind(end) else TEXT
-        self._state = TextStateMachine(edges).make_state(state)
-
-    def add(self, text: str, is_last: bool) -> list[tuple[str, str]]:
-        """Takes a token's text; returns what is certain of it, at least one part."""
-        self._state, parts = TextStateMachine.split(self._state, text)
-        if is_last:
-            self._state, rest, name = TextStateMachine.flush(self._state)
-            parts.append((name, rest))
-        return [part for part in parts[:-1] if part[1]] + parts[-1:]

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.style import Style
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
@@ -124,10 +124,8 @@ def check_place(path: Path) -> None:
         raise DriftError(f"{path}: a picture cannot be written there; give a file in a folder")
 
 
-def save_picture(
-    path: Path, title: str, said: Sequence[Said], below: Iterable[RenderableType]
-) -> None:
-    """Draws an answer in marks and colours as SVG, with a legend and what is to stand below it.
+def save_picture(path: Path, title: str, said: Sequence[Said], below: str) -> None:
+    """Draws an answer in marks and colours as SVG, with a legend and a line below it.
 
     Raises:
         DriftError: If the file cannot be written.
@@ -140,7 +138,7 @@ def save_picture(
         color_system="truecolor",
         no_color=False,
     )
-    for part in (coloured(said), "", legend(one.origin for one in said), *below):
+    for part in (coloured(said), "", legend(one.origin for one in said), Text(below)):
         console.print(part, highlight=False)
     svg = console.export_svg(title=title, theme=MONOKAI, unique_id="drafts")
     # Fonts that would come from elsewhere: the viewer's own do.

@@ -23,7 +23,7 @@ from mlx_drift.cli.prompts import (
     read_grammar,
     read_prompt,
 )
-from mlx_drift.cli.report import explanation, report, table
+from mlx_drift.cli.report import explanation, in_short, report, table
 from mlx_drift.cli.show import prompt_bar
 from mlx_drift.decode.prompt_cache import PromptCache
 from mlx_drift.decode.prompt_cache_file import load_prompt_cache
@@ -219,7 +219,7 @@ def generate(
         if show_drafts:
             console.print(shown.legend(said))
         if svg is not None:
-            save_picture(svg, "mlx-drift generate --show-drafts", said, [table(last, interrupted)])
+            save_picture(svg, "mlx-drift generate --show-drafts", said, in_short(last))
         if explain and last.statistics.draft_length is not None:
             console.print(explanation(last.statistics.draft_length))
     if interrupted:

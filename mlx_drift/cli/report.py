@@ -28,6 +28,13 @@ def report(text: str, last: DriftResponse | None, interrupted: bool) -> dict[str
     }
 
 
+def in_short(last: DriftResponse) -> str:
+    """Tells what drafting came to, in what does not depend on the machine."""
+    statistics = last.statistics
+    told = f"{last.generation_tokens} tokens in {statistics.rounds} rounds"
+    return f"{told}, {statistics.acceptance_length:.2f} drafts accepted a round"
+
+
 def table(last: DriftResponse, interrupted: bool) -> Table:
     """Lays out the statistics of a generation."""
     rows = Table(show_header=False, box=None, pad_edge=False)

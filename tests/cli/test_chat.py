@@ -15,10 +15,16 @@ from mlx_drift import DriftError, DriftWarning, load_demo
 from mlx_drift.cli import conversation as conversation_module
 from mlx_drift.cli.chat import View
 from mlx_drift.cli.chat_commands import Commands
-from mlx_drift.cli.conversation import REASONING, TEXT, Conversation, Parts, Settings, Speaker
+from mlx_drift.cli.conversation import REASONING, TEXT, Conversation, Settings, Speaker
 from mlx_drift.demo import QUESTION
+from scripted import scripted_checkpoint
 
 SECOND = "What does `shutil.copytree` do?"
+SCRIPTS = {
+    "[[think]]": "<think>\nFirst, second.\n</think>\n\nSo it is five.",
+    "[[sunny]]": "It is sunny there.",
+    "<think>": "Is five odd or even?</think>\n\nFive is odd.",
+}
 
 
 @pytest.fixture(scope="module")
@@ -110,21 +116,31 @@ def test_a_model_without_a_chat_template_is_refused(speaker):
         Speaker("bare", speaker.model, bare, speaker.drafter)
 
 
-def test_reasoning_is_told_from_the_answer():
-    tokenizer = SimpleNamespace(has_thinking=True, think_start="<think>", think_end="</think>")
-
-    def parts(prompt, *texts):
-        split = Parts(tokenizer, prompt)
-        found = {TEXT: "", REASONING: ""}
-        for i, text in enumerate(texts):
-            for kind, part in split.add(text, i == len(texts) - 1):
-                found[kind] += part
-        return found[REASONING], found[TEXT]
-
-    assert parts("Hi", "<th", "ink>a", "b</thi", "nk>c") == ("ab", "c")
-    assert parts("Hi<think>\n", "a</think>b") == ("a", "b")
-    assert parts("<think></think>Hi", "a <", "thin") == ("", "a <thin")
-    assert parts("Hi<think>", "never ends") == ("never ends", "")
+@pytest.mark.parametrize(
+    ("question", "template", "reasoning", "text"),
+    [
+        ("Hi [[think]]", "{}", "First, second.", "So it is five."),
+        (
+            "Hi",
+            '{"open_thinking": true, "enable_thinking": true}',
+            "Is five odd or even?",
+            "Five is odd.",
+        ),
+        ("Hi [[sunny]]", "{}", None, "It is sunny there."),
+    ],
+)
+def test_reasoning_is_told_from_the_answer(
+    cli, monkeypatch, tmp_path, question, template, reasoning, text
+):
+    model = scripted_checkpoint(tmp_path / "scripted", SCRIPTS)
+    given = ("chat", "--model", model, "--chat-template-config", template)
+    typed(monkeypatch, question)
+    code, out, err = cli(*given, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert (told.get("reasoning"), told["text"]) == (reasoning, text)
+    typed(monkeypatch, question)
+    assert cli(*given)[1] == f"{text}\n"  # without a terminal the answer alone
 
 
 # --- commands ---------------------------------------------------------------------------------
