@@ -45,7 +45,7 @@ def main():
     try:
         message = client.messages.create(messages=messages, **keywords)
     except anthropic.BadRequestError as error:  # the model's template knows of no tools
-        print("tools:", error.body["error"]["message"])
+        print(error.body["error"]["message"])
         return
     results = []
     for block in message.content:

@@ -53,7 +53,7 @@ def main():
     try:
         answer = call(client, model, messages)
     except openai.BadRequestError as error:  # the model's template knows of no tools
-        print("tools:", error.body["message"])
+        print(error.body["message"])
         return
     for tool_call in answer.tool_calls or []:
         print("tools:", tool_call.function.name, json.loads(tool_call.function.arguments))

@@ -10,8 +10,8 @@ from families import build
 from mlx_drift import load_demo
 from mlx_drift.decode.sampling import Sampling
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
-from mlx_drift.serve.request import Busy, Ended, Failed, Piece
-from serving import ask, engine, loaded
+from mlx_drift.serve.request import Busy, Ended, Failed, Piece, Request
+from serving import Heard, ask, engine, loaded
 from tiny import VOCAB, plain_greedy, tiny_drafter, tiny_llama
 
 CLIENTS = 8
@@ -204,7 +204,30 @@ def test_many_random_conversations_of_the_embedded_pair(name, bound, part):
     assert run_conversations(whole, 40, 3 + part, BOUNDS[bound](whole), (1, 8, 30), 4096) > 0
 
 
+def test_whoever_asks_the_device_belongs_to_one_thread(llama):
+    """serving.md 3.19: an MLX stream bound to the thread of a request."""
+    prompt, names, said = [3, 1, 4, 1, 5], set(), []
+
+    def client(running):
+        heard = Heard()
+        heard.on_event = lambda event: names.add(threading.current_thread().name)
+        running.submit(llama, [Request(prompt, 12, top_logprobs=0)], [heard])
+        heard.wait()
+        said.append(heard.tokens)
+
+    for _ in range(2):  # an engine of its own thread each, over one model
+        with engine() as running:
+            threads = [threading.Thread(target=client, args=(running,)) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    assert names == {"device"}
+    assert said == [plain_greedy(llama.model, prompt, 12)] * 6
+
+
 def test_the_bound_holds_and_the_oldest_leave(llama):
+    """serving.md 3.21: a kernel panic from keys and values without bound."""
     bound = llama.footprint.bytes(60) * 3
     with engine(bound) as running:
         for i in range(12):
