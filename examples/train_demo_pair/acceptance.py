@@ -9,18 +9,20 @@ import torch
 from tokenizers import Tokenizer
 
 from recipe.acceptance import measure
+from recipe.dflash import DFlash
 from recipe.drafter import Eagle3
 from recipe.features import read
 from recipe.generate import generate
 from recipe.loss import Drafter
+from recipe.medusa import Medusa
 from recipe.mtp import MTP
 from recipe.rows import Row
-from recipe.target import Llama, LlamaConfig
+from recipe.target import Llama
 from train_demo_pair.data import read_jsonl
 from train_demo_pair.tokenizer import EOT, PAD, generation_prompt, token_id
 
 ANSWER_TOKENS = 128
-NAMES = ("eagle3", "eagle3.1", "mtp")
+NAMES = ("eagle3", "eagle3.1", "mtp", "dflash", "medusa")
 
 
 def heldout_answers(
@@ -37,10 +39,20 @@ def heldout_answers(
     return by_split
 
 
-def load_drafter(folder: Path, config: LlamaConfig) -> Drafter:
+def load_drafter(folder: Path, target: Llama) -> Drafter:
     stored = json.loads((folder / "config.json").read_text())
-    is_mtp = stored.get("speculators_model_type") == "mtp"
-    return MTP.load(folder, config) if is_mtp else Eagle3.load(folder, config)
+    kind = stored.get("speculators_model_type") or stored.get("model_type")
+    if kind == "dflash":
+        return DFlash.load(folder, target)
+    heads: dict[str, type[MTP | Medusa | Eagle3]] = {"mtp": MTP, "medusa": Medusa}
+    return heads.get(kind, Eagle3).load(folder, target.config)
+
+
+def most(drafter: Drafter) -> int:
+    """How many drafts a round it makes at most."""
+    if isinstance(drafter, DFlash):
+        return drafter.block - 1
+    return len(drafter.blocks) if isinstance(drafter, Medusa) else 64
 
 
 def main() -> None:
@@ -55,10 +67,10 @@ def main() -> None:
     by_split = heldout_answers(target, tokenizer, read_jsonl(args.heldout))
     by_split["all"] = [answer for answers in by_split.values() for answer in answers]
     for folder in args.drafters or [Path("pair") / name for name in NAMES]:
-        drafter = load_drafter(folder, target.config)
+        drafter = load_drafter(folder, target)
         for steps in args.draft_tokens:
             for split, answers in by_split.items():
-                measured = measure(drafter, target, answers, steps)
+                measured = measure(drafter, target, answers, min(steps, most(drafter)))
                 print(f"{folder.name}, K={steps}, {split}: {measured}", flush=True)
 
 

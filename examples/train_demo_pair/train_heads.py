@@ -26,7 +26,7 @@ from train_demo_pair.states import ROW
 from train_demo_pair.tokenizer import PAD, token_id
 
 BLOCK, LAYERS = 8, 2  # of dflash
-BLOCKS_OF_A_ROW = 128  # that are learned from: a block costs as much as eight chains' first steps
+BLOCKS_OF_A_ROW = 64  # that are learned from: each costs as much as eight chains of a step
 HEADS = 4  # of medusa
 
 

@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.config import check_target, read_config
+from mlx_drift.drafters.eagle4 import Eagle4Drafter
 from mlx_drift.drafters.load import WEIGHTS, build_drafter, load_network, target_ids
 from mlx_drift.errors import DriftError
 from mlx_drift.files.paths import inside
@@ -55,6 +56,11 @@ def load_trainable(folder: Path, model: nn.Module, *, rank: int = 0, seed: int =
         raise DriftError(
             f"{folder}: a drafter of the type {config.drafter_type!r} drafts no chain; EAGLE-1/2, "
             "EAGLE-3, EAGLE-3.1 and MTP heads are trained here"
+        )
+    if isinstance(drafter, Eagle4Drafter):
+        raise DriftError(
+            f"{folder}: an EAGLE-4 head drafts from candidates alone, which no loss here knows of; "
+            "EAGLE-1/2, EAGLE-3, EAGLE-3.1 and MTP heads are trained here"
         )
     mx.eval(network.parameters())
     return drafter

@@ -16,6 +16,8 @@ from safetensors.numpy import load_file, save_file
 from mlx_drift import DriftError, convert_drafter
 from mlx_drift.drafters.load import build_drafter, load_network, target_ids
 from mlx_drift.files.tensors import read_safetensors
+from mlx_drift.train.head import load_trainable
+from tiny import tiny_llama
 
 FOLDER = Path(__file__).parents[1] / "heads_reference"
 VOCAB, HIDDEN, LAYERS = 48, 32, 8
@@ -186,3 +188,10 @@ def test_flags_that_say_nothing_of_them_are_refused(flag, base, tmp_path):
     source = str(FOLDER / "hydra_prefix")
     with pytest.raises(DriftError, match=f"leave --{flag} out"):
         convert_drafter(source, tmp_path / "out", target=base, **{flag: value})
+
+
+def test_a_head_of_candidates_is_not_trained(base, tmp_path):
+    convert_drafter(str(FOLDER / "eagle4"), tmp_path / "out", target=base)
+    model = tiny_llama(num_hidden_layers=LAYERS, vocab_size=VOCAB)
+    with pytest.raises(DriftError, match="drafts from candidates alone"):
+        load_trainable(tmp_path / "out", model)
