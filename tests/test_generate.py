@@ -12,7 +12,7 @@ import pytest
 
 from backend import ON_GPU, assert_same_tokens
 from mlx_drift import DriftError, generate, load_demo, stream_generate
-from mlx_drift.demo import DRAFTERS
+from mlx_drift.demo import CHAINS
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT_FILE = ROOT / "examples" / "train_demo_pair" / "heldout.jsonl"
@@ -20,7 +20,7 @@ HELD_OUT = [json.loads(line) for line in HELD_OUT_FILE.read_text().splitlines()]
 PROMPTS = 20
 
 
-@pytest.fixture(scope="module", params=DRAFTERS)
+@pytest.fixture(scope="module", params=CHAINS)
 def pair(request):
     return load_demo(request.param)
 

@@ -17,7 +17,7 @@ from mlx_drift.cli.generate import INTERRUPTED
 from mlx_drift.cli.load import load_drafters
 from mlx_drift.cli.prompts import apply_template, encode, parse_object
 from mlx_drift.cli.show import as_is
-from mlx_drift.demo import DRAFTERS
+from mlx_drift.demo import CHAINS, DRAFTERS
 from mlx_drift.errors import DriftError
 from mlx_drift.measure.acceptance.questions import read_question_files
 from mlx_drift.measure.bootstrap import Interval
@@ -40,7 +40,7 @@ def drift_command(
         list[str] | None,
         typer.Option(
             help="A converted drafter's folder, or a Hub repository; repeatable. With the embedded "
-            "target: eagle3.1 or eagle3; by default both."
+            "target: eagle3.1, eagle3, mtp, dflash or medusa; by default all."
         ),
     ] = None,
     drafter_bits: options.DrafterBits = None,
@@ -104,7 +104,8 @@ def drift_command(
     asked = _asked(questions, prompt, limit)
     keywords = parse_object(chat_template_config, "--chat-template-config")
     console = Console(stderr=True)
-    names = drafter or (DRAFTERS if model is None else ())
+    of_demo = CHAINS if intervene else DRAFTERS  # the others have nothing to meddle with
+    names = drafter or (of_demo if model is None else ())
     target, tokenizer, drafters = load_drafters(
         model, names, adapter_path, console, drafter_bits, trust_remote_code
     )

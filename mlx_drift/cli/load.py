@@ -308,7 +308,7 @@ def choose_drafter(drafter: str | None, model: str | None, console: Console) -> 
         if chosen not in DRAFTERS:
             raise DriftError(
                 f"--drafter {drafter} needs its --model; the embedded target has the drafters "
-                f"{' and '.join(DRAFTERS)}"
+                f"{', '.join(DRAFTERS)}"
             )
         return str(DEMO / chosen)
     if drafter != "auto":

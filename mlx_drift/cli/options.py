@@ -87,7 +87,7 @@ Drafter = Annotated[
     typer.Option(
         help="A converted drafter's folder, or a Hub repository, converted on first use; auto "
         "picks a known one (`mlx-drift pairs`); prompt-lookup only copies what followed before. "
-        "With the embedded target: eagle3.1 or eagle3."
+        "With the embedded target: eagle3.1, eagle3, mtp, dflash or medusa."
     ),
 ]
 DraftModel = Annotated[

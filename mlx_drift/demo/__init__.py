@@ -17,19 +17,21 @@ from mlx_drift.drafters.load import load_converted
 
 DEMO = Path(__file__).parent
 TARGET = DEMO / "target"
-DRAFTERS = ("eagle3.1", "eagle3", "mtp")  # the normalized one first: it is the default
+CHAINS = ("eagle3.1", "eagle3", "mtp")  # the normalized one first: it is the default
+DRAFTERS = (*CHAINS, "dflash", "medusa")
 NAME = "mlx-drift-demo"
 QUESTION = "Show me the source of `shlex.quote`."
 """What the command line asks when it is given nothing: a text the target has seen."""
 
 
 def load_demo(
-    drafter: Literal["eagle3.1", "eagle3", "mtp"] = "eagle3.1",
+    drafter: Literal["eagle3.1", "eagle3", "mtp", "dflash", "medusa"] = "eagle3.1",
 ) -> tuple[nn.Module, TokenizerWrapper, HeadDrafter]:
     """Loads the embedded pair.
 
     Args:
-        drafter: The normalized drafter, the pre-norm one trained beside it, or the MTP head.
+        drafter: The normalized drafter, the pre-norm one trained beside it, the MTP head, the block
+            drafter, or the Medusa heads.
 
     Returns:
         The target, its tokenizer and the drafter.

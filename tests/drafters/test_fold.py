@@ -9,7 +9,7 @@ from test_train_time_test import CASES, drafter_of
 
 from checkpoints import EMBEDDED
 from mlx_drift import DriftError, convert_drafter, generate, load_demo, load_drafter
-from mlx_drift.demo import DEMO, DRAFTERS
+from mlx_drift.demo import CHAINS, DEMO
 from mlx_drift.drafters.config import read_config
 from mlx_drift.drafters.fold import fold
 from mlx_drift.drafters.load import load_network, quantize_linears
@@ -115,7 +115,7 @@ def test_fewer_launches(monkeypatch, tmp_path):
     """
     monkeypatch.setattr(mx.fast, "rms_norm", lambda x, weight, eps: mx.sigmoid(x))
     monkeypatch.setattr(mx.fast, "rope", lambda x, *args, **kwargs: mx.sigmoid(x))
-    for name in DRAFTERS:
+    for name in CHAINS:
         _, _, folded = load_demo(name)
         weights = read_safetensors(DEMO / name / "model.safetensors")
         weights.pop("d2t", None)

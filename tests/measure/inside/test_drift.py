@@ -12,7 +12,7 @@ from mlx.utils import tree_map
 from dialects import HIDDEN as HEAD_HIDDEN
 from dialects import LAYERS, eagle, eagle_head
 from mlx_drift import DriftError, convert_drafter, load_demo, load_drafter, stream_generate
-from mlx_drift.demo import DEMO, DRAFTERS
+from mlx_drift.demo import CHAINS, DEMO
 from mlx_drift.drafters.load import load_converted
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.measure.inside.drift import Settings, drift
@@ -201,7 +201,7 @@ def test_watching_changes_nothing(window, sinks):
     assert all(mx.array_equal(a, b) for a, b in zip(*chains, strict=True))
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", CHAINS)
 def test_watching_changes_no_token_and_no_acceptance(name):
     model, tokenizer, drafter = load_demo(name)
     prompt = "Show me the source of `shlex.quote`."
@@ -493,9 +493,9 @@ def test_the_command_on_the_embedded_pair(cli, tmp_path):
     assert code == 0, err
     found = json.loads(out)
     assert (found["steps"], found["prompts"], found["seed"]) == (3, 2, 0)
-    assert [arm["drafter"] for arm in found["arms"]] == [n for n in DRAFTERS for _ in range(2)]
+    assert [arm["drafter"] for arm in found["arms"]] == [n for n in CHAINS for _ in range(2)]
     model, tokenizer, _ = load_demo()
-    drafters = {name: load_converted(DEMO / name, model) for name in DRAFTERS}
+    drafters = {name: load_converted(DEMO / name, model) for name in CHAINS}
     prompts = [tokenizer.encode(text) for text in ("def quote(s):", "Return a")]
     whole = drift(model, tokenizer, drafters, prompts, Settings(3, 8), ["noise-embedding:0.5"])
     assert json.loads(json.dumps(whole.to_dict())) == found
