@@ -70,6 +70,40 @@ def test_recovers_all_four_conventions(taps, feedback, tmp_path, probe):
     assert json.loads((out / "config.json").read_text())["feedback"] == feedback
 
 
+def test_recovers_the_slots_of_a_block(tmp_path, pair, probe):
+    """The embedded block drafter, whose config is made to say that slots predict what follows."""
+    home, head = DEMO / "dflash", tmp_path / "head"
+    config = json.loads((home / "config.json").read_text())
+    stored, tensors = mx.load(str(home / "model.safetensors")), {}
+    q = config["quantization"]
+    for name, tensor in stored.items():
+        layer, _, part = name.rpartition(".")
+        if part in ("scales", "biases"):
+            continue
+        if f"{layer}.scales" in stored:
+            parts = tensor, stored[f"{layer}.scales"], stored[f"{layer}.biases"]
+            tensor = mx.dequantize(*parts, q["group_size"], q["bits"])
+        tensors[name.replace("context_norm", "hidden_norm")] = np.array(tensor)
+    tensors["t2d"] = np.isin(np.arange(4096), tensors["d2t"] + np.arange(2048))
+    same = "hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim "
+    same += "rms_norm_eps rope_theta max_position_embeddings draft_vocab_size block_size"
+    said = {key: config[key] for key in same.split()} | {
+        "architectures": ["DFlashDraftModel"],
+        "vocab_size": config["target"]["vocab_size"],
+        "shift_label": True,
+        "dflash_config": {
+            "mask_token_id": config["mask_token_id"],
+            "target_layer_ids": [tap - 1 for tap in config["taps"]],
+        },
+    }
+    head.mkdir()
+    save_file(tensors, head / "model.safetensors")
+    (head / "config.json").write_text(json.dumps(said))
+    done = convert_drafter(str(head), tmp_path / "out", target=str(TARGET), probe=probe)
+    assert (done.config.slots, done.config.provenance["slots"]) == ("unshifted", "probe")
+    assert any("settles slots = unshifted" in note for note in done.notes)
+
+
 @pytest.mark.parametrize("kind", ["p-eagle", "eagle4", "eagle-attn"])
 def test_round_by_round_a_head_drafts_what_its_chain_does(kind):
     model = tiny_llama()
