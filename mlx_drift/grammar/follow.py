@@ -10,6 +10,7 @@ Notable:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -152,9 +153,8 @@ class GrammarProcessor:
             assert self._thought is not None
             start = self._thought.start
             if token == start[place.done]:
-                return (
-                    THINKING if place.done + 1 == len(start) else Place("opening", place.done + 1)
-                )
+                done = place.done + 1
+                return THINKING if done == len(start) else Place("opening", done)
             if place.done:
                 return OFF
         if self._matcher.try_consume_tokens([token]):
@@ -212,6 +212,7 @@ def _ends_with(tokens: Sequence[int], end: Sequence[int]) -> bool:
     return tuple(tokens[-len(end) :]) == tuple(end)
 
 
+@lru_cache(maxsize=16)
 def _without(tokens: frozenset[int], size: int) -> mx.array:
     allowed = np.ones(size, np.bool_)
     allowed[[token for token in tokens if token < size]] = False
