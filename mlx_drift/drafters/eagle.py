@@ -1,7 +1,7 @@
 """EAGLE-1 and EAGLE-2 drafters: the network (Li et al. 2024; SafeAILab/EAGLE `cnets1.py`).
 
 Notable:
-- The two are the same weights; EAGLE-2 drafts a tree with them, mlx-drift drafts a chain.
+- The two are the same weights; EAGLE-2 drafts a tree with them (`mlx_drift.drafters.tree`).
 - A row fuses the embedding and the target's final *normed* state with one linear layer. The first
   layer has no input norm, and nothing norms the output: it is trained to be the next normed state,
   so it goes to the target's head, and into the next step, as it is.
