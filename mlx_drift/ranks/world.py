@@ -222,7 +222,9 @@ def world() -> Ranks:
     """
     if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         raise DriftError("several ranks under MPI: use mlx.launch with --backend ring, or jaccl")
-    if "MLX_RANK" not in os.environ:
+    hosts = os.environ.get("MLX_HOSTFILE")
+    is_one = hosts is not None and not Path(hosts).read_text().strip()  # mlx.launch -n 1
+    if "MLX_RANK" not in os.environ or is_one:
         return ALONE
     try:
         group = mx.distributed.init()

@@ -6,7 +6,7 @@ import pytest
 import families
 from mlx_drift.errors import DriftError
 from mlx_drift.ranks.cut import _uneven, fingerprints, shard
-from mlx_drift.ranks.world import ALONE, Ranks
+from mlx_drift.ranks.world import ALONE, Ranks, world
 
 
 class Group:
@@ -44,6 +44,19 @@ def test_a_changed_byte_at_an_end_is_seen(tmp_path, size, where):
     content[0 if where == "first" else -1] = 1
     file.write_bytes(content)
     assert fingerprints(tmp_path) != before
+
+
+def test_a_launcher_of_one_starts_one_process(tmp_path, monkeypatch):
+    (tmp_path / "hosts").write_text("\n")
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts"))
+    assert world.__wrapped__() is ALONE
+
+
+def test_mpi_is_refused(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(DriftError, match=r"under MPI: use mlx.launch with --backend ring"):
+        world.__wrapped__()
 
 
 def test_one_process_alone_needs_no_others():
