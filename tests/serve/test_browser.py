@@ -7,6 +7,7 @@ import time
 import pytest
 
 from mlx_drift.demo import QUESTION
+from scripted import scripted_checkpoint
 from serving import PATIENCE, server
 
 pytestmark = pytest.mark.long
@@ -169,6 +170,21 @@ def test_what_the_model_says_is_text(page):
     page.until("document.querySelectorAll('.user').length")
     assert page.find(".user .said").text == markup
     assert not page.all(".said img, .said b")
+
+
+def test_reasoning_stands_before_the_answer(driver, tmp_path):
+    script = {"[[think]]": "<think>\nFirst, second.\n</think>\n\nSo it is five."}
+    model = scripted_checkpoint(tmp_path / "scripted", script)
+    with server("--model", model, "--drafter", "prompt-lookup") as process:
+        page = Page(driver, process.root)
+        page.send("Hi [[think]]")
+        page.answered()
+        for _ in range(2):
+            assert page.find(".assistant .reasoning").text == "First, second."
+            assert page.last() == "So it is five."
+            driver.refresh()
+            page.until("document.querySelectorAll('.assistant').length")
+        page.check_quiet()
 
 
 def test_settings_and_curl(page):

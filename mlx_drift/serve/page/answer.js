@@ -40,7 +40,7 @@ function tokenNodes(token) {
 
 export class Message {
   constructor(message) {
-    this.said = element("div", { class: "said" });
+    this.said = this.place = element("div", { class: "said" });
     this.note = element("p", { class: "note" });
     const who = message.role === "user" ? "You" : "Model";
     const heading = element("h2", {}, who);
@@ -52,17 +52,22 @@ export class Message {
 
   round(round) {
     for (const token of round.tokens) {
-      if (token.reasoning) this.reason(tokenNodes({ ...token, text: token.reasoning }));
-      if (token.text || !token.reasoning) this.said.append(...tokenNodes(token));
+      if (token.reasoning) {
+        this.place = this.reasoning;
+        this.place.append(...tokenNodes({ ...token, text: token.reasoning }));
+        if (!token.text) continue;
+      }
+      if (token.text) this.place = this.said;
+      this.place.append(...tokenNodes(token)); // one that added nothing stands where the last does
     }
   }
 
-  reason(nodes) {
-    if (!this.reasoning) {
-      this.reasoning = element("div", { class: "said reasoning" });
-      this.root.insertBefore(this.reasoning, this.said);
-    }
-    this.reasoning.append(...nodes);
+  get reasoning() {
+    const there = this.root.querySelector(".reasoning");
+    if (there) return there;
+    const made = element("div", { class: "said reasoning" });
+    this.said.before(made);
+    return made;
   }
 }
 
