@@ -89,13 +89,15 @@ class Calls:
     Args:
         tokenizer: The target's.
         tools: What may be called, each as chat/completions has it.
+        once: The first call is all that is wanted.
 
     Attributes:
         count: Whole calls so far.
     """
 
-    def __init__(self, tokenizer: TokenizerWrapper, tools: Sequence[dict[str, Any]]):
+    def __init__(self, tokenizer: TokenizerWrapper, tools: Sequence[dict[str, Any]], once: bool):
         self.count = 0
+        self._once = once
         self._parse = tokenizer.tool_parser
         self._start, self._end = tokenizer.tool_call_start, tokenizer.tool_call_end
         self._head = format_of(tokenizer).head
@@ -148,6 +150,8 @@ class Calls:
             said.append(CallEnded(True))
             self.count += 1
             self._rest, self._object = self._object.rest, None
+            if self._once:
+                return said, False
 
     def end(self, *, is_cut: bool, has_marker: bool) -> list[Said]:
         """Ends a payload.
@@ -167,6 +171,7 @@ class Calls:
         if not calls:
             return [Text(self._start + self._payload + (self._end if has_marker else ""))]
         said: list[Said] = []
+        calls = calls[:1] if self._once else calls
         for id, name, arguments in calls:
             said += CallBegan(self._id(id), name), CallArguments(arguments), CallEnded(True)
         self.count += len(calls)

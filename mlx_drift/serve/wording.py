@@ -48,7 +48,7 @@ class Wording:
         start = TEXT
         if speech is not None:
             if speech.tools:
-                self._calls = Calls(tokenizer, speech.tools)
+                self._calls = Calls(tokenizer, speech.tools, speech.calls_once)
             edges |= _edges(tokenizer, has_calls=bool(speech.tools))
             start = tokenizer.response_initial_state or start
             start = REASONING if speech.begins_in_reasoning else start
@@ -77,7 +77,7 @@ class Wording:
     @property
     def is_over(self) -> bool:
         """Whether nothing more is wanted."""
-        return self.stopped is not None or (self._once and self.calls > 0 and self._name != CALL)
+        return self.stopped is not None or (self._once and self.calls > 0)
 
     def add(self, token: int) -> list[Said]:
         """Takes a token; returns what is certain by now."""

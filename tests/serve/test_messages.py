@@ -173,6 +173,11 @@ def test_an_answer_goes_on_from_the_assistants_last_word(client):
     assert ask(client, messages)[0].content[0].text == "It is sunny there."
 
 
+def test_a_message_may_be_empty(scripted):
+    body = {"messages": user([]), "max_tokens": 1}
+    assert post(f"{scripted.url}/messages", body).status == 200
+
+
 def test_tokens_are_counted(client):
     keywords = {"model": "claude-a", "messages": user("[[sunny]]"), "tools": CUSTOM}
     counted = client.messages.count_tokens(system="Be brief.", **keywords)
@@ -200,6 +205,7 @@ def test_errors_are_written_as_the_client_reads_them(client, scripted):
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),
         ({"tools": [{"name": "a", "strict": 1}]}, "tools[0].strict"),
         ({"mcp_servers": []}, "mcp_servers"),
+        ({"tools": [CUSTOM[0] | {"input_schema": {"a": "\ud800"}}]}, "messages"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
         ({"messages": user([{"type": "image", "source": {}}])}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content[0].text"),

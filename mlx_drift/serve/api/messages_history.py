@@ -115,7 +115,9 @@ def _user(blocks: list[Any], at: str, role: str, names: dict[str, str]) -> list[
             texts += [_text(block, kind, here)]
     if role == "system":
         texts = [without_billing(text) for text in texts]
-    return [*results, *([{"role": role, "content": "\n".join(texts)}] if texts else [])]
+    if texts or not results:
+        results.append({"role": role, "content": "\n".join(texts)})
+    return results
 
 
 def _assistant(blocks: list[Any], at: str, names: dict[str, str]) -> Message:

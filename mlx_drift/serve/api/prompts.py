@@ -79,11 +79,11 @@ def lay_out(
             text = _render(served, cleaned, keywords | {"continue_final_message": True}, False)
         else:
             text = _render(served, cleaned, keywords, add_generation_prompt)
+        tokens = _tokens(served, text)
     except Exception as error:  # a template is a program and raises what it likes
         raise BadRequest(
             f"{param}: the model's chat template refuses them ({brief(str(error))})", param
         ) from None
-    tokens = _tokens(served, text)
     marks: set[int] = set()
     if served.branches and add_generation_prompt and not goes_on:
         system = [*takewhile(lambda message: message["role"] == "system", cleaned)]
