@@ -9,6 +9,10 @@ plain operations in float32: for measuring (`mlx_drift.watch.observe`), decoding
 ask.
 """
 
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
@@ -102,17 +106,27 @@ class TrainTimeTestCache:
         """Appends one step and attends; shapes as in `ChainCache.attend`, M = L."""
         self._keys.append(keys)
         self._values.append(values)
-        attend = mx.checkpoint(self._attend) if self.recompute else self._attend
-        return attend(queries * scale, [*self._keys], [*self._values])
+        attend = recomputed(self._attend) if self.recompute else self._attend
+        return attend(queries * scale, *self._keys, *self._values)
 
-    def _attend(self, queries: mx.array, keys: list[mx.array], values: list[mx.array]) -> mx.array:
-        """Attends with scaled queries: a function of its arguments alone."""
-        rows = queries.shape[2]
-        weights = self._weigh(queries, keys)
-        output = weights[..., :rows] @ values[0][:, :, None]
-        for step, v in enumerate(values[1:]):
-            output = output + weights[..., rows + step, None] * v[:, :, None]
-        return output.reshape(queries.shape)
+    def _attend(self, queries: mx.array, *keys_and_values: mx.array) -> mx.array:
+        """Attends with scaled queries: a function of its arguments alone.
+
+        The softmax is taken apart: nothing of L × L is cut up or put together, for the gradients of
+        which there would be as many copies as steps.
+        """
+        steps = len(keys_and_values) // 2
+        keys, values = keys_and_values[:steps], keys_and_values[steps:]
+        causal, own = self._scores(queries, keys)
+        scores = [causal, *own]
+        tops = [mx.stop_gradient(score.max(-1, keepdims=True)) for score in scores]
+        top = functools.reduce(mx.maximum, tops)
+        weights = [mx.exp((score - top).astype(mx.float32)) for score in scores]
+        total = functools.reduce(mx.add, [weight.sum(-1, keepdims=True) for weight in weights])
+        output = weights[0].astype(queries.dtype) @ values[0][:, :, None]
+        for weight, v in zip(weights[1:], values[1:], strict=True):
+            output = output + weight * v[:, :, None]
+        return (output / total).astype(queries.dtype).reshape(queries.shape)
 
     def weights(self, queries: mx.array, scale: float) -> mx.array:
         """Returns what the rows of the last step attend to.
@@ -127,16 +141,22 @@ class TrainTimeTestCache:
         """
         return self._weigh(queries.astype(mx.float32) * scale, self._keys).flatten(0, 2)
 
-    def _weigh(self, queries: mx.array, keys: list[mx.array]) -> mx.array:
+    def _weigh(self, queries: mx.array, keys: Sequence[mx.array]) -> mx.array:
         """Weighs all keys for scaled queries of one step: `[1, kv_heads, groups, L, L + j]`."""
+        causal, own = self._scores(queries, keys)
+        return mx.softmax(mx.concatenate([causal, *own], axis=-1), axis=-1, precise=True)
+
+    def _scores(
+        self, queries: mx.array, keys: Sequence[mx.array]
+    ) -> tuple[mx.array, list[mx.array]]:
+        """Returns the scores of step 0's keys `[1, kv_heads, groups, L, L]` and of a row's own."""
         rows = queries.shape[2]
         grouped = _grouped(queries, keys[0])
         causal = grouped @ keys[0][:, :, None].swapaxes(-1, -2)
         i, j = mx.arange(rows)[:, None], mx.arange(rows)[None]
         visible = (j <= i) if self.window is None else (j <= i) & (i - j < self.window)
-        causal = mx.where(visible, causal, -mx.inf)
         own = [(grouped * k[:, :, None]).sum(-1, keepdims=True) for k in keys[1:]]
-        return mx.softmax(mx.concatenate([causal, *own], axis=-1), axis=-1, precise=True)
+        return mx.where(visible, causal, -mx.inf), own
 
 
 class TrainTimeTestRows:
@@ -184,6 +204,23 @@ def weigh(queries: mx.array, keys: mx.array, visible: mx.array, scale: float) ->
     grouped = _grouped(queries.astype(mx.float32) * scale, keys)
     scores = mx.where(visible, grouped @ keys[:, :, None].swapaxes(-1, -2), -mx.inf)
     return mx.softmax(scores, axis=-1).flatten(0, 2)
+
+
+def recomputed(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Lets a function of arrays keep nothing for its gradients but its arguments.
+
+    As `mx.checkpoint`, but all gradients are computed at once: one that is wanted only at the end
+    would keep what it is made of until then.
+    """
+    checkpointed: Any = mx.custom_function(function)
+
+    @checkpointed.vjp  # type: ignore[untyped-decorator]
+    def gradients(primals: tuple[mx.array, ...], cotangent: mx.array, output: mx.array) -> Any:
+        again = mx.depends(list(primals), [cotangent])
+        _, found = mx.vjp(function, again, [cotangent])
+        return tuple(mx.depends(found, found))
+
+    return checkpointed
 
 
 def _grouped(queries: mx.array, keys: mx.array) -> mx.array:

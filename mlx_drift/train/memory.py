@@ -16,11 +16,12 @@ from mlx_drift.train.learner import Recipe
 from mlx_drift.train.rows import CHUNK
 
 FLOAT = 4
-LOGITS_KEPT = 4
-"""Arrays of logits' size a loss keeps: the logits, both distributions, their product."""
+LOGITS_KEPT, WEIGHTS_KEPT = 3, 1.25
+"""Arrays of the size of logits, and of attention, that a step keeps for the gradients: both
+distributions and the logits; the weights and a mask."""
 
-WEIGHTS_KEPT = 3
-"""Arrays of attention's size that are kept: scores, what is visible of them, weights."""
+WEIGHTS_AT_WORK, LOGITS_AT_WORK, LOGITS_AGAIN = 5, 2, 8
+"""Those that are there at once besides, as measured; the last where they are computed again."""
 
 
 @dataclass(frozen=True)
@@ -89,19 +90,23 @@ def estimate_memory(
     states = length * len(config.taps) * config.target.hidden_size * FLOAT
     states += length * vocabulary * target.dtype.size
     states += min(length, CHUNK) * config.target.vocab_size * 2 * FLOAT
-    logits = LOGITS_KEPT * length * vocabulary * FLOAT
-    attention = WEIGHTS_KEPT * config.num_layers * heads * length * length * FLOAT
+    logits, attention = length * vocabulary * FLOAT, heads * length * length * FLOAT
+    steps = 0 if recipe.grad_checkpoint else recipe.steps
+    attended: float = steps * config.num_layers
+    if hasattr(config, "block"):  # mlx-lm's, which attends to the rows of all steps, and keeps them
+        attended = recipe.steps * (recipe.steps + 1) / 2
+    kept = steps * LOGITS_KEPT * logits + attended * WEIGHTS_KEPT * attention
+    kept += WEIGHTS_AT_WORK * attention
+    kept += (LOGITS_AGAIN if recipe.grad_checkpoint else LOGITS_AT_WORK) * logits
     inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
     width = config.num_layers * length * (12 * config.hidden_size + 4 * inner) * FLOAT
-    kept = logits + attention  # of a step
-    kept = kept if recipe.grad_checkpoint else recipe.steps * kept
     return Memory(
         target=_nbytes(target.model.parameters()),
         head=_nbytes(network.parameters()),
         gradients=2 * trained,
         optimizer=2 * trained,
         states=states,
-        chain=kept + recipe.steps * width,
+        chain=int(kept) + recipe.steps * width,
         device=machine_memory(),
     )
 

@@ -5,14 +5,20 @@ The train-time test (paper §2, §5.1; SafeAILab/EAGLE `traineagle3/cnets.py`) i
 ``tokens[i + 2 + j]``, so it is held against what the target says at position i + 1 + j.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_drift.drafters.cache import recomputed
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.train.losses import LOSSES, Loss
+
+Judge = Callable[[mx.array, mx.array], mx.array]
+"""Of states that the head reads and the target's logits, the losses."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,7 @@ class Objective:
         def judge(normed: mx.array, target: mx.array) -> mx.array:
             return loss(drafter.head(normed), target)
 
-        if self.recompute:
-            judge = nn.utils.checkpoint(drafter.network, judge)
+        judged = _recomputed(judge, drafter) if self.recompute else judge
         total = mx.array(0.0)
         chain = drafter.train_time_test_states(
             row.tokens, row.taps, self.steps, recompute=self.recompute
@@ -77,5 +82,27 @@ class Objective:
                 break
             at = mx.array(learned)
             target = mx.stop_gradient(row.logits[1 + step + at])
-            total = total + self.decay**step * judge(normed[at], target).mean()
+            total = total + self.decay**step * judged(normed[at], target).mean()
         return total
+
+
+def _recomputed(judge: Judge, drafter: ChainDrafter) -> Judge:
+    """Computes losses once more for the gradients: the head's weights are arguments then."""
+    head: nn.Module | None = drafter.network.get("lm_head", None)
+    if head is None:
+        return recomputed(judge)
+    names = [name for name, _ in tree_flatten(head.trainable_parameters())]
+
+    def judged(normed: mx.array, target: mx.array, *weights: mx.array) -> mx.array:
+        kept = head.trainable_parameters()
+        head.update(tree_unflatten(list(zip(names, weights, strict=True))))
+        try:
+            return judge(normed, target)
+        finally:
+            head.update(kept)
+
+    def with_weights(normed: mx.array, target: mx.array) -> mx.array:
+        weights = [weight for _, weight in tree_flatten(head.trainable_parameters())]
+        return recomputed(judged)(normed, target, *weights)
+
+    return with_weights
