@@ -1,6 +1,7 @@
 """Train the heads that feed nothing back: DFlash, which fills a block, and Medusa.
 
-On the rows of train_mtp.py, in the same order and as many steps: equal training is equal data here.
+On the rows of train_mtp.py, in the same order; by default as many steps, so that equal training is
+equal data.
 The learning rate follows the steps, so a training that was stopped goes on exactly.
 """
 
