@@ -41,7 +41,6 @@ from mlx_drift.measure.speed.shape_costs import (
     shape_costs,
 )
 from mlx_drift.measure.speed.shapes import SHAPES, UNQUANTIZED, random_pair
-from mlx_drift.ranks.world import world
 
 Found = TypeVar("Found", Bench, ShapeCosts, Replay)
 
@@ -62,7 +61,6 @@ def bench_command(
     ] = None,
     adapter_path: options.AdapterPath = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    pipeline: options.Pipeline = False,
     baseline_draft_model: Annotated[
         str | None,
         typer.Option(
@@ -137,12 +135,6 @@ def bench_command(
     if any(not text.strip() for text in prompt or ()):
         raise DriftError("the prompt is empty; give some text")
     lengths = [_length(text) for text in num_draft_tokens or ()] or list(LENGTHS)
-    if world().size > 1:
-        alone = {"--shape": shape, "--replay": replay_file, "--dequantize": dequantize or None}
-        if given := [flag for flag, value in alone.items() if value is not None]:
-            raise DriftError(f"{given[0]} is for one process; leave mlx.launch out")
-        if not num_draft_tokens:  # ranks have no clock in common, by which auto could go
-            lengths = [k for k in lengths if k != "auto"]
     of_a_pair = {
         "--model": model,
         "--drafter": drafter,
@@ -205,7 +197,7 @@ def bench_command(
         return
     keywords = parse_object(chat_template_config, "--chat-template-config")
     target, tokenizer, loaded = load_pair(
-        model, drafter, adapter_path, console, None, draft_model, trust_remote_code, pipeline
+        model, drafter, adapter_path, console, None, draft_model, trust_remote_code
     )
     baseline = None
     if baseline_draft_model is not None:
@@ -302,10 +294,9 @@ def _to_float32(network: nn.Module) -> None:
 def _tell(
     found: Found, table: Callable[[Found], Table], about: Callable[[Found], str], as_json: bool
 ) -> None:
-    """Prints the results, when all ranks are through."""
-    world().finish()
+    """Prints the results."""
     if as_json:
-        typer.echo(json.dumps(found.to_dict() | {"ranks": world().size}))
+        typer.echo(json.dumps(found.to_dict()))
     else:
         console = Console()
         if not console.is_terminal:  # a file or a pipe has no width

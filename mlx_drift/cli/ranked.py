@@ -13,7 +13,7 @@ from pathlib import Path
 from mlx_drift.errors import DriftError
 from mlx_drift.ranks.world import SECONDS_OF_GRACE, Ranks, world
 
-COMMANDS = "generate", "serve", "bench", "measure"
+COMMANDS = "generate", "serve", "measure"
 """The commands that run over several ranks."""
 
 PACKAGES = "mlx", "mlx-lm", "mlx-drift"

@@ -122,25 +122,12 @@ def test_what_cannot_be_is_told_in_one_line(tmp_path, count, arguments, line):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (
-            ["bench", "--num-draft-tokens", "2", "-p", "def", "--repeats", "1", "-m", "8"],
-            lambda found: [arm["acceptance_length"] for arm in found["arms"]],
-        ),
-        (
-            ["measure", "--questions", QUESTIONS, "--limit", "1", "-m", "12"],
-            lambda found: found["conditions"],
-        ),
-    ],
-    ids=["bench", "measure"],
-)
-def test_what_is_accepted_on_two_ranks_is_what_one_accepts(cli, tmp_path, arguments, told):
-    code, alone, err = cli(*arguments, "--json")
+def test_what_is_accepted_on_two_ranks_is_what_one_accepts(cli, tmp_path):
+    arguments = "measure", "--questions", QUESTIONS, "--limit", "1", "-m", "12", "--json"
+    code, alone, err = cli(*arguments)
     assert code == 0, err
-    first, second = mlx_drift(2, tmp_path, *arguments, "--json")
+    first, second = mlx_drift(2, tmp_path, *arguments)
     assert (first[0], second) == (0, (0, "", "")), first[2]
     together = json.loads(first[1])
     assert together["ranks"] == 2
-    assert told(together) == told(json.loads(alone))
+    assert together["conditions"] == json.loads(alone)["conditions"]
