@@ -1,16 +1,21 @@
-"""Known pairs: which published head to try for which target.
+"""Known pairs: which head to try for which target.
 
-The heads and what they need are from their cards and from engines' test suites; nobody could run
-them here. A target is known by the name of its repository, whatever organisation and quantization
-it comes in, or by the sizes in its config where only one known target has them.
+One head is in this package. The others, and what they need, are from their cards and from engines'
+test suites; nobody could run them here. A target is known by the name of its repository, whatever
+organisation and quantization it comes in, or by the sizes in its config where only one known target
+has them.
 """
 
 import re
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlx_drift.convert.mtp.layouts import LAYOUTS
-from mlx_drift.errors import DriftError
+from mlx_drift.demo import smollm2
+from mlx_drift.errors import DriftError, DriftWarning
+from mlx_drift.files.json_file import read_json
 
 QWEN3 = "enable_thinking=false: the head was trained on answers without thinking"
 
@@ -182,6 +187,38 @@ _SUFFIX = re.compile(
     r"[-_](mlx|[2-8]-?bit|(bf|fp|f)16|fp8|mxfp[48]|nvfp4|int[48]|q[2-8]|gs?(32|64|128)"
     r"|awq|gptq|dwq(-\d{4,8})?)$"
 )
+
+
+def find_drafter(name: str, folder: Path) -> tuple[str, str]:
+    """Finds the drafter to try for a target: the one in this package, or a published one.
+
+    Args:
+        name: The target's repository or folder, as the user gave it.
+        folder: Where its `config.json` and, if it is here, its tokenizer are.
+
+    Returns:
+        The drafter's folder or repository, and what to tell of it in a line.
+
+    Raises:
+        DriftError: If none is known, or more than one target might be it.
+
+    Warns:
+        DriftWarning: If the target is a fine-tune of the one that the head was trained for.
+    """
+    if smollm2.is_like(folder):
+        is_named = _base_name(name) == _base_name(smollm2.REPOSITORY)
+        if not is_named and not smollm2.is_original(folder):
+            warnings.warn(
+                f"{name} has the sizes and the tokenizer of {smollm2.REPOSITORY}, but not its "
+                "name or weights: the head was trained for the original, and fewer of its drafts "
+                "may be accepted",
+                DriftWarning,
+                stacklevel=2,
+            )
+        return str(smollm2.HEAD), f"drafter: the head in this package for {smollm2.REPOSITORY}."
+    pair, why = find_pair(name, read_json(folder / "config.json"))
+    needs = f" It needs {pair.needs}." if pair.needs else ""
+    return pair.drafter, f"drafter: {pair.drafter}, by {why}.{needs}"
 
 
 def find_pair(name: str, config: dict[str, Any]) -> tuple[Pair, str]:

@@ -21,6 +21,7 @@ from mlx_drift.errors import DriftError, DriftWarning, printable
 COMMANDS = {
     "generate": "Generate text through a drafter, losing nothing by it.",
     "chat": "Chat with a model: the conversation stays in the caches from turn to turn.",
+    "demo": "Ask a small real model, SmolLM2-135M-Instruct, through the head that comes with it.",
     "serve": "Serve OpenAI's API: conversations that take turns, caches that are found again.",
     "cache-prompt": "Process how prompts begin, once: generate --prompt-cache-file goes on from "
     "there.",

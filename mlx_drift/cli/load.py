@@ -27,12 +27,11 @@ from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.drafters.shared_tokens import difference, shared_ids
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.files.hub import find_hub_folder, never_downloaded, resolve
-from mlx_drift.files.json_file import read_json
 from mlx_drift.files.lfs import refuse_pointers
 from mlx_drift.files.paths import existing
 from mlx_drift.files.text import check_text
 from mlx_drift.loading import load_drafter
-from mlx_drift.pairs import find_pair
+from mlx_drift.pairs import find_drafter
 from mlx_drift.ranks.world import world
 from mlx_drift.target.load import load, load_shard, load_stage
 
@@ -313,10 +312,9 @@ def choose_drafter(drafter: str | None, model: str | None, console: Console) -> 
         return str(DEMO / chosen)
     if drafter != "auto":
         return str(drafter)
-    pair, why = find_pair(model, read_json(target_folder(model) / "config.json"))
-    needs = f" It needs {pair.needs}." if pair.needs else ""
-    console.print(f"drafter: {pair.drafter}, by {why}.{needs}", highlight=False, markup=False)
-    return pair.drafter
+    found, told = find_drafter(model, target_folder(model))
+    console.print(told, highlight=False, markup=False)
+    return found
 
 
 def _say_where(folder: Path) -> None:

@@ -21,8 +21,7 @@ from mlx_drift.demo import NAME, TARGET
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError
-from mlx_drift.files.json_file import read_json
-from mlx_drift.pairs import find_pair
+from mlx_drift.pairs import find_drafter
 from mlx_drift.ranks.world import world
 
 if TYPE_CHECKING:
@@ -225,7 +224,7 @@ def _allowed(source: str, settings: "Settings", lookup: bool | None, console: Co
     model, _, drafter = source.partition("=")
     if not drafter:
         try:
-            find_pair(model, read_json(target_folder(model) / "config.json"))
+            find_drafter(model, target_folder(model))
             drafter = "auto"
         except DriftError:
             drafter = PROMPT_LOOKUP

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx_drift.convert.layers import Overrides
 from mlx_drift.convert.read.source import read_checkpoint
 from mlx_drift.convert.resolved import Resolved
+from mlx_drift.convert.target import target_folder
 from mlx_drift.convert.understand import understand
 from mlx_drift.convert.vocabulary import note_padding, read_d2t
 from mlx_drift.doctor.build import (
@@ -54,7 +55,7 @@ from mlx_drift.errors import DriftError, brief
 from mlx_drift.files.hub import find_hub_folder
 from mlx_drift.files.json_file import read_json
 from mlx_drift.files.paths import existing
-from mlx_drift.pairs import find_pair
+from mlx_drift.pairs import find_drafter
 from mlx_drift.target.caches import KVQuantization, TargetCache
 from mlx_drift.target.model import Target
 
@@ -125,7 +126,7 @@ def doctor(
         examination.examine_target(max_kv_size, quantization)
         examination.examine_taps()
         if drafter is not None:
-            examination.examine_drafter(drafter, model, config)
+            examination.examine_drafter(drafter, model)
         if not place.here and named_dtype(config) is None:
             examination.notes.append("the config names no dtype; bfloat16 is assumed")
         diagnosis = examination.diagnosis(model, config, *weights_of(place, network, loaded))
@@ -214,16 +215,14 @@ class Examination:
         layers = [refused[tap] for tap in refused if 0 < tap <= last]
         self.would_refuse += layers[:1] + [refused[tap] for tap in refused if tap > last]
 
-    def examine_drafter(self, name: str, model: str, config: dict[str, Any]) -> None:
+    def examine_drafter(self, name: str, model: str) -> None:
         """Binds a drafter to the target, lets it ingest two rows and chain two drafts."""
         if name == "auto":
-            found = self._ask(lambda: find_pair(model, config))
+            found = self._ask(lambda: find_drafter(model, target_folder(model)))
             if found is None:
                 return
-            pair, why = found
-            needs = f" It needs {pair.needs}." if pair.needs else ""
-            self.notes.append(f"drafter: {pair.drafter}, by {why}.{needs}")
-            name = pair.drafter
+            name, told = found
+            self.notes.append(told)
         self._ask(lambda: check_converted(name))
         target = self.target
         if target is not None:
