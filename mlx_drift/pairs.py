@@ -189,7 +189,7 @@ _SUFFIX = re.compile(
 )
 
 
-def find_drafter(name: str, folder: Path) -> tuple[str, str]:
+def known_drafter(name: str, folder: Path) -> tuple[str, str]:
     """Finds the drafter to try for a target: the one in this package, or a published one.
 
     Args:

@@ -11,7 +11,7 @@ from mlx_drift import DriftError, DriftWarning
 from mlx_drift.cli import demo as command
 from mlx_drift.cli import main
 from mlx_drift.demo import TARGET, smollm2
-from mlx_drift.pairs import find_drafter
+from mlx_drift.pairs import known_drafter
 
 
 @pytest.fixture
@@ -31,11 +31,11 @@ def alike(tmp_path, monkeypatch):
 def test_the_embedded_target_is_another(tmp_path):
     assert not smollm2.is_like(TARGET)
     with pytest.raises(DriftError, match="no drafter is known"):
-        find_drafter("target", TARGET)
+        known_drafter("target", TARGET)
 
 
 def test_auto_finds_the_head_by_what_the_model_is(alike, recwarn):
-    drafter, told = find_drafter(str(alike), alike)
+    drafter, told = known_drafter(str(alike), alike)
     assert drafter == str(smollm2.HEAD)
     assert smollm2.REPOSITORY in told
     assert not recwarn.list
@@ -82,12 +82,12 @@ def test_a_fine_tune_is_told_as_one(alike, recwarn):
     weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
     mx.save_safetensors(str(path), weights)
     with pytest.warns(DriftWarning, match="but not its name or weights"):
-        assert find_drafter("mine", alike)[0] == str(smollm2.HEAD)
+        assert known_drafter("mine", alike)[0] == str(smollm2.HEAD)
     path.unlink()  # nothing to tell it by
     with pytest.warns(DriftWarning, match="but not its name or weights"):
-        find_drafter("someone/mine", alike)
+        known_drafter("someone/mine", alike)
     recwarn.clear()
-    find_drafter("mlx-community/SmolLM2-135M-Instruct-8bit", alike)
+    known_drafter("mlx-community/SmolLM2-135M-Instruct-8bit", alike)
     assert not recwarn.list
 
 

@@ -18,17 +18,14 @@ from mlx_drift.cli.chat_commands import PREFIX, Commands
 from mlx_drift.cli.conversation import REASONING, TEXT, Conversation, Settings, Speaker
 from mlx_drift.cli.drafts import DraftsShown, Said
 from mlx_drift.cli.generate import INTERRUPTED, draft_tokens
-from mlx_drift.cli.load import PROMPT_LOOKUP, copying, load_pair
+from mlx_drift.cli.load import copying, load_pair, usual_drafter
 from mlx_drift.cli.prompts import parse_object
 from mlx_drift.cli.report import report
 from mlx_drift.cli.show import prompt_bar
-from mlx_drift.convert.target import target_folder
 from mlx_drift.demo import NAME
 from mlx_drift.errors import DriftError
-from mlx_drift.files.json_file import read_json
 from mlx_drift.files.text import decode
 from mlx_drift.generate import check_num_draft_tokens
-from mlx_drift.pairs import find_pair
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -82,7 +79,7 @@ def chat(
 
     def load(name: str | None, head: str | None, small: str | None = None) -> Speaker:
         if name is not None and head is None and small is None:
-            head = _known_drafter(name)
+            head = usual_drafter(name)
         adapter = adapter_path if name == model else None
         target, tokenizer, drafter = load_pair(
             name, head, adapter, console, drafter_bits, small, trust_remote_code
@@ -312,12 +309,3 @@ def _lines() -> Iterator[str]:
 
 def _is_terminal() -> bool:
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
-
-
-def _known_drafter(model: str) -> str:
-    """Returns what drafts for a model if nobody says."""
-    try:
-        find_pair(model, read_json(target_folder(model) / "config.json"))
-    except DriftError:
-        return PROMPT_LOOKUP
-    return "auto"

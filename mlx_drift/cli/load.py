@@ -31,7 +31,7 @@ from mlx_drift.files.lfs import refuse_pointers
 from mlx_drift.files.paths import existing
 from mlx_drift.files.text import check_text
 from mlx_drift.loading import load_drafter
-from mlx_drift.pairs import find_drafter
+from mlx_drift.pairs import known_drafter
 from mlx_drift.ranks.world import world
 from mlx_drift.target.load import load, load_shard, load_stage
 
@@ -300,6 +300,15 @@ def copying(drafter: Drafter, lookup: bool | None, default: bool) -> Drafter:
     return CopyingDrafter(drafter) if (default if lookup is None else lookup) else drafter
 
 
+def usual_drafter(model: str) -> str:
+    """Returns what drafts for a model if nobody says: `auto` where that knows one."""
+    try:
+        known_drafter(model, target_folder(model))
+    except DriftError:
+        return PROMPT_LOOKUP
+    return "auto"
+
+
 def choose_drafter(drafter: str | None, model: str | None, console: Console) -> str:
     """Returns the drafter's folder or repository: the embedded one, a known one, or the user's."""
     if model is None:
@@ -312,7 +321,7 @@ def choose_drafter(drafter: str | None, model: str | None, console: Console) -> 
         return str(DEMO / chosen)
     if drafter != "auto":
         return str(drafter)
-    found, told = find_drafter(model, target_folder(model))
+    found, told = known_drafter(model, target_folder(model))
     console.print(told, highlight=False, markup=False)
     return found
 

@@ -14,14 +14,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
 
 from mlx_drift.cli import options
-from mlx_drift.cli.load import PROMPT_LOOKUP, copying, load_pair, load_target
+from mlx_drift.cli.load import PROMPT_LOOKUP, copying, load_pair, load_target, usual_drafter
 from mlx_drift.cli.prompts import parse_object
-from mlx_drift.convert.target import target_folder
 from mlx_drift.demo import NAME, TARGET
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError
-from mlx_drift.pairs import find_drafter
 from mlx_drift.ranks.world import world
 
 if TYPE_CHECKING:
@@ -222,12 +220,7 @@ def _allowed(source: str, settings: "Settings", lookup: bool | None, console: Co
     from mlx_drift.serve.models import Known, called, weight_bytes
 
     model, _, drafter = source.partition("=")
-    if not drafter:
-        try:
-            find_drafter(model, target_folder(model))
-            drafter = "auto"
-        except DriftError:
-            drafter = PROMPT_LOOKUP
+    drafter = drafter or usual_drafter(model)
     return Known(
         called(model),
         lambda: _load(

@@ -55,7 +55,7 @@ from mlx_drift.errors import DriftError, brief
 from mlx_drift.files.hub import find_hub_folder
 from mlx_drift.files.json_file import read_json
 from mlx_drift.files.paths import existing
-from mlx_drift.pairs import find_drafter
+from mlx_drift.pairs import known_drafter
 from mlx_drift.target.caches import KVQuantization, TargetCache
 from mlx_drift.target.model import Target
 
@@ -218,7 +218,7 @@ class Examination:
     def examine_drafter(self, name: str, model: str) -> None:
         """Binds a drafter to the target, lets it ingest two rows and chain two drafts."""
         if name == "auto":
-            found = self._ask(lambda: find_drafter(model, target_folder(model)))
+            found = self._ask(lambda: known_drafter(model, target_folder(model)))
             if found is None:
                 return
             name, told = found
