@@ -5,11 +5,11 @@ with one draft a round and with four. Each schema is tried once by default; the 
 """
 
 import itertools
-import os
 from functools import cache
 
 import pytest
 
+import real
 from backend import ON_GPU
 from mlx_drift import PromptLookupDrafter, Statistics, load, load_demo, stream_generate
 from schemas import SCHEMAS, assert_valid, grammar_of
@@ -19,7 +19,6 @@ GRID = list(itertools.product(SCHEMAS, (0.0, 0.8), (1, 4)))
 SAMPLE = {GRID[4 * i + i % 4] for i in range(len(SCHEMAS))}
 REAL_NAMES = "object", "enum", "anyOf", "map"
 REAL = [*itertools.product(REAL_NAMES, (0.0, 0.8), (1, 4))]
-FOLDER = os.environ.get("MLX_DRIFT_REAL")
 
 
 @cache
@@ -29,7 +28,7 @@ def pair():
 
 @cache
 def real_pair():
-    model, tokenizer = load(FOLDER)
+    model, tokenizer = load(str(real.folder()))
     return model, tokenizer, PromptLookupDrafter(model)
 
 
@@ -68,22 +67,22 @@ def test_answers_of_the_embedded_pair(name, temp, k):
     assert_holds(pair, name, temp, k, COUNT)
 
 
-real = [
-    pytest.mark.real,
-    pytest.mark.skipif(
-        not FOLDER, reason="set MLX_DRIFT_REAL to a folder with SmolLM2-135M-Instruct"
-    ),
-]
+def marked(cases, is_sample):
+    """Minutes on a real model: a sample is enough but for who asks for all."""
+    one, whole = (pytest.mark.real,), (pytest.mark.real, pytest.mark.long)
+    return [pytest.param(*case, marks=one if is_sample(case) else whole) for case in cases]
 
 
-@pytest.mark.parametrize(("name", "temp", "k"), [pytest.param(*case, marks=real) for case in REAL])
+@pytest.mark.parametrize(
+    ("name", "temp", "k"), marked(REAL, lambda case: case in (("object", 0.0, 4), ("map", 0.8, 1)))
+)
 def test_answers_of_smollm2(name, temp, k):
     assert_holds(real_pair, name, temp, k, 64)
 
 
 @pytest.mark.parametrize(
     ("temp", "k"),
-    [pytest.param(*case, marks=real) for case in itertools.product((0.0, 0.8), (1, 4))],
+    marked(itertools.product((0.0, 0.8), (1, 4)), lambda case: case == (0.0, 1)),
 )
 def test_what_is_forced_spares_smollm2_rounds(temp, k):
     total = Statistics()
