@@ -19,6 +19,7 @@ import mlx_lm
 from mlx_lm.utils import dequantize_model
 
 from mlx_drift import load_drafter, make_prompt_cache, stream_generate
+from mlx_drift.decode.accept import read_verdict
 from mlx_drift.decode.sampling import Chooser, Sampling
 from mlx_drift.demo import DEMO, TARGET
 from mlx_drift.drafters.protocol import Draft
@@ -55,8 +56,8 @@ def acceptance(model, tokenizer, drafter, question: str, temp: float) -> list[in
         draft: Draft = drafter.propose(DRAFTS, cache.drafter_cache, chooser)
         rows = mx.concatenate([last, draft.tokens])
         logits, taps = target.verify(rows, cache.target_cache)
-        decided = chooser.accept(draft, chooser.log_probabilities(logits, draft.tokens))
-        accepted.append(decided.tolist()[0])
+        decided, _ = chooser.verify(draft, logits)
+        accepted.append(read_verdict(decided.tolist(), draft).accepted)
         target.rollback(cache.target_cache, DRAFTS)
         last = mx.array([token])
         drafter.ingest(last, taps[:1], cache.drafter_cache)
