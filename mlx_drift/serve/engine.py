@@ -187,6 +187,8 @@ class Engine:
             failed = Failed("error", f"the server failed ({type(error).__name__}); restart it")
             for ticket in (*self._waiting, *(one.ticket for one in self._turns)):
                 self._tell(ticket, failed)
+        finally:
+            mx.clear_streams()  # MLX aborts a process that ends while it does this for a thread
 
     def _take_turns(self) -> None:
         with wired_limit([]):  # once, for all models and conversations
