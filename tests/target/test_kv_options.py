@@ -100,9 +100,9 @@ def test_no_round_straddles_the_start(model, monkeypatch):
     """A block in which later rows would see quantized keys if they came one by one."""
     blocks, verify = [], Target.verify
 
-    def noted(self, tokens, cache):
+    def noted(self, tokens, cache, *tree):
         blocks.append((cache[0].offset, tokens.size))
-        return verify(self, tokens, cache)
+        return verify(self, tokens, cache, *tree)
 
     monkeypatch.setattr(Target, "verify", noted)
     same_as_mlx_lm(model, PROMPT, 4, quantization=KVQuantization(8, 32, 20))
