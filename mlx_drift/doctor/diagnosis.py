@@ -80,6 +80,7 @@ class DrafterFacts:
         draft_vocab_size: Tokens that it can draft.
         nbytes: Of its weights, as they are cast and folded when they are loaded.
         caches: What it keeps of a conversation.
+        seed_nbytes: Of what it keeps beside them, however long the conversation is.
     """
 
     name: str
@@ -92,6 +93,7 @@ class DrafterFacts:
     draft_vocab_size: int
     nbytes: int
     caches: list[CacheKind]
+    seed_nbytes: int
 
 
 @dataclass(frozen=True)

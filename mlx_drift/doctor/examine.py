@@ -317,6 +317,7 @@ class Examination:
             draft_vocab_size=getattr(config, "draft_vocab_size", config.target.vocab_size),
             nbytes=nbytes_of(network) + (0 if d2t is None else d2t.nbytes),
             caches=cache_kinds(fed, TargetCache(empty), self.context, self.step_size),
+            seed_nbytes=fed.seed_nbytes,
         )
 
     def _family(self, config: dict[str, Any]) -> Family:
@@ -355,7 +356,7 @@ class Examination:
         own, kept, taps = 0, 0, 0
         if self.drafter is not None and self.target is not None:
             own = self.drafter.nbytes
-            kept = sum(kind.nbytes for kind in self.drafter.caches)
+            kept = sum(kind.nbytes for kind in self.drafter.caches) + self.drafter.seed_nbytes
             rows = min(self.step_size, self.context) * len(self.drafter.taps)
             taps = rows * self.target.shape.hidden_size * self.target.dtype.size
         total = None

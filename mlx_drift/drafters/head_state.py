@@ -36,8 +36,13 @@ class HeadState(Caches):
     @property
     def nbytes(self) -> int:
         """The bytes it holds."""
+        return super().nbytes + self.seed_nbytes
+
+    @property
+    def seed_nbytes(self) -> int:
+        """Those of the seed."""
         seed = (part for _, part in tree_flatten(self.seed))
-        return super().nbytes + sum(part.nbytes for part in seed if isinstance(part, mx.array))
+        return sum(part.nbytes for part in seed if isinstance(part, mx.array))
 
     def rewind(self, rows: int) -> bool:
         """Goes back to when `rows` rows had been fed; the seed comes with the next row."""
