@@ -17,7 +17,11 @@ from mlx_drift.target.model import Target
 from tiny import NoText, tiny_llama
 
 SOME = 60
-GENERATIONS = [SOME, pytest.param(6000, marks=pytest.mark.long)]
+GENERATIONS = [
+    SOME,
+    pytest.param(1200, marks=pytest.mark.long),
+    pytest.param(6000, marks=pytest.mark.hours),
+]
 LOOPS = {
     "temperature": {"temp": 0.9},
     "top-p, repetition": {

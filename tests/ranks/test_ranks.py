@@ -65,8 +65,10 @@ def test_a_rank_that_dies_ends_a_collective_that_waits_for_it(tmp_path, killed):
     check_that_all_end(ranks, killed)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("attempt", range(20))
+@pytest.mark.parametrize(
+    "attempt",
+    [pytest.param(i, marks=pytest.mark.long if i < 4 else pytest.mark.hours) for i in range(20)],
+)
 def test_a_rank_that_dies_ends_an_answer(tmp_path, attempt):
     ranks = start(2, tmp_path, "-m", "mlx_drift", *ENDLESS)
     assert ranks[0].stdout.read(1 + attempt)

@@ -61,7 +61,7 @@ def ask_all(base: str) -> list[str | None]:
         return list(clients.map(ask, range(REQUESTS)))
 
 
-@pytest.mark.long
+@pytest.mark.hours
 def test_two_ranks_serve_as_one_process(tmp_path):
     with server() as alone:
         expected = ask_all(alone.url)

@@ -184,6 +184,13 @@ BOUNDS = {"roomy": lambda model: 1 << 30, "tight": lambda model: 4 * model.footp
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("family", TARGETS)
+def test_more_random_conversations(family):
+    model = tiny(family, k="auto")
+    assert run_conversations(model, 100, 2, BOUNDS["tight"](model), (1, 4, 12, 30)) > 0
+
+
+@pytest.mark.hours
 @pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("k", [3, "auto", 0])
 @pytest.mark.parametrize("family", [*TARGETS, "gemma3_text", "falcon_h1", "nemotron_h", "llama4"])
@@ -192,8 +199,13 @@ def test_many_random_conversations(family, k, bound):
     assert run_conversations(model, 200, 2, BOUNDS[bound](model), (1, 4, 12, 30)) > 0
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(0, marks=pytest.mark.long),
+        *(pytest.param(i, marks=pytest.mark.hours) for i in range(1, 5)),
+    ],
+)
 @pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("name", ["eagle3.1", "mtp", None])
 def test_many_random_conversations_of_the_embedded_pair(name, bound, part):
