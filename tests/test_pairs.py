@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -144,13 +145,16 @@ def test_pairs_lists_them_with_whole_names(cli, monkeypatch):
         expected.append([pair.target, pair.drafter])
         expected += [[other, f"({kind})"] for kind, other in pair.others]
     assert [line.split() for line in lines[: len(expected)]] == expected
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in out
     assert any("Qwen/Qwen3-32B" in x and "need enable_thinking=false" in x for x in lines)
 
 
 def test_pairs_json(cli):
     code, out, err = cli("pairs", "--json")
     assert (code, err) == (0, "")
-    assert json.loads(out) == json.loads(json.dumps({"pairs": [vars(p) for p in PAIRS]}))
+    found = json.loads(out)
+    assert found["pairs"] == json.loads(json.dumps([vars(p) for p in PAIRS]))
+    assert (Path(found["in_this_package"]["drafter"]) / "config.json").is_file()
 
 
 @pytest.fixture
