@@ -82,6 +82,7 @@ def test_greedy_text_is_mlx_lms(kind, family, targets):
     model, text = targets(family)
     head = random_head(kind, model)
     target = Target(model, head.taps)
+    seen, most = set(), 0
     for k in (1, 3, BLOCK + 2):
         drafter = Nudged(head, text)
         caches = target.make_cache(), drafter.make_cache()
@@ -101,10 +102,11 @@ def test_greedy_text_is_mlx_lms(kind, family, targets):
         tokens = [token for round in rounds for token in round.tokens]
         assert tokens == text[len(PROMPT) : len(PROMPT) + LENGTH]
         drafted = min(k, head.max_drafts or k)
-        assert {round.accepted for round in rounds} >= set(range(min(drafted, 2) + 1))
+        seen, most = seen | {round.accepted for round in rounds}, max(most, drafted)
         assert max(round.tested for round in rounds) == drafted
         if k == 3:
             is_as_if_fed_at_once(target, head, text, caches[1])
+    assert seen >= set(range(min(most, 2) + 1))  # rounds end at any length
 
 
 def is_as_if_fed_at_once(target, head, text, cache):
