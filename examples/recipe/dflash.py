@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recipe.drafter import tap_layers
+from recipe.own_head import OwnHead, stored_tensors, write
 from recipe.rows import Row
 from recipe.target import MLP, Attention, Llama, LlamaConfig, RMSNorm, apply_rope, rope_table
 
@@ -78,10 +79,7 @@ class BlockLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class DFlash(nn.Module):
-    d2t: Tensor
-    t2d: Tensor
-
+class DFlash(OwnHead):
     def __init__(
         self, config: LlamaConfig, draft_ids: Tensor, layers: int, block: int, mask: int
     ) -> None:
@@ -89,21 +87,14 @@ class DFlash(nn.Module):
         super().__init__()
         self.config, self.block, self.mask = config, block, mask
         self.taps = tap_layers(config.num_hidden_layers)
-        size, draft_size = config.hidden_size, len(draft_ids)
+        size = config.hidden_size
         self.fc = nn.Linear(len(self.taps) * size, size, bias=False)
         self.hidden_norm = RMSNorm(size, config.rms_norm_eps)
         self.layers = nn.ModuleList(BlockLayer(config) for _ in range(layers))
         self.norm = RMSNorm(size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(size, draft_size, bias=False)
-        self.register_buffer("d2t", draft_ids - torch.arange(draft_size))  # id = row + d2t[row]
-        self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
-        self.t2d[draft_ids] = True
+        self.add_head(config, draft_ids)
         # The target's embedding of the mask, which the checkpoint does not repeat.
         self.register_buffer("masked", torch.zeros(size), persistent=False)
-
-    @property
-    def draft_ids(self) -> Tensor:
-        return self.d2t + torch.arange(len(self.d2t))
 
     def init_from_target(self, target: Llama) -> None:
         """Start with the deepest tap as context, the target's head, and layers that add nothing."""
@@ -124,22 +115,6 @@ class DFlash(nn.Module):
     def start(self, row: Row) -> list[Tensor]:
         """What `unroll` starts from, of what the target makes of a row."""
         return row.taps
-
-    def can_say(self, ids: Tensor) -> Tensor:
-        """Which tokens are in the draft vocabulary."""
-        return self.t2d[ids]
-
-    def output(self, target: Llama) -> Tensor:
-        """The rows of the target's output layer that tell the draft vocabulary, `[V, H]`."""
-        return target.model.embed_tokens.weight[self.draft_ids]
-
-    def predict(self, target: Llama, normed: Tensor, step: int) -> Tensor:
-        """Logits over the draft vocabulary."""
-        return self.lm_head(normed)
-
-    def choose(self, target: Llama, normed: Tensor, step: int) -> Tensor:
-        """The token that each row drafts."""
-        return self.draft_ids[self.lm_head(normed).argmax(-1)]
 
     def unroll(
         self,
@@ -185,13 +160,7 @@ class DFlash(nn.Module):
             "sample_from_anchor": False,
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
-        tensors = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in self.state_dict().items()
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        write(folder, stored, stored_tensors(self, dtype))
 
     @classmethod
     def load(cls, folder: Path, target: Llama) -> "DFlash":

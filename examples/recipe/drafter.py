@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recipe.chains import Chains
+from recipe.own_head import OwnHead, stored_tensors, write
 from recipe.rows import Row
 from recipe.target import MLP, Attention, Llama, LlamaConfig, RMSNorm
 
@@ -63,28 +64,18 @@ class DrafterLayer(nn.Module):
             self.gate_proj = nn.Linear(2 * config.hidden_size, width, bias=False)
 
 
-class Eagle3(nn.Module):
-    d2t: Tensor
-    t2d: Tensor
-
+class Eagle3(OwnHead):
     def __init__(self, config: LlamaConfig, draft_ids: Tensor, switches: Switches) -> None:
         super().__init__()
         self.config, self.switches = config, switches
         self.taps = tap_layers(config.num_hidden_layers)
-        size, draft_size = config.hidden_size, len(draft_ids)
+        size = config.hidden_size
         if switches.fc_norm:
             self.fc_norm = nn.ModuleList(RMSNorm(size, config.rms_norm_eps) for _ in self.taps)
         self.fc = nn.Linear(len(self.taps) * size, size, bias=False)
         self.midlayer = DrafterLayer(config, switches.attn_output_gate)
         self.norm = RMSNorm(size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(size, draft_size, bias=False)
-        self.register_buffer("d2t", draft_ids - torch.arange(draft_size))  # id = row + d2t[row]
-        self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
-        self.t2d[draft_ids] = True
-
-    @property
-    def draft_ids(self) -> Tensor:
-        return self.d2t + torch.arange(len(self.d2t))
+        self.add_head(config, draft_ids)
 
     def init_from_target(self, target: Llama) -> None:
         """Start as a logit lens: the deepest tap goes straight to the target's norm and head."""
@@ -99,22 +90,6 @@ class Eagle3(nn.Module):
     def start(self, row: Row) -> list[Tensor]:
         """What `unroll` starts from, of what the target makes of a row."""
         return row.taps
-
-    def can_say(self, ids: Tensor) -> Tensor:
-        """Which tokens are in the draft vocabulary."""
-        return self.t2d[ids]
-
-    def output(self, target: Llama) -> Tensor:
-        """The rows of the target's output layer that tell the draft vocabulary, `[V, H]`."""
-        return target.model.embed_tokens.weight[self.draft_ids]
-
-    def predict(self, target: Llama, normed: Tensor, step: int) -> Tensor:
-        """Logits over the draft vocabulary."""
-        return self.lm_head(normed)
-
-    def choose(self, target: Llama, normed: Tensor, step: int) -> Tensor:
-        """The token that each row drafts."""
-        return self.draft_ids[self.lm_head(normed).argmax(-1)]
 
     def feature(self, taps: list[Tensor]) -> Tensor:
         if self.switches.fc_norm:
@@ -182,19 +157,15 @@ class Eagle3(nn.Module):
             "torch_dtype": str(dtype).removeprefix("torch."),
             "eagle_config": eagle,
         }
-        tensors = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in self.state_dict().items()
-        }
+        tensors = stored_tensors(self, dtype)
         if self.switches.attn_output_gate:
             both = torch.stack([self._by_head(tensors[QUERIES]), self._by_head(tensors.pop(GATE))])
             tensors[QUERIES] = both.transpose(0, 1).flatten(0, 2).contiguous()
-        bin_folder = folder.with_name(folder.name + "-bin")
-        for path in (folder, bin_folder) if also_bin else (folder,):
-            path.mkdir(parents=True, exist_ok=True)
-            (path / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        write(folder, stored, tensors)
         if also_bin:
+            bin_folder = folder.with_name(folder.name + "-bin")
+            bin_folder.mkdir(parents=True, exist_ok=True)
+            (bin_folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
             torch.save(tensors, bin_folder / "pytorch_model.bin")
 
     def _by_head(self, matrix: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from recipe.own_head import stored_tensors, write
 from recipe.rows import Row
 from recipe.target import Llama, LlamaConfig
 
@@ -101,13 +102,7 @@ class Medusa(nn.Module):
             "medusa_fc_bias": True,
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
-        tensors = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in self.state_dict().items()
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        write(folder, stored, stored_tensors(self, dtype))
 
     @classmethod
     def load(cls, folder: Path, config: LlamaConfig) -> "Medusa":
