@@ -187,7 +187,7 @@ def test_malformed_bodies_are_refused_and_the_field_is_named(running, path):
     assert check_malformed(running, path, 100, 1) > 50
 
 
-@pytest.mark.hours
+@pytest.mark.long
 @pytest.mark.parametrize("path", valid())
 def test_two_thousand_malformed_bodies(running, path):
     assert check_malformed(running, path, 2000, 2) > 1000
