@@ -30,7 +30,8 @@ from mlx_lm.sample_utils import (
 )
 
 from mlx_drift.decode.accept import accept_matching, accept_on_tree, accept_sampled
-from mlx_drift.decode.fork import LogitsProcessor, fork
+from mlx_drift.decode.ahead import Ahead, process
+from mlx_drift.decode.fork import LogitsProcessor
 from mlx_drift.decode.sources import Foresees
 from mlx_drift.decode.stateless import is_stateless
 from mlx_drift.drafters.protocol import Draft
@@ -207,11 +208,9 @@ class Chooser:
         self.sampling = sampling
         self._history = mx.zeros((0,), mx.int32) if history is None else history
         self._stop_tokens = stop_tokens
-        self._ahead: Sequence[LogitsProcessor] = ()
-        if not sampling.processors_have_state:
-            self._ahead = sampling.logits_processors
-        self._looked = 0  # drafts that forks have been asked about
-        self._drawn_with = mx.array([])  # the last draft, [1, V]
+        processors, have_state = sampling.logits_processors, sampling.processors_have_state
+        self._ahead = Ahead(processors, have_state, self._history, stop_tokens)
+        self._on_paths: list[mx.array] = []  # to each node of a tree's last level, by depth
         if sampling.is_random:
             assert key is not None, "drawing needs a key"
             self._accept_key, coin_key, *self._draft_keys = mx.random.split(key, k + 2)
@@ -229,8 +228,8 @@ class Chooser:
 
     def likeliest(self, logits: mx.array, drafted: Sequence[mx.array]) -> mx.array:
         """Chooses the likeliest token `[1]` int32, for certain; arguments as in `draft`."""
-        self._drawn_with = _log_softmax(self._foresee(logits, drafted))
-        return mx.argmax(self._drawn_with, axis=-1).astype(mx.int32)
+        log_q = _log_softmax(self._foresee(logits, drafted))
+        return mx.argmax(log_q, axis=-1).astype(mx.int32)
 
     def draft(
         self, logits: mx.array, drafted: Sequence[mx.array]
@@ -252,8 +251,23 @@ class Chooser:
         if self.sampling.is_filtered:
             logits = _log_softmax(logits)
         log_q = self.sampling.log_distribution(logits, self._coins[step : step + 1])
-        self._drawn_with = log_q
         return mx.random.categorical(log_q, key=self._draft_keys[step]).astype(mx.int32), log_q
+
+    def on_paths(
+        self, logits: mx.array, tokens: mx.array | None = None, parents: mx.array | None = None
+    ) -> mx.array:
+        """Processes the logits of one level of a tree, each row by the drafts before it.
+
+        Args:
+            logits: The drafter's, over the target's vocabulary, `[B, V]`.
+            tokens: The drafts that they come after, `[B]`; None for the last committed token.
+            parents: Which of those of the level before each of them follows, `[B]`.
+        """
+        if tokens is None:
+            self._on_paths = []
+        else:
+            self._on_paths = [*(earlier[parents] for earlier in self._on_paths), tokens]
+        return self._ahead(logits, self._on_paths, parents)
 
     def verify(self, draft: Draft, logits: mx.array) -> tuple[mx.array, mx.array]:
         """Accepts drafts, and draws the token that follows them.
@@ -285,7 +299,7 @@ class Chooser:
         if processors := self.sampling.logits_processors:
             rows = enumerate(self._texts(draft, logits))
             logits = mx.concatenate(
-                [_process(processors, logits[i : i + 1], text) for i, text in rows]
+                [process(processors, logits[i : i + 1], text) for i, text in rows]
             )
         return _log_softmax(logits)
 
@@ -321,7 +335,7 @@ class Chooser:
         rows: list[mx.array] = []
         for row in range(logits.shape[0]):
             rows.append(
-                _log_softmax(_process(processors, logits[row : row + 1], self._text(drafted[:row])))
+                _log_softmax(process(processors, logits[row : row + 1], self._text(drafted[:row])))
             )
             verdict: Any = self._accept_one(draft, row, rows[-1]).tolist()
             accepted, token, *_ = verdict
@@ -339,7 +353,7 @@ class Chooser:
         tokens: list[int] = []
         path, row = [], 0
         while True:
-            log_p = _log_softmax(_process(processors, logits[row : row + 1], before[row]))
+            log_p = _log_softmax(process(processors, logits[row : row + 1], before[row]))
             rows[row] = log_p[0]
             token: Any = self._drawn(log_p, row).item()
             tokens.append(token)
@@ -402,28 +416,7 @@ class Chooser:
 
     def _foresee(self, logits: mx.array, drafted: Sequence[mx.array]) -> mx.array:
         """Processes the logits of a draft, as far as processors can follow the drafts before it."""
-        if self.sampling.processors_have_state:
-            self._look_ahead(drafted)
-        if not self._ahead:
-            return logits
-        return _process(self._ahead, logits, self._text(drafted))
-
-    def _look_ahead(self, drafted: Sequence[mx.array]) -> None:
-        """Forks the processors for a round's drafts, and lets go of them where they cannot follow.
-
-        After a stop token, or one that they forbid, no draft is accepted, and they need not know
-        such a text. Nor can they follow if they were not asked about every draft before.
-        """
-        if not drafted:
-            self._ahead, self._looked = fork(self.sampling.logits_processors) or (), 0
-        elif len(drafted) != self._looked:
-            self._ahead = ()
-        elif self._ahead:
-            possible = mx.isfinite(self._drawn_with[0, drafted[-1]])
-            token: Any = mx.where(possible, drafted[-1], -1).item()
-            if token < 0 or token in self._stop_tokens:
-                self._ahead = ()
-        self._looked += 1
+        return self._ahead(logits, drafted) if self.processes else logits
 
     def _text(self, drafted: Sequence[mx.array]) -> mx.array:
         """Returns all tokens up to a draft, `[n]`."""
@@ -442,12 +435,6 @@ class Chooser:
         history, tokens = np.array(self._history), np.array(draft.tokens)
         mx.async_eval(logits)
         return [mx.array(np.concatenate([history, *(tokens[i : i + 1] for i in p)])) for p in paths]
-
-
-def _process(processors: Sequence[LogitsProcessor], logits: mx.array, text: mx.array) -> mx.array:
-    for processor in processors:
-        logits = processor(text, mx.array(logits))  # which processors may write into
-    return logits
 
 
 def _paths(draft: Draft) -> list[list[int]]:

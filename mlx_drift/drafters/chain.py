@@ -18,7 +18,6 @@ from mlx_drift.drafters.head import LayersDrafter
 from mlx_drift.drafters.head_state import HeadState
 from mlx_drift.drafters.protocol import Choose, Draft
 from mlx_drift.drafters.schema import LayersConfig
-from mlx_drift.drafters.tree import grow
 from mlx_drift.target.model import Target
 from mlx_drift.target.tree import Tree, follow_trees, on_tree
 
@@ -124,32 +123,27 @@ class ChainDrafter(LayersDrafter):
         return replace(draft, finite=finite)
 
     def propose_tree(self, k: int, cache: ChainState, chooser: Choose | None = None) -> Draft:
-        """Drafts a tree of k tokens (`mlx_drift.drafters.tree`); arguments as in `propose`.
-
-        A chain where logits are processed: what processes them follows one path.
-        """
-        is_chain = k < 2 or (chooser is not None and chooser.processes)
-        if is_chain or cache.draft_logits is None or cache.recycled is None:
+        """Drafts a tree of k tokens (`mlx_drift.drafters.tree`); arguments as in `propose`."""
+        if k < 2 or cache.draft_logits is None or cache.recycled is None:
             return self.propose(k, cache, chooser)
         committed = cache.layers[0].offset
         depths: list[int] = []
         states, sees = cache.recycled, mx.zeros((1, 0), mx.bool_)
 
-        def follow(ids: mx.array, parents: mx.array) -> mx.array:
+        def follow(tokens: mx.array, parents: mx.array) -> mx.array:
             nonlocal states, sees
-            depths.extend([depths[-1] + 1 if depths else 0] * ids.size)
-            own = mx.eye(ids.size, dtype=mx.bool_)
+            depths.extend([depths[-1] + 1 if depths else 0] * tokens.size)
+            own = mx.eye(tokens.size, dtype=mx.bool_)
             sees = mx.concatenate([sees[parents], own], axis=1)
             with on_tree(cache.parts(), Tree(mx.array(depths), sees)):
-                embedding = self._embed(self._target_ids(ids))
+                embedding = self._embed(tokens)
                 normed, states = self.network(embedding, states[parents], cache.layers)
             return self._head(normed)
 
-        ids, parents = grow(cache.draft_logits, follow, k)
+        draft = self._grown(k, chooser, cache.draft_logits, follow)
         for layer in cache.layers:
             layer.trim(layer.offset - committed)
-        finite = mx.all(states - states == 0)[None]
-        return Draft(self._target_ids(ids), finite=finite, parents=parents)
+        return replace(draft, finite=mx.all(states - states == 0)[None])
 
     def train_time_test_states(
         self, tokens: mx.array, taps: mx.array, steps: int, *, recompute: bool = False

@@ -23,7 +23,7 @@ from mlx_drift.drafters.config import DSparkConfig
 from mlx_drift.drafters.dflash import DFlashDrafter, DFlashNetwork
 from mlx_drift.drafters.head_state import HeadState
 from mlx_drift.drafters.protocol import Choose, Draft, are_finite
-from mlx_drift.drafters.tree import DEPTH, grow
+from mlx_drift.drafters.tree import DEPTH
 from mlx_drift.errors import DriftError
 from mlx_drift.target.model import Target
 
@@ -170,8 +170,7 @@ class DSparkDrafter(DFlashDrafter):
         """Drafts a tree of k tokens, each level knowing the tokens before it."""
         if self.least is not None:  # which is about chains
             return self.propose(k, cache, chooser)
-        is_chain = k < 2 or cache.seed is None or (chooser is not None and chooser.processes)
-        if self.config.markov is None or is_chain:
+        if self.config.markov is None or k < 2 or cache.seed is None:
             return super().propose_tree(k, cache, chooser)
         slots = min(k, DEPTH, self.max_drafts or k)
         hidden = self._fill(slots, cache)
@@ -188,9 +187,5 @@ class DSparkDrafter(DFlashDrafter):
             rows.append(logits[slot] + bias)
             return rows[-1]
 
-        def follow(ids: mx.array, parents: mx.array) -> mx.array:
-            return after(self._target_ids(ids), parents)
-
-        ids, parents = grow(after(cache.seed, mx.array([0])), follow, k, levels=slots)
-        finite = are_finite(mx.concatenate(rows))
-        return Draft(self._target_ids(ids), finite=finite, parents=parents)
+        draft = self._grown(k, chooser, after(cache.seed, mx.array([0])), after, levels=slots)
+        return replace(draft, finite=are_finite(mx.concatenate(rows)))

@@ -4,13 +4,14 @@ import copy
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self
 
 import mlx.core as mx
 
 from mlx_drift.drafters.protocol import Choose, Draft, are_finite
 from mlx_drift.drafters.schema import DrafterConfig, LayersConfig
-from mlx_drift.drafters.tree import DEPTH, grow
+from mlx_drift.drafters.tree import DEPTH, Follow, grow
 from mlx_drift.errors import DriftError
 from mlx_drift.target.model import Target
 
@@ -141,6 +142,32 @@ class HeadDrafter(ABC):
         log_q = mx.concatenate(drawn_with) if drawn_with else None
         return Draft(mx.concatenate(tokens), log_q, are_finite(mx.concatenate(rows)))
 
+    def _grown(
+        self, k: int, chooser: Choose | None, first: mx.array, follow: Follow, levels: int = DEPTH
+    ) -> Draft:
+        """Drafts a tree of k tokens; where logits are processed, each by its own path.
+
+        Args:
+            k: How many.
+            chooser: What processes logits; None for nothing.
+            first: Draft logits of what follows the text, `[1, D]`.
+            follow: Drafts on, as `mlx_drift.drafters.tree` has it; but by target token ids.
+            levels: Levels at most.
+        """
+
+        def on(ids: mx.array, parents: mx.array) -> mx.array:
+            return follow(self._target_ids(ids), parents)
+
+        def processed(tokens: mx.array, parents: mx.array) -> mx.array:
+            assert chooser is not None
+            return chooser.on_paths(self._spread(follow(tokens, parents)), tokens, parents)
+
+        if chooser is None or not chooser.processes:
+            ids, parents = grow(first, on, k, levels)
+            return Draft(self._target_ids(ids), parents=parents)
+        tokens, parents = grow(chooser.on_paths(self._spread(first)), processed, k, levels)
+        return Draft(tokens, parents=parents)
+
     def _spread(self, logits: mx.array) -> mx.array:
         """Lays draft logits `[M, D]` out over the target's vocabulary, `[M, V]`."""
         if self._d2t is None:
@@ -168,17 +195,17 @@ class SlotsDrafter(HeadDrafter):
         return self._certain(self.fill(k, cache), chooser)
 
     def propose_tree(self, k: int, cache: Any, chooser: Choose | None = None) -> Draft:
-        """Drafts a tree of k tokens, one level a slot; a chain where logits are processed."""
-        if k < 2 or cache.seed is None or (chooser is not None and chooser.processes):
+        """Drafts a tree of k tokens, one level a slot."""
+        if k < 2 or cache.seed is None:
             return self.propose(k, cache, chooser)
         logits = self.fill(min(k, DEPTH, self.max_drafts or k), cache)
         levels = itertools.count(1)
 
-        def follow(ids: mx.array, parents: mx.array) -> mx.array:
-            return mx.broadcast_to(logits[next(levels)], (ids.size, logits.shape[1]))
+        def follow(tokens: mx.array, parents: mx.array) -> mx.array:
+            return mx.broadcast_to(logits[next(levels)], (tokens.size, logits.shape[1]))
 
-        ids, parents = grow(logits[:1], follow, k, levels=logits.shape[0])
-        return Draft(self._target_ids(ids), finite=are_finite(logits), parents=parents)
+        draft = self._grown(k, chooser, logits[:1], follow, levels=logits.shape[0])
+        return replace(draft, finite=are_finite(logits))
 
 
 class LayersDrafter(HeadDrafter):

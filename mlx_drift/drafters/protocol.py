@@ -75,6 +75,17 @@ class Choose(Protocol):
             It, and the log-probabilities it was drawn with, `[1, V]`; None for certainty.
         """
 
+    def on_paths(
+        self, logits: mx.array, tokens: mx.array | None = None, parents: mx.array | None = None
+    ) -> mx.array:
+        """Processes the logits of one level of a tree, each row by the drafts before it.
+
+        Args:
+            logits: Over the target's vocabulary, `[B, V]`.
+            tokens: The drafts that they come after, `[B]`; None for the last committed token.
+            parents: Which of those of the level before each of them follows, `[B]`.
+        """
+
 
 Propose = Callable[[int, Any, Choose | None], Draft]
 """`Drafter.propose`, or what drafts in its place."""

@@ -70,6 +70,7 @@ def _likeliest(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
     """
     logits = logits.astype(mx.float32)
     total = mx.logsumexp(logits, axis=-1, keepdims=True)
+    total = mx.maximum(total, mx.finfo(mx.float32).min)  # where no token may come
     ids, values = [], []
     for _ in range(min(count, logits.shape[-1])):
         best = mx.argmax(logits, axis=-1, keepdims=True)

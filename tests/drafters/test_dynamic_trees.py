@@ -3,10 +3,13 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.sample_utils import make_logits_processors
 
 from families import build
 from kinds import KINDS, random_head
 from mlx_drift import convert_drafter, generate, make_prompt_cache, stream_generate
+from mlx_drift.decode.sampling import Chooser, Sampling
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.config import EagleConfig
 from mlx_drift.drafters.copying import CopyingDrafter
@@ -17,7 +20,7 @@ from mlx_drift.drafters.tree import DEPTH, WIDTH
 from mlx_drift.errors import DriftError
 from mlx_drift.target.model import Target, remove_taps
 from mtp_heads import FAMILIES, config_of, head, write_repository, written
-from tiny import NoText, plain_greedy, tiny_drafter, tiny_llama
+from tiny import VOCAB, NoText, plain_greedy, tiny_drafter, tiny_llama
 from trees import path_to
 
 PROMPT = [5, 9, 2, 44, 17, 3, 60, 11, 25]
@@ -88,9 +91,31 @@ def read(drafter):
 
 
 def after(drafter, cache, path):
-    """The drafter's likeliest draft ids after a path, and their log-probabilities: by a chain."""
+    """The drafter's likeliest draft ids after a path, and their log-probabilities."""
+    return _likeliest(logits_after(drafter, cache, path))
+
+
+def after_processed(drafter, cache, path):
+    """The same where logits are processed, of target ids."""
+    ids = drafter._target_ids(mx.arange(drafter._draft_vocab_size)).tolist()
+    logits = logits_after(drafter, cache, [ids.index(token) for token in path])
+    if logits is None:
+        return []
+    spread = mx.full((1, VOCAB), -mx.inf)
+    spread[:, mx.array(ids)] = logits
+    return _likeliest(ruling_out(mx.array([*PROMPT, *path]), spread))
+
+
+def ruling_out(tokens, logits):
+    """A third of the letters may not come: which, the last two tokens say."""
+    third = (mx.arange(VOCAB) + tokens[-1] + 2 * tokens[-2]) % 3 == 0
+    return mx.where(third, -mx.inf, logits)
+
+
+def logits_after(drafter, cache, path):
+    """Draft logits `[1, D]` after a path of draft ids, by a chain; None where there are no more."""
     if not isinstance(drafter, ChainDrafter) or not drafter.recycles:
-        return _likeliest(in_slots(drafter, cache, path))
+        return in_slots(drafter, cache, path)
     logits, state, rows = cache.draft_logits, cache.recycled, cache.layers[0].offset
     for token in path:
         embedding = drafter._embed(drafter._target_ids(mx.array([token])))
@@ -98,7 +123,7 @@ def after(drafter, cache, path):
         logits = drafter._head(normed)
     for layer in cache.layers:
         layer.trim(layer.offset - rows)
-    return _likeliest(logits)
+    return logits
 
 
 def in_slots(drafter, cache, path):
@@ -125,7 +150,7 @@ def _likeliest(logits):
     return [(int(token), scores[token]) for token in best]
 
 
-def expected(drafter, cache, count):
+def expected(drafter, cache, count, after=after):
     """EAGLE-2's tree by its definition: paths of draft ids, and their log-probabilities."""
     beam, pool = {(): 0.0}, {}
     for _ in range(DEPTH):
@@ -139,9 +164,9 @@ def expected(drafter, cache, count):
     return dict(sorted(pool.items(), key=lambda one: -one[1])[:count])
 
 
-def drafted(drafter, cache, count):
+def drafted(drafter, cache, count, chooser=None):
     """The paths, of target ids, of the tree that is drafted."""
-    draft = drafter.propose_tree(count, cache)
+    draft = drafter.propose_tree(count, cache, chooser)
     tokens, parents = draft.tokens.tolist(), draft.parents.tolist()
     assert draft.finite.tolist() == [True]
     assert all(parent < i for i, parent in enumerate(parents))
@@ -260,15 +285,31 @@ def test_copies_stay_chains(model):
     assert responses[0].statistics.free_rounds["copy"] > 0
 
 
-def test_processed_logits_have_drafts_be_a_chain(model, plain):
-    def same(tokens, logits):
-        return logits + 0.0
+@pytest.mark.parametrize("name", [*HEADS, *BRANCHING])
+def test_each_draft_is_processed_with_its_own_path(name, model):
+    drafter = HEADS[name](model) if name in HEADS else random_head(name, model)
+    cache, sampling = read(drafter), Sampling(logits_processors=(ruling_out,))
+    paths = set(expected(drafter, cache, 9, after_processed))
+    for _ in range(2):
+        chooser = Chooser(sampling, 9, history=mx.array(PROMPT))
+        assert set(drafted(drafter, cache, 9, chooser)) == paths
+    assert paths != set(drafted(drafter, cache, 9))
 
-    drafter = tiny_drafter(model)
-    said = stream_generate(
-        model, NoText(), PROMPT, LENGTH, drafter=drafter, tree=5, logits_processors=[same]
+
+@pytest.mark.parametrize("name", [*HEADS, *BRANCHING])
+def test_greedy_text_is_the_targets_own_where_logits_are_processed(name, model):
+    processors = make_logits_processors({7: 1.5, 11: -2.0}, 1.3, 12)
+    steps = generate_step(
+        mx.array(PROMPT), model, max_tokens=LENGTH, logits_processors=[*processors]
     )
-    assert [response.token for response in said] == plain
+    expected = [int(token) for token, _ in steps]
+    drafter = HEADS[name](model) if name in HEADS else random_head(name, model)
+    said = stream_generate(
+        model, NoText(), PROMPT, LENGTH, drafter=drafter, tree=9, logits_processors=processors
+    )
+    said = [*said]
+    assert [response.token for response in said] == expected
+    assert name in KINDS or len(said[-1].statistics.ranks[0]) > 1
 
 
 def test_states_that_are_not_finite_cost_no_token(model, plain):
