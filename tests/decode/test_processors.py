@@ -49,6 +49,7 @@ AUTO = [0, 0, 3, 1, 0, 2, 0, 0, 0, 4]  # as it may choose: stretches of plain de
 
 KINDS = {"counter": Counter, "automaton": Automaton, "budget": Budget, "grammar": Grammar}
 DRAFTERS = ("eagle", "mtp", "lookup", "draft model")
+BRANCHING = ("eagle", "mtp")
 LENGTHS = (1, 3, 8, "auto")
 GRID = list(itertools.product(KINDS, DRAFTERS, LENGTHS))
 SAMPLE = [(k, d, LENGTHS[(i + j) % 4]) for i, k in enumerate(KINDS) for j, d in enumerate(DRAFTERS)]
@@ -116,6 +117,18 @@ def test_greedy_text_is_mlx_lms(model, drafters, kind, drafter, k):
     assert processor.seen == positions(len(expected))
 
 
+@pytest.mark.skipif(ON_GPU, reason="bit for bit where rows do not see each other's rounding")
+@pytest.mark.parametrize(("kind", "drafter"), list(itertools.product(KINDS, BRANCHING)))
+def test_greedy_text_of_trees_is_mlx_lms(model, drafters, kind, drafter):
+    expected = plain(model, PROMPT, KINDS[kind]())
+    processor = KINDS[kind](strict=True)
+    responses = say(model, drafters[drafter], 5, processor, tree=6)
+    assert tokens_of(responses) == expected
+    assert processor.seen == positions(len(expected))
+    assert responses[-1].statistics.ranks
+    assert any(response.from_draft for response in responses)
+
+
 @pytest.fixture(scope="module")
 def joint(model):
     """The exact distribution of the first tokens; after the end there are ends."""
@@ -152,11 +165,11 @@ def fork_of(processor):
     return copy.deepcopy(processor)
 
 
-def counts_of(model, drafter, k, make, generations):
-    counts = np.zeros(SIZE**FIRST)
+def counts_of(model, drafter, k, make, generations, **keywords):
+    counts, keywords = np.zeros(SIZE**FIRST), keywords | {"count": FIRST, "temp": TEMP}
     for seed in range(generations):
         processor = make()
-        responses = say(model, drafter, k, processor, count=FIRST, temp=TEMP, seed=seed)
+        responses = say(model, drafter, k, processor, seed=seed, **keywords)
         counts[cell(tokens_of(responses))] += 1
         assert processor.seen == positions(len(responses))
     return counts
@@ -169,6 +182,12 @@ SAMPLED = [("counter", "eagle", 3), ("grammar", "draft model", "auto")]
 def test_sampled_text_has_the_targets_distribution(model, drafters, joint, kind, drafter, k):
     generations = 80 if (kind, drafter, k) in SAMPLED else 300
     counts = counts_of(model, drafters[drafter], k, KINDS[kind], generations)
+    assert p_value(counts, joint(kind)) > LEAST_P
+
+
+@pytest.mark.parametrize(("kind", "drafter"), [("automaton", "mtp"), ("budget", "eagle")])
+def test_sampled_text_of_trees_has_the_targets_distribution(model, drafters, joint, kind, drafter):
+    counts = counts_of(model, drafters[drafter], 4, KINDS[kind], 100, tree=5)
     assert p_value(counts, joint(kind)) > LEAST_P
 
 

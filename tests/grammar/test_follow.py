@@ -162,16 +162,16 @@ def drafter_of(kind, model):
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
-@pytest.mark.parametrize("kind", ["draft model", "head"])
+@pytest.mark.parametrize("kind", ["draft model", "head", "trees"])
 def test_greedy_text_is_that_of_a_processor_with_a_state(kind, k):
     model = small_llama()
-    drafter = drafter_of(kind, model)
+    drafter, tree = drafter_of(kind, model), k + 1 if kind == "trees" else None
     expected = plain(model, PROMPT, InOrder())
-    assert tokens_of(say(model, drafter, k, Held())) == expected
+    assert tokens_of(say(model, drafter, k, Held(), tree=tree)) == expected
     assert plain(model, PROMPT, Held()) == expected
 
 
-@pytest.mark.parametrize("kind", ["draft model", "head"])
+@pytest.mark.parametrize("kind", ["draft model", "head", "trees"])
 def test_sampled_text_has_the_distribution_of_plain_decoding(kind):
     model = small_llama()
     drafter = drafter_of(kind, model)
@@ -192,8 +192,9 @@ def test_sampled_text_has_the_distribution_of_plain_decoding(kind):
                 follow([*said, token], chance * part)
 
     follow([], 1.0)
+    keywords = {"count": FIRST, "temp": TEMP, "tree": 4 if kind == "trees" else None}
     for seed in range(150):
-        responses = say(model, drafter, 3, Held(), count=FIRST, temp=TEMP, seed=seed)
+        responses = say(model, drafter, 3, Held(), seed=seed, **keywords)
         counts[cell(tokens_of(responses))] += 1
     assert p_value(counts, expected) > LEAST_P
 
