@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from huggingface_hub import ModelCardData
 
-from mlx_drift.drafters.config import Eagle3Config
+from mlx_drift.drafters.chain_config import Eagle3Config
 from mlx_drift.drafters.schema import DrafterConfig
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # what may stand in a command to copy

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_drift.convert.card import model_card
 from mlx_drift.convert.conventions import TapConvention, Undecided
-from mlx_drift.convert.layers import Overrides, Slots
+from mlx_drift.convert.given import Overrides, Slots
 from mlx_drift.convert.mtp.source import read_mtp_checkpoint
 from mlx_drift.convert.read.source import Checkpoint, read_checkpoint
 from mlx_drift.convert.read.stored import StoredTensor, from_mlx
@@ -21,7 +21,8 @@ from mlx_drift.convert.target import read_target_shape, shared_with_target
 from mlx_drift.convert.understand import drafts_blocks, understand
 from mlx_drift.convert.vocabulary import note_padding, read_d2t
 from mlx_drift.convert.write import Output, Progress, check_free, write_weights, written_whole
-from mlx_drift.drafters.config import MTPConfig, check_target
+from mlx_drift.drafters.chain_config import MTPConfig
+from mlx_drift.drafters.config import check_target
 from mlx_drift.drafters.load import (
     WEIGHTS,
     build_network,

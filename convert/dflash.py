@@ -11,38 +11,33 @@ from typing import Any
 from mlx_drift.convert.conventions import TapConvention, Undecided, Values, read_tap_ids
 from mlx_drift.convert.dialects.dflash import has_markov
 from mlx_drift.convert.eagle3 import gated, read_draft_vocab_size
-from mlx_drift.convert.layers import Overrides, Slots, Tensors, read_layers, read_target
+from mlx_drift.convert.given import Given, Overrides, Slots, Tensors, Understood
+from mlx_drift.convert.layers import read_layers, read_target
 from mlx_drift.convert.masks import read_mask_token, read_max_drafts
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.target.model import TargetShape
 
 
-def understand_dflash(
-    values: Values,
-    tensors: Tensors,
-    weights: str,
-    tap_ids: TapConvention | None,
-    target: TargetShape | None,
-    overrides: Overrides,
-) -> tuple[dict[str, Any], Undecided | None]:
-    """Resolves every field of a `DFlashConfig`; arguments and results as `understand_eagle3`'s.
+def understand_dflash(given: Given) -> Understood:
+    """Resolves every field of a `DFlashConfig`.
 
     Raises:
         DriftError: If anything is missing or contradictory, or an override says what such a head
             has not.
     """
-    overrides.refuse(f"{weights} is a block drafter, which feeds no state back", "feedback")
+    values, tensors, weights = given.values, given.tensors, given.weights
+    given.overrides.refuse(f"{weights} is a block drafter, which feeds no state back", "feedback")
     hidden_size = values.size("hidden_size")
-    made_for = read_target(values, target, values.size("target_hidden_size", hidden_size))
+    made_for = read_target(values, given.target, values.size("target_hidden_size", hidden_size))
     if values.take("num_target_layers") is not None:
         made_for = _with_layers(values, made_for)
-    layers = read_layers(values, tensors, overrides)
+    layers = read_layers(values, tensors, given.overrides)
     block_size = values.size("block_size")
     of_speculators = "speculators_config" in values.config
     values.look("norm_output", "num_anchors", "attention_mode")
     _refuse_what_is_not_run(values)
-    convention: TapConvention = overrides.taps or tap_ids or "output"
-    taps = _taps(values, tensors, weights, convention, overrides, made_for)
+    convention: TapConvention = given.overrides.taps or given.tap_ids or "output"
+    taps = _taps(values, tensors, weights, convention, given.overrides, made_for)
     fields = layers | {
         "drafter_type": "dflash",
         "format_version": 1,
@@ -50,7 +45,7 @@ def understand_dflash(
         "taps": taps,
         "block_size": block_size,
         "mask_token_id": read_mask_token(values, "mask_token_id"),
-        "slots": _slots(values, block_size, overrides.slots, has_markov(tensors.keys())),
+        "slots": _slots(values, block_size, given.overrides.slots, has_markov(tensors.keys())),
         "causal_layers": _causal_layers(values, layers, of_speculators),
         "window_rule": values.rule(
             "window_rule", "anchor" if of_speculators else "slot", "the trainer's mask"
@@ -64,16 +59,10 @@ def understand_dflash(
     return fields, None
 
 
-def understand_dspark(
-    values: Values,
-    tensors: Tensors,
-    weights: str,
-    tap_ids: TapConvention | None,
-    target: TargetShape | None,
-    overrides: Overrides,
-) -> tuple[dict[str, Any], Undecided | None]:
+def understand_dspark(given: Given) -> Understood:
     """Resolves every field of a `DSparkConfig`; as `understand_dflash`."""
-    fields, undecided = understand_dflash(values, tensors, weights, tap_ids, target, overrides)
+    values, tensors, weights = given.values, given.tensors, given.weights
+    fields, undecided = understand_dflash(given)
     w1 = tensors.get("markov.w1.weight")
     kind = None
     if w1 is not None:

@@ -1,39 +1,27 @@
 """Understands an EAGLE-1/2 checkpoint, and Hydra's `eagle-attn`, which is one."""
 
-from typing import Any
-
-from mlx_drift.convert.conventions import TapConvention, Undecided, Values
+from mlx_drift.convert.given import Given, Understood
 from mlx_drift.convert.heads import read_last_state, take_of_base
-from mlx_drift.convert.layers import Overrides, Tensors, read_layers, read_target
-from mlx_drift.target.model import TargetShape
+from mlx_drift.convert.layers import read_layers, read_target
 
 
-def understand_eagle(
-    values: Values,
-    tensors: Tensors,
-    weights: str,
-    tap_ids: TapConvention | None,
-    target: TargetShape | None,
-    overrides: Overrides,
-) -> tuple[dict[str, Any], Undecided | None]:
-    """Resolves every field of an `EagleConfig`; arguments as in `understand_eagle3`.
-
-    Returns:
-        The fields, and what keeps `taps` undecided, if anything does.
+def understand_eagle(given: Given) -> Understood:
+    """Resolves every field of an `EagleConfig`.
 
     Raises:
         DriftError: If anything is missing, or an override says what such a head has not.
     """
-    overrides.refuse(
+    values, tensors, weights = given.values, given.tensors, given.weights
+    given.overrides.refuse(
         f"{weights} is an EAGLE-1/2 head, which has one tap and one state to feed back",
         *("taps", "feedback"),
     )
     is_hydra = "hydra_num_heads" in values.config  # its eagle-attn
     if is_hydra:
-        take_of_base(values, target)
+        take_of_base(values, given.target)
     hidden_size = values.size("hidden_size")
-    made_for = read_target(values, target, hidden_size)
-    fields = read_layers(values, tensors, overrides) | {
+    made_for = read_target(values, given.target, hidden_size)
+    fields = read_layers(values, tensors, given.overrides) | {
         "drafter_type": "eagle",
         "format_version": 1,
         "hidden_size": hidden_size,

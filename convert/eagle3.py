@@ -1,45 +1,25 @@
 """Understands an EAGLE-3 checkpoint: canonical tensors and a flat config in, every value out."""
 
-from typing import Any
-
 from mlx_drift.convert.conventions import (
     TAP_KEYS,
-    TapConvention,
     Undecided,
     Values,
     resolve_taps,
 )
-from mlx_drift.convert.layers import Overrides, Tensors, read_layers, read_target
+from mlx_drift.convert.given import Given, Overrides, Tensors, Understood
+from mlx_drift.convert.layers import read_layers, read_target
 from mlx_drift.errors import DriftError, brief
-from mlx_drift.target.model import TargetShape
 
 
-def understand_eagle3(
-    values: Values,
-    tensors: Tensors,
-    weights: str,
-    tap_ids: TapConvention | None,
-    target: TargetShape | None,
-    overrides: Overrides,
-) -> tuple[dict[str, Any], Undecided | None]:
+def understand_eagle3(given: Given) -> Understood:
     """Resolves every field of an `Eagle3Config`.
-
-    Args:
-        values: The flattened config.
-        tensors: The tensors under canonical names.
-        weights: The file they came from, for messages.
-        tap_ids: What layer ids mean to the producer.
-        target: The target's sizes, where the user named one.
-        overrides: The user's choices.
-
-    Returns:
-        The fields, and what keeps `taps` undecided, if anything does.
 
     Raises:
         DriftError: If anything is missing or contradictory.
     """
+    values, tensors, weights = given.values, given.tensors, given.weights
     hidden_size = values.size("hidden_size")
-    made_for = read_target(values, target, _target_size(values, tensors, hidden_size, target))
+    made_for = read_target(values, given.target, _target_size(given, hidden_size))
     num_taps = _count_taps(values, tensors, weights, hidden_size, made_for.hidden_size)
     own_head = "lm_head.weight" in tensors
     if not own_head and "embed_tokens.weight" in tensors and values.take("tie_word_embeddings"):
@@ -47,10 +27,10 @@ def understand_eagle3(
             f"{values.file}: tie_word_embeddings is true, but the weights have an embedding of "
             "their own and no lm_head.weight; save the head with its lm_head"
         )
-    fields = read_layers(values, tensors, overrides) | {
+    fields = read_layers(values, tensors, given.overrides) | {
         "drafter_type": "eagle3",
         "format_version": 1,
-        "feedback": _feedback(values, overrides),
+        "feedback": _feedback(values, given.overrides),
         "fc": "fc.weight" in tensors,
         "fc_norm": _seen(values, tensors, "fc_norm", "fc_norm.0.weight"),
         "norm_before_fc": _seen(values, tensors, "norm_before_fc", "input_norm.weight"),
@@ -69,31 +49,32 @@ def understand_eagle3(
         fields["taps"] = (
             _final_norm(values, made_for.num_layers)
             if num_taps == 0
-            else resolve_taps(values, num_taps, made_for.num_layers, tap_ids, overrides.taps)
+            else resolve_taps(
+                values, num_taps, made_for.num_layers, given.tap_ids, given.overrides.taps
+            )
         )
     except Undecided as error:
         undecided = error
     return fields, undecided
 
 
-def _target_size(
-    values: Values, tensors: Tensors, hidden_size: int, target: TargetShape | None
-) -> int:
+def _target_size(given: Given, hidden_size: int) -> int:
     """Tells the target's hidden size where the config does not: not every trainer writes it.
 
     The norms of the taps have it; else `fc` may suit just the target that is given.
     """
+    values, tensors = given.values, given.tensors
     if values.config.get("target_hidden_size") is not None:
         return values.size("target_hidden_size")
     norm, fc = (tensors.get(f"{name}.weight") for name in ("fc_norm.0", "fc"))
     ids = next((i for key in TAP_KEYS if isinstance(i := values.config.get(key), list) and i), None)
     num_taps = 3 if ids is None else len(ids)
-    given = 0 if target is None else target.hidden_size
+    width = 0 if given.target is None else given.target.hidden_size
     size, why = hidden_size, ""
     if norm is not None and norm.ndim == 1 and norm.size:
         size, why = norm.size, "fc_norm has that width"
-    elif given and fc is not None and fc.shape[1:] == (num_taps * given,):
-        size, why = given, f"fc suits {num_taps} taps of the one that is given"
+    elif width and fc is not None and fc.shape[1:] == (num_taps * width,):
+        size, why = width, f"fc suits {num_taps} taps of the one that is given"
     if size != hidden_size:
         values.notes.append(f"the target's hidden size is taken to be {size}: {why}")
     return size

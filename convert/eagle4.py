@@ -1,30 +1,20 @@
 """Understands an EAGLE-4 checkpoint: an EAGLE-3 one, and the head that chooses candidates."""
 
-from typing import Any
-
-from mlx_drift.convert.conventions import TapConvention, Undecided, Values
 from mlx_drift.convert.eagle3 import understand_eagle3
-from mlx_drift.convert.layers import Overrides, Tensors
+from mlx_drift.convert.given import Given, Understood
 from mlx_drift.errors import DriftError, brief
-from mlx_drift.target.model import TargetShape
 
 KEY = "efficient_lm_head_config"
 
 
-def understand_eagle4(
-    values: Values,
-    tensors: Tensors,
-    weights: str,
-    tap_ids: TapConvention | None,
-    target: TargetShape | None,
-    overrides: Overrides,
-) -> tuple[dict[str, Any], Undecided | None]:
-    """Resolves every field of an `Eagle4Config`; arguments and results as `understand_eagle3`'s.
+def understand_eagle4(given: Given) -> Understood:
+    """Resolves every field of an `Eagle4Config`.
 
     Raises:
         DriftError: If anything is missing or contradictory.
     """
-    fields, undecided = understand_eagle3(values, tensors, weights, tap_ids, target, overrides)
+    values, tensors, weights = given.values, given.tensors, given.weights
+    fields, undecided = understand_eagle3(given)
     down = tensors.get("candidate_down.weight")
     if down is None or down.ndim != 2:
         raise DriftError(f"{weights} lacks the matrix efficient_lm_head_down_proj.weight")

@@ -15,14 +15,14 @@ import numpy as np
 
 from mlx_drift.convert.card import export_card
 from mlx_drift.convert.formats import Format, check_said, find_format
-from mlx_drift.convert.layers import Overrides
+from mlx_drift.convert.given import Overrides
 from mlx_drift.convert.mtp.packed import packed_layers, unpack
 from mlx_drift.convert.read.source import read_checkpoint
 from mlx_drift.convert.read.stored import StoredTensor, from_mlx
 from mlx_drift.convert.understand import understand
 from mlx_drift.convert.vocabulary import read_d2t
 from mlx_drift.convert.write import Output, Progress, check_free, write_weights, written_whole
-from mlx_drift.drafters.config import Eagle3Config
+from mlx_drift.drafters.chain_config import Eagle3Config
 from mlx_drift.drafters.load import (
     WEIGHTS,
     build_network,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from mlx_drift.convert.conventions import TAPS_KEY
 from mlx_drift.convert.rope import attention_factor
-from mlx_drift.drafters.config import Eagle3Config
+from mlx_drift.drafters.chain_config import Eagle3Config
 from mlx_drift.drafters.schema import DrafterConfig
 from mlx_drift.errors import DriftError
 

@@ -3,7 +3,7 @@
 import re
 
 from mlx_drift.convert.conventions import Undecided, Values
-from mlx_drift.convert.layers import Tensors
+from mlx_drift.convert.given import Given, Tensors, Understood
 from mlx_drift.convert.target import TargetConfig
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.target.model import TargetShape
@@ -41,6 +41,45 @@ def count_heads(tensors: Tensors, weights: str, whose: str) -> tuple[int, int]:
                 "over the vocabulary in each"
             )
     return len(found), blocks
+
+
+def read_heads(given: Given, whose: str, num_layers: int | None) -> Understood:
+    """Resolves what the configs of Medusa and Hydra heads have in common.
+
+    Args:
+        given: The checkpoint.
+        whose: What such heads are called.
+        num_layers: The target's number of layers, if known.
+
+    Raises:
+        DriftError: If anything is missing or contradictory, or an override says what no such head
+            has.
+    """
+    values = given.values
+    given.overrides.refuse(
+        f"{given.weights} holds {whose} heads, which have one tap and feed no state back",
+        *("taps", "feedback", "slots"),
+    )
+    heads, blocks = count_heads(given.tensors, given.weights, whose)
+    rows, hidden_size = given.tensors["heads.0.lm_head.weight"].shape
+    key = f"{whose.lower()}_num_heads"
+    if values.config.get(key) not in (None, heads):
+        values.notes.append(f"{key} is {brief(values.config[key])}, the file has {heads} heads")
+    vocab = rows if given.target is None else given.target.vocab_size
+    taps, undecided = read_last_state(values, num_layers, f"{given.weights}: a {whose} head")
+    return {
+        "drafter_type": whose.lower(),
+        "format_version": 1,
+        "hidden_size": hidden_size,
+        "num_heads": values.rule("num_heads", heads, "the heads in the file"),
+        "num_blocks": values.rule("num_blocks", blocks, "the blocks in the file"),
+        "draft_vocab_size": values.rule("draft_vocab_size", rows, "rows of the heads"),
+        "target": {
+            "hidden_size": hidden_size,
+            "vocab_size": values.size("vocab_size", vocab),
+            "num_layers": num_layers,
+        },
+    } | taps, undecided
 
 
 def read_last_state(

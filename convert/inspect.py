@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_drift.convert.conventions import TapConvention
-from mlx_drift.convert.layers import Overrides, Slots
+from mlx_drift.convert.given import Overrides, Slots
 from mlx_drift.convert.mtp.source import read_mtp_checkpoint
 from mlx_drift.convert.read.source import Checkpoint, read_checkpoint
 from mlx_drift.convert.resolved import Resolved

@@ -3,54 +3,13 @@
 Tensors tell what shows in them, the config what does not (heads, RoPE, window).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from mlx_drift.convert.conventions import TapConvention, Values
-from mlx_drift.convert.read.stored import StoredTensor
+from mlx_drift.convert.conventions import Values
+from mlx_drift.convert.given import Overrides, Tensors
 from mlx_drift.convert.rope import LAYER_KINDS, read_rope
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.target.model import TargetShape
-
-Tensors = Mapping[str, StoredTensor]
-Slots = Literal["unshifted", "shifted"]
-
-
-@dataclass(frozen=True)
-class Overrides:
-    """What the user, or the probe, says of what a checkpoint leaves open or has wrong.
-
-    Attributes:
-        taps: What the checkpoint's tap layers mean; of an MTP head, whether it reads the input of
-            the target's head or the last layer's output.
-        feedback: Which state the next chain step gets.
-        rope_theta: The base of RoPE.
-        window: The sliding window; 0 for none.
-        slots: Which position a slot of a block predicts: its own, or the one after.
-        probed: Which of these the probe says, under the names of the config's fields.
-    """
-
-    taps: TapConvention | None = None
-    feedback: Literal["pre", "post"] | None = None
-    rope_theta: float | None = None
-    window: int | None = None
-    slots: Slots | None = None
-    probed: frozenset[str] = frozenset()
-
-    def refuse(self, why: str, *flags: str) -> None:
-        """Refuses what the user says of a head that has no such thing.
-
-        Args:
-            why: What the head is.
-            flags: The overrides that say nothing of it, under their names here.
-
-        Raises:
-            DriftError: Naming the first that was given.
-        """
-        for flag in flags:
-            if getattr(self, flag) is not None and flag not in self.probed:
-                raise DriftError(f"{why}; leave --{flag.replace('_', '-')} out")
 
 
 def read_layers(values: Values, tensors: Tensors, overrides: Overrides) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from mlx_drift.convert.dialects.torchspec import TORCHSPEC
 from mlx_drift.convert.eagle import understand_eagle
 from mlx_drift.convert.eagle3 import understand_eagle3
 from mlx_drift.convert.eagle4 import understand_eagle4
+from mlx_drift.convert.given import Given, Overrides
 from mlx_drift.convert.hydra import understand_hydra, understand_hydra_prefix
-from mlx_drift.convert.layers import Overrides
 from mlx_drift.convert.medusa import understand_medusa
 from mlx_drift.convert.mtp.understand import understand_mtp
 from mlx_drift.convert.p_eagle import understand_p_eagle
@@ -102,10 +102,8 @@ def understand(
     flat = dialect.flatten(checkpoint.config)
     values = Values(flat, checkpoint.config_file, dialect.defaults, overrides.probed)
     values.look(*dialect.bookkeeping)
-    weights = checkpoint.weights
-    fields, undecided = UNDERSTAND[dialect.kind](
-        values, tensors, weights, dialect.tap_ids, target, overrides
-    )
+    given = Given(values, tensors, checkpoint.weights, dialect.tap_ids, target, overrides)
+    fields, undecided = UNDERSTAND[dialect.kind](given)
     if "taps" in fields:
         fields["taps"] = list(fields["taps"])
     known = CONFIGS[dialect.kind].__dataclass_fields__

@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.decode.draft_length import DraftLength
 from mlx_drift.drafters.chain import ChainDrafter
-from mlx_drift.drafters.config import Eagle3Config
+from mlx_drift.drafters.chain_config import Eagle3Config
 from mlx_drift.drafters.eagle3 import Eagle3Network
 from mlx_drift.drafters.protocol import Draft
 from mlx_drift.target.model import Target

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_drift.convert.dialects.refused import quantized_to
-from mlx_drift.convert.layers import Overrides
+from mlx_drift.convert.given import Overrides
 from mlx_drift.convert.mtp.block import (
     ATTENTION,
     EXPERTS,

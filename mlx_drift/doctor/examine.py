@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_drift.convert.layers import Overrides
+from mlx_drift.convert.given import Overrides
 from mlx_drift.convert.read.source import read_checkpoint
 from mlx_drift.convert.resolved import Resolved
 from mlx_drift.convert.target import target_folder

@@ -19,10 +19,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_drift.drafters.block_cache import BlockCache
-from mlx_drift.drafters.config import DFlashConfig
 from mlx_drift.drafters.eagle3 import Attention, Layer
 from mlx_drift.drafters.head import LayersDrafter, SlotsDrafter
 from mlx_drift.drafters.head_state import HeadState
+from mlx_drift.drafters.slots_config import DFlashConfig
 from mlx_drift.target.model import Target
 
 

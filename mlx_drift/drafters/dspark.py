@@ -19,10 +19,10 @@ from typing import Self
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_drift.drafters.config import DSparkConfig
 from mlx_drift.drafters.dflash import DFlashDrafter, DFlashNetwork
 from mlx_drift.drafters.head_state import HeadState
 from mlx_drift.drafters.protocol import Choose, Draft, are_finite
+from mlx_drift.drafters.slots_config import DSparkConfig
 from mlx_drift.drafters.tree import DEPTH
 from mlx_drift.errors import DriftError
 from mlx_drift.target.model import Target

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_drift.drafters.cache import ChainCache
-from mlx_drift.drafters.config import EagleConfig
+from mlx_drift.drafters.chain_config import EagleConfig
 from mlx_drift.drafters.eagle3 import Layer, LayerCache
 
 

@@ -18,7 +18,7 @@ from mlx_lm.models.activations import swiglu
 from mlx_lm.models.rope_utils import initialize_rope
 
 from mlx_drift.drafters.cache import ChainCache, TrainTimeTestCache
-from mlx_drift.drafters.config import Eagle3Config
+from mlx_drift.drafters.chain_config import Eagle3Config
 from mlx_drift.drafters.schema import LlamaLayersConfig
 
 LayerCache = ChainCache | TrainTimeTestCache

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_drift.drafters.chain import ChainDrafter
-from mlx_drift.drafters.config import Eagle4Config
+from mlx_drift.drafters.chain_config import Eagle4Config
 from mlx_drift.drafters.eagle3 import Eagle3Network
 from mlx_drift.target.model import Target
 

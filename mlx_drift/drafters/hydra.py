@@ -20,10 +20,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_drift.drafters.cache import ChainCache
-from mlx_drift.drafters.config import HydraConfig, HydraPrefixConfig
 from mlx_drift.drafters.eagle3 import Layer
 from mlx_drift.drafters.head import HeadDrafter, LayersDrafter
 from mlx_drift.drafters.head_state import HeadState
+from mlx_drift.drafters.heads_config import HydraConfig, HydraPrefixConfig
 from mlx_drift.drafters.protocol import Choose, Draft
 from mlx_drift.target.model import Target
 
@@ -31,7 +31,7 @@ from mlx_drift.target.model import Target
 class HydraHead(nn.Module):
     """Residual blocks, the first of them narrowing, and a linear layer over the vocabulary."""
 
-    def __init__(self, config: HydraConfig | HydraPrefixConfig, number: int):
+    def __init__(self, config: HydraConfig, number: int):
         super().__init__()
         size = config.hidden_size
         self.linear = nn.Linear((number + 2) * size, size)
@@ -56,7 +56,7 @@ class HydraNetwork(nn.Module):
 
     over_vocabulary = "lm_head"
 
-    def __init__(self, config: HydraConfig | HydraPrefixConfig):
+    def __init__(self, config: HydraConfig):
         super().__init__()
         self.size = config.hidden_size
         self.heads: list[Any] = [HydraHead(config, number) for number in range(config.num_heads)]
@@ -95,12 +95,12 @@ class HydraPrefixNetwork(HydraNetwork):
 class HydraDrafter(HeadDrafter):
     """Drafts one token a head, each by what was drafted before it."""
 
-    config: HydraConfig | HydraPrefixConfig
+    config: HydraConfig
     network: HydraNetwork
 
     def __init__(
         self,
-        config: HydraConfig | HydraPrefixConfig,
+        config: HydraConfig,
         network: HydraNetwork,
         target: Target,
         d2t: mx.array | None = None,

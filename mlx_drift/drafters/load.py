@@ -10,11 +10,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_drift.drafters.chain import ChainDrafter
-from mlx_drift.drafters.config import (
-    check_target,
-    pads,
-    read_config,
-)
+from mlx_drift.drafters.config import check_target, pads, read_config
 from mlx_drift.drafters.dflash import DFlashDrafter, DFlashNetwork
 from mlx_drift.drafters.dspark import DSparkDrafter, DSparkNetwork
 from mlx_drift.drafters.eagle import EagleNetwork

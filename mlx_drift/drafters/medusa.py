@@ -16,9 +16,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_drift.drafters.config import MedusaConfig
 from mlx_drift.drafters.head import SlotsDrafter
 from mlx_drift.drafters.head_state import HeadState
+from mlx_drift.drafters.heads_config import MedusaConfig
 from mlx_drift.target.model import Target
 
 

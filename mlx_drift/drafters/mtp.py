@@ -19,7 +19,7 @@ import mlx.nn as nn
 
 from mlx_drift.drafters.block import ROUTERS, build_block
 from mlx_drift.drafters.cache import ChainCache, TrainTimeTestCache
-from mlx_drift.drafters.config import MTPConfig
+from mlx_drift.drafters.chain_config import MTPConfig
 
 
 class MTPNetwork(nn.Module):

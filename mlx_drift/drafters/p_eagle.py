@@ -15,9 +15,9 @@ import mlx.core as mx
 
 from mlx_drift.drafters.cache import TrainTimeTestCache
 from mlx_drift.drafters.chain import ChainDrafter, ChainState
-from mlx_drift.drafters.config import PEagleConfig
 from mlx_drift.drafters.eagle3 import Eagle3Network
 from mlx_drift.drafters.head import SlotsDrafter
+from mlx_drift.drafters.slots_config import PEagleConfig
 from mlx_drift.target.model import Target
 
 

@@ -170,6 +170,34 @@ class LlamaLayersConfig(LayersConfig):
         return int(self.head_dim * self.partial_rotary_factor)
 
 
+@dataclass(frozen=True, kw_only=True)
+class VocabularyConfig(LlamaLayersConfig):
+    """What the configs of drafters have in common that may have a vocabulary of their own.
+
+    Attributes:
+        draft_vocab_size: Rows of the drafter's head; `d2t` maps them if fewer than the target's.
+        own_head: The checkpoint brings `lm_head`; else the target's head is used.
+    """
+
+    draft_vocab_size: int
+    own_head: bool
+
+    def __post_init__(self) -> None:
+        """Refuses what no checkpoint can mean."""
+        super().__post_init__()
+        if not self.own_head and self.draft_vocab_size != self.target.vocab_size:
+            raise DriftError(
+                f"draft_vocab_size is {self.draft_vocab_size} and the target's vocabulary "
+                f"{self.target.vocab_size}, so the drafter needs an lm_head of its own"
+            )
+        own = self.own_embedding and self.own_head
+        if self.hidden_size != self.target.hidden_size and not own:
+            raise DriftError(
+                f"hidden_size is {self.hidden_size} and the target's {self.target.hidden_size}, "
+                "so the drafter needs an embed_tokens and an lm_head of its own"
+            )
+
+
 def check_size(name: str, value: int | None) -> None:
     """Checks a size, a count or a window; DriftError if no drafter comes near it."""
     most = MAX_LAYERS if name == "num_layers" else MAX_SIZE
@@ -189,6 +217,15 @@ def check_mask(token: int, target: TargetShape) -> None:
     if token >= target.vocab_size:
         raise DriftError(
             f"mask_token_id is {token}, outside the target's vocabulary of {target.vocab_size}"
+        )
+
+
+def check_one_tap(config: DrafterConfig, what: str) -> None:
+    """Checks that a drafter reads one tap, as wide as itself; DriftError if not."""
+    if len(config.taps) != 1 or config.hidden_size != config.target.hidden_size:
+        raise DriftError(
+            f"{what} reads one tap of its own width, but this has taps {list(config.taps)}, "
+            f"hidden_size {config.hidden_size} and the target's {config.target.hidden_size}"
         )
 
 

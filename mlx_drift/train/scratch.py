@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_drift.drafters.chain import ChainDrafter
-from mlx_drift.drafters.config import Eagle3Config
+from mlx_drift.drafters.chain_config import Eagle3Config
 from mlx_drift.drafters.load import WEIGHTS, build_drafter, build_network
 from mlx_drift.errors import DriftError
 from mlx_drift.target.model import Target

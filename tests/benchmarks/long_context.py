@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mlx_drift.decode.speculate import every, prefill, speculate
 from mlx_drift.drafters.chain import ChainDrafter, ChainState
-from mlx_drift.drafters.config import Eagle3Config
+from mlx_drift.drafters.chain_config import Eagle3Config
 from mlx_drift.drafters.eagle3 import Eagle3Network
 from mlx_drift.drafters.fold import fold
 from mlx_drift.drafters.protocol import Choose, Draft

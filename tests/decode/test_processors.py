@@ -19,7 +19,7 @@ from chi_square import LEAST_P, p_value
 from mlx_drift import make_prompt_cache, stream_generate
 from mlx_drift.decode.sampling import Chooser, Sampling
 from mlx_drift.drafters.chain import ChainDrafter
-from mlx_drift.drafters.config import MTPConfig
+from mlx_drift.drafters.chain_config import MTPConfig
 from mlx_drift.drafters.draft_model import DraftModelDrafter
 from mlx_drift.drafters.mtp import MTPNetwork
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter

@@ -11,7 +11,7 @@ from kinds import KINDS, random_head
 from mlx_drift import convert_drafter, generate, make_prompt_cache, stream_generate
 from mlx_drift.decode.sampling import Chooser, Sampling
 from mlx_drift.drafters.chain import ChainDrafter
-from mlx_drift.drafters.config import EagleConfig
+from mlx_drift.drafters.chain_config import EagleConfig
 from mlx_drift.drafters.copying import CopyingDrafter
 from mlx_drift.drafters.eagle import EagleNetwork
 from mlx_drift.drafters.load import load_converted

@@ -24,7 +24,7 @@ from mlx_lm.utils import _get_classes
 from mlx_drift.doctor.build import nbytes_of
 from mlx_drift.doctor.examine import machine_memory
 from mlx_drift.drafters.chain import ChainDrafter
-from mlx_drift.drafters.config import Eagle3Config
+from mlx_drift.drafters.chain_config import Eagle3Config
 from mlx_drift.drafters.fold import fold
 from mlx_drift.drafters.load import build_network, quantize_linears
 from mlx_drift.errors import DriftError
