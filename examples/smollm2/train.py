@@ -98,14 +98,14 @@ class Training:
             size = self.target.config.vocab_size
             self.draft_ids = draft_vocabulary(texts, args.draft_vocab, size)
         self.learners, self.averages = {}, {}
-        for name, switches in HEADS.items():
+        for name in args.heads:
             torch.manual_seed(args.seed)
-            head = Eagle3(self.target.config, self.draft_ids, switches)
+            head = Eagle3(self.target.config, self.draft_ids, HEADS[name])
             head.init_from_target(self.target)
             self.learners[name], self.averages[name] = Learner(head, args.lr), Average(head)
         if saved:
             self.progress = Progress(**saved["progress"])
-            for name in HEADS:
+            for name in args.heads:
                 self.learners[name].load_state_dict(saved["learners"][name])
                 self.averages[name].model.load_state_dict(saved["averages"][name])
         self.questions = dict(self.find_questions())
@@ -198,6 +198,9 @@ def main() -> None:
     parser.add_argument(
         "--questions", type=Path, nargs="*", default=[], help="to measure on as well"
     )
+    parser.add_argument(
+        "--heads", nargs="+", choices=HEADS, default=[*HEADS], help="one left out ends where it is"
+    )
     parser.add_argument("--limit", type=int, default=40, help="questions of each file")
     parser.add_argument("--rows", type=int, help="learn from so many chats, the first, and no more")
     parser.add_argument("--tokens", type=float, default=10e6, help="answer tokens to learn in all")
@@ -230,7 +233,7 @@ def main() -> None:
         progress.seconds = before + time.monotonic() - started
         if progress.step % args.measure_every == 0:
             progress.curve.append(training.measured())
-            report(progress, recent)
+            report(progress, args.heads, recent)
             recent.clear()
         if time.monotonic() - saved > CHECKPOINT_EVERY:
             training.save()
@@ -238,14 +241,14 @@ def main() -> None:
     training.save()
 
 
-def report(progress: Progress, recent: list[Tensor]) -> None:
+def report(progress: Progress, heads: list[str], recent: list[Tensor]) -> None:
     """Prints where a training stands, on one line a head."""
     print(
         f"step {progress.step}, {progress.said} answer tokens, epoch {progress.epoch} "
         f"of {progress.rows} chats, {progress.seconds / 60:.0f} min",
     )
     line = progress.curve[-1]
-    for index, head in enumerate(HEADS):
+    for index, head in enumerate(heads):
         losses = " ".join(f"{loss:.3f}" for loss in torch.stack(recent).mean(0)[index].tolist())
         accepted = ", ".join(
             f"{name} {found[head]['acceptance_length']:.3f}"

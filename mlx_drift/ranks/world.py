@@ -174,7 +174,9 @@ class Ranks:
         """Ends this process at once, and the others with it."""
         with self._last_words:
             if self.rank == 0 and sys.stderr is not None:
-                print(f"error: {printable(line)}", file=sys.stderr, flush=True)
+                # In one piece: MLX's ring tells of the same loss there, from a thread of its own.
+                sys.stderr.write(f"error: {printable(line)}\n")
+                sys.stderr.flush()
             os._exit(1)
 
     def fail(self, line: str | None) -> None:

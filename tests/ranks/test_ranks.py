@@ -83,8 +83,9 @@ def check_that_all_end(ranks: list[subprocess.Popen[str]], killed: int) -> None:
     assert time.monotonic() - start < SECONDS_TO_END
     assert told[killed][0] == -signal.SIGKILL
     assert told[1 - killed][0] == 1
-    said = [[line for line in err.splitlines() if line[:6] != "[ring]"] for _, _, err in told]
-    assert said == [["error: rank 1: ended before the answer was whole"] * killed, []]
+    line = "error: rank 1: ended before the answer was whole\n"  # MLX's ring may write around it
+    assert [err.count(line) for _, _, err in told] == [killed, 0], told
+    assert not any("Traceback" in err or err.count("error: ") > 1 for _, _, err in told), told
     assert told[1][1] == ""
 
 

@@ -308,7 +308,7 @@ def test_a_prediction_is_drafted_from_and_counted(running, client, demo):
 def test_a_first_probing_request_crashes_nothing(running):
     """serving.md 3.18."""
     assert fetch(f"{running.root}/").status == 200  # the page
-    assert fetch(f"{running.root}/favicon.ico").status == 404
+    assert fetch(f"{running.root}/favicon.ico").status == 200
     assert fetch(f"{running.url}/chat/completions").status == 405
     assert fetch(f"{running.url}/models", "HEAD").status == 200
     assert "message" in fetch(f"{running.root}/nothing").error

@@ -49,7 +49,7 @@ def test_files_come_without_a_key_and_under_a_policy(running, path):
     assert "frame-ancestors 'none'" in policy
     assert answered.headers["x-content-type-options"] == "nosniff"
     kind = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
-    expected = kind.get(path.rpartition(".")[2], "text/html")
+    expected = kind.get(FILES[path].rpartition(".")[2], "text/html")
     assert answered.headers["content-type"].startswith(expected)
 
 

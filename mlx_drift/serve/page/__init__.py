@@ -15,6 +15,7 @@ FILES = {
     "/": "index.html",
     "/page/style.css": "style.css",
     "/page/icon.svg": "icon.svg",
+    "/favicon.ico": "icon.svg",  # what a browser asks for beside any answer that it shows alone
     **{f"/page/{name}.js": f"{name}.js" for name in ("main", "answer", "api", "panels")},
 }
 """Paths, and the files beside this one that they show."""
