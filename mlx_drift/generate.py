@@ -43,7 +43,7 @@ from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.grammar.grammar import Grammar
 from mlx_drift.ranks.world import Ranks, ranks_of
 from mlx_drift.target.caches import KVQuantization
-from mlx_drift.target.model import vocabulary_size
+from mlx_drift.target.parts import vocabulary_size
 
 ROUNDS_TO_JUDGE = 32
 """Rounds after which a drafter that is hardly ever right is spoken of."""

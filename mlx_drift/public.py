@@ -14,7 +14,7 @@ from mlx_drift.generate import DriftResponse, generate, stream_generate
 from mlx_drift.grammar.grammar import Grammar
 from mlx_drift.loading import load_drafter
 from mlx_drift.target.load import load
-from mlx_drift.target.model import remove_taps
+from mlx_drift.target.taps import remove_taps
 from mlx_drift.train.adapt import adapt_drafter
 from mlx_drift.train.answers import Asking
 from mlx_drift.train.learner import Recipe

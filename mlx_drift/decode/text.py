@@ -7,7 +7,8 @@ from typing import Literal
 
 import mlx.core as mx
 
-from mlx_drift.decode.sampling import Chooser, Sampling
+from mlx_drift.decode.chooser import Chooser
+from mlx_drift.decode.sampling import Sampling
 from mlx_drift.decode.sources import possible_sources
 from mlx_drift.decode.tree_shape import Levels
 from mlx_drift.drafters.protocol import Drafter, DrafterCache, Kind, Propose, Source, sources_of

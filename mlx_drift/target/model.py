@@ -1,12 +1,7 @@
 """An mlx-lm model seen as tokens in, logits and taps out, with exact rollback.
 
 Notable:
-- Taps are captured by giving each tapped layer *instance* a subclass of its own class
-  (``module.__class__ = Tapped``). mlx-lm's files stay as they are, the arithmetic is untouched, so
-  the logits keep every bit, and `remove_taps` puts the classes back.
-- What is captured goes to a context variable that is set only during one forward pass: threads,
-  conversations and models in one process do not see each other's taps, and a layer that nobody is
-  listening to pays one context look-up.
+- Taps are captured by the layers themselves (`mlx_drift.target.taps`).
 - A cache is accepted only if a rejected draft can be taken back exactly
   (`mlx_drift.target.caches`); the rest is refused by name before anything runs.
 - Of a pipeline a rank has some layers; taps of the others are handed round. That collective waits
@@ -14,11 +9,8 @@ Notable:
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from threading import Lock
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -31,30 +23,29 @@ from mlx_drift.ranks.world import ranks_of
 from mlx_drift.target.caches import (
     INSTEAD,
     NOT_EXACT,
-    Consumed,
     KVQuantization,
     TargetCache,
     exact,
     recurrent,
 )
+from mlx_drift.target.parts import (
+    EMBEDDINGS,
+    HEADS,
+    NORMS,
+    find_backbone,
+    find_layers,
+    find_part,
+)
 from mlx_drift.target.rewind import parts
 from mlx_drift.target.sliding import SlidingKVCache
-from mlx_drift.target.tree import VERIFIES_TREES, Tree, on_tree
+from mlx_drift.target.taps import Captured, capture, note_consumed, report
+from mlx_drift.target.tree import Tree, on_tree
 
-EMBEDDINGS = (
-    "embed_tokens wte word_embeddings embeddings embedding tok_embeddings token_embeddings "
-    "embed_in embed"
-).split()
-LAYERS = "layers h blocks".split()
-NORMS = (
-    "norm ln_f norm_f final_norm final_layernorm final_layer_norm embedding_norm output_norm"
-).split()
-HEADS = "lm_head embed_out output".split()
 SCALES = {"logit_scale": 1, "output_multiplier": 1, "logits_scaling": -1}
 """What configs call the factor of all logits (Cohere, Muse Glimmer, Granite), and its power."""
 
-CAP = "final_logit_softcapping"  # Gemma's
-"""What mlx-lm's model files call the parts of a decoder."""
+CAP = "final_logit_softcapping"
+"""What configs call the cap of all logits (Gemma)."""
 
 TINY = 1e-3
 """No final norm's gains are all below."""
@@ -70,25 +61,6 @@ class TargetShape:
     hidden_size: int
     vocab_size: int
     num_layers: int | None = None
-
-
-@dataclass
-class Captured:
-    """What is noted during one forward pass.
-
-    Attributes:
-        taps: The captured states by tap.
-        twice: Taps that were captured more than once: layers that run in a loop.
-        consumed: What recurrent layers were given.
-    """
-
-    taps: dict[int, Any] = field(default_factory=dict)
-    twice: set[int] = field(default_factory=set)
-    consumed: list[Consumed] = field(default_factory=list)
-
-
-_installing = Lock()
-_captured: ContextVar[Captured | None] = ContextVar("captured", default=None)
 
 
 class Target:
@@ -111,9 +83,9 @@ class Target:
         self.taps = tuple(taps)
         self.ranks = ranks_of(model)
         self._stage = stage_of(model)
-        self._backbone, self._parents = _backbone(model)
-        self._embedding = _part(self._backbone, EMBEDDINGS)
-        self._layers = _layers(self._backbone)
+        self._backbone, self._parents = find_backbone(model)
+        self._embedding = find_part(self._backbone, EMBEDDINGS)
+        self._layers = find_layers(self._backbone)
         row = self.embed(mx.array([0]))
         self.dtype: mx.Dtype = row.dtype  # of the activations, hence of the taps
         self.shape = TargetShape(
@@ -214,7 +186,7 @@ class Target:
         """
         cache.rows, cache.consumed = 0, []
         cache.let_sinks_fade(True)
-        with _capture() as captured:
+        with capture() as captured:
             logits = self.model(tokens[None], cache=cache)
         cache.quantize()
         return logits[0], self._taps(captured, tokens.size, logits)
@@ -236,7 +208,7 @@ class Target:
             DriftError: If the model keeps a state that cannot be put back.
         """
         cache.let_sinks_fade(False)
-        with _capture() as captured, on_tree(cache.parts(), tree):
+        with capture() as captured, on_tree(cache.parts(), tree):
             logits = self.model(tokens[None], cache=cache)
         cache.rows, cache.consumed = tokens.size, captured.consumed
         noted = {id(state) for note in captured.consumed for state, _ in note.states}
@@ -304,7 +276,7 @@ class Target:
         Ones where it makes nothing of them, as a norm does that takes the mean away.
         """
         ones = mx.ones((1, self.shape.hidden_size), self.dtype)
-        norm = _part(self._backbone, NORMS)
+        norm = find_part(self._backbone, NORMS)
         gain = ones[0] if norm is None else norm(ones)[0]
         return gain if mx.any(mx.abs(gain) > TINY).item() else ones[0]
 
@@ -339,137 +311,25 @@ class Target:
     def _install(self) -> None:
         """Makes the tapped layers report, and those of a recurrent model what they consume."""
         layers = self._layers
-        is_recurrent = any(recurrent(cache) for cache in make_prompt_cache(self.model))
-        with _installing:
-            for layer in filter(None, layers) if is_recurrent else ():
-                _swap(layer, CONSUMES, _call_that_notes)
-            for tap in self.taps:
-                if self._is_elsewhere(tap):
-                    continue
-                if tap == 0:
-                    _swap(layers[0], tap, _call_that_reports(tap, _first_argument))
-                elif tap <= len(layers):
-                    _swap(layers[tap - 1], tap, _call_that_reports(tap, _output))
-                else:
-                    norm = _part(self._backbone, NORMS)
-                    if norm is None:
-                        raise DriftError(
-                            f"the target's model type {self.model.model_type!r} has no final norm "
-                            f"that tap {tap} could read. {INSTEAD}"
-                        )
-                    _swap(norm, tap, _call_that_reports(tap, _output))
-
-
-def vocabulary_size(model: nn.Module) -> int | None:
-    """Returns how many rows a model's embedding has; None if it is not where others have it."""
-    try:
-        backbone, _ = _backbone(model)
-    except DriftError:
-        return None
-    rows: int = _part(backbone, EMBEDDINGS).weight.shape[0]
-    return rows
-
-
-def remove_taps(model: nn.Module) -> None:
-    """Gives every tapped module of `model` its own class back."""
-    vars(model).pop(VERIFIES_TREES, None)
-    for module in model.modules():
-        while hasattr(type(module), "tapped_as"):
-            module.__class__ = type(module).__base__
-
-
-CONSUMES = -1  # in place of a tap: the class notes what its layer consumes
-
-Call = Callable[..., Any]
-"""A layer's `__call__`, with the layer first."""
-
-
-def _swap(module: nn.Module, tapped_as: int, wrap: Callable[[Call], Call]) -> None:
-    """Gives one module instance a subclass of its class that calls through `wrap`, once."""
-    if any(cls.__dict__.get("tapped_as") == tapped_as for cls in type(module).__mro__):
-        return
-    cls = type(module)
-    members = {"__call__": wrap(cls.__call__), "tapped_as": tapped_as}
-    module.__class__ = type(cls.__name__, (cls,), members)
-
-
-def _call_that_reports(tap: int, choose: Callable[..., Any]) -> Callable[[Call], Call]:
-    def wrap(inner: Call) -> Call:
-        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            output = inner(self, *args, **kwargs)
-            captured = _captured.get()
-            if captured is not None:
-                if tap in captured.taps:
-                    captured.twice.add(tap)
-                captured.taps[tap] = choose(output, *args, *kwargs.values())
-            return output
-
-        return call
-
-    return wrap
-
-
-def _call_that_notes(inner: Call) -> Call:
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        captured = _captured.get()
-        if captured is not None:
-            note = Consumed.of(inner, (self, *args), kwargs)
-            if note is not None:
-                captured.consumed.append(note)
-        return inner(self, *args, **kwargs)
-
-    return call
+        if any(recurrent(cache) for cache in make_prompt_cache(self.model)):
+            note_consumed(filter(None, layers))
+        for tap in self.taps:
+            if self._is_elsewhere(tap):
+                continue
+            if tap == 0:
+                report(layers[0], tap, "first argument")
+            elif tap <= len(layers):
+                report(layers[tap - 1], tap, "output")
+            else:
+                norm = find_part(self._backbone, NORMS)
+                if norm is None:
+                    raise DriftError(
+                        f"the target's model type {self.model.model_type!r} has no final norm "
+                        f"that tap {tap} could read. {INSTEAD}"
+                    )
+                report(norm, tap, "output")
 
 
 def _kinds(caches: list[Any]) -> str:
     """Names the kinds of some caches."""
     return ", ".join(sorted({type(part).__name__ for cache in caches for part in parts(cache)}))
-
-
-def _first_argument(output: Any, first: Any, *rest: Any) -> Any:
-    return first
-
-
-def _output(output: Any, *given: Any) -> Any:
-    """The hidden state that a layer returns, alone or before what else it returns."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def _capture() -> Iterator[Captured]:
-    captured = Captured()
-    token = _captured.set(captured)
-    try:
-        yield captured
-    finally:
-        _captured.reset(token)
-
-
-def _part(module: nn.Module, names: Sequence[str]) -> Any:
-    """Returns the part of a module under the first of some names that it has."""
-    return next((module[name] for name in names if name in module), None)
-
-
-def _layers(backbone: nn.Module) -> list[nn.Module]:
-    """Returns the layers, which some model files keep in a module of their own."""
-    layers = _part(backbone, LAYERS)
-    return _layers(layers) if isinstance(layers, nn.Module) else layers
-
-
-def _backbone(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
-    """Finds the module that holds embedding, layers and final norm, and what it is in.
-
-    Returns:
-        It, and itself with the modules around it, the outermost first.
-    """
-    around = [[model]]
-    while around:
-        path = around.pop(0)
-        module = path[-1]
-        if all(_part(module, names) is not None for names in (EMBEDDINGS, LAYERS)):
-            return module, path
-        around += [[*path, part] for part in module.values() if isinstance(part, nn.Module)]
-    raise DriftError(
-        f"the target's model type {getattr(model, 'model_type', '?')!r} has no embedding and "
-        f"layers side by side, so its hidden states cannot be tapped. {INSTEAD}"
-    )

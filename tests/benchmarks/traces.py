@@ -20,7 +20,8 @@ from mlx_lm.utils import dequantize_model
 
 from mlx_drift import load_drafter, make_prompt_cache, stream_generate
 from mlx_drift.decode.accept import read_verdict
-from mlx_drift.decode.sampling import Chooser, Sampling
+from mlx_drift.decode.chooser import Chooser
+from mlx_drift.decode.sampling import Sampling
 from mlx_drift.demo import DEMO, TARGET
 from mlx_drift.drafters.protocol import Draft
 from mlx_drift.measure.speed.tune import tune

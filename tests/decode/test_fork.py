@@ -11,8 +11,9 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_drift import DriftWarning
 from mlx_drift.decode.accept import accept_matching
+from mlx_drift.decode.chooser import Chooser
 from mlx_drift.decode.fork import fork, unforkable
-from mlx_drift.decode.sampling import Chooser, Sampling
+from mlx_drift.decode.sampling import Sampling
 from mlx_drift.decode.stateless import is_stateless
 from mlx_drift.drafters.protocol import Draft
 from stateful import (

@@ -17,7 +17,8 @@ import pytest
 from backend import ON_GPU
 from chi_square import LEAST_P, p_value
 from mlx_drift import make_prompt_cache, stream_generate
-from mlx_drift.decode.sampling import Chooser, Sampling
+from mlx_drift.decode.chooser import Chooser
+from mlx_drift.decode.sampling import Sampling
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.chain_config import MTPConfig
 from mlx_drift.drafters.draft_model import DraftModelDrafter

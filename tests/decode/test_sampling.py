@@ -28,7 +28,8 @@ from chi_square import CERTAINLY_WRONG, LEAST_P, p_value, survival
 from mlx_drift import CopyingDrafter, DriftError, Statistics, stream_generate
 from mlx_drift.decode.accept import accept_sampled
 from mlx_drift.decode.answer import answer
-from mlx_drift.decode.sampling import Chooser, Sampling
+from mlx_drift.decode.chooser import Chooser
+from mlx_drift.decode.sampling import Sampling
 from mlx_drift.decode.speculate import every, prefill, speculate
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter

@@ -8,8 +8,9 @@ import pytest
 from mlx_lm.sample_utils import make_logits_processors
 
 from backend import assert_same, assert_same_rows, assert_same_tokens
+from mlx_drift.decode.chooser import Chooser
 from mlx_drift.decode.plain import time_plain_steps
-from mlx_drift.decode.sampling import GREEDY, Chooser, Sampling
+from mlx_drift.decode.sampling import GREEDY, Sampling
 from mlx_drift.decode.speculate import every, prefill, speculate
 from mlx_drift.target.model import Target
 from tiny import Oracle, plain_greedy, tiny_drafter, tiny_llama

@@ -15,7 +15,8 @@ from mlx_drift.decode.sampling import GREEDY, Sampling
 from mlx_drift.decode.speculate import every, prefill, speculate
 from mlx_drift.decode.statistics import Statistics
 from mlx_drift.drafters.protocol import Draft
-from mlx_drift.target.model import Target, remove_taps
+from mlx_drift.target.model import Target
+from mlx_drift.target.taps import remove_taps
 from mlx_drift.target.tree import Tree, follow_trees
 from mlx_drift.target.tree_check import check_trees
 from tiny import VOCAB, plain_greedy, tiny_drafter, tiny_llama

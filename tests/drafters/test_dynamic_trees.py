@@ -9,7 +9,8 @@ from mlx_lm.sample_utils import make_logits_processors
 from families import build
 from kinds import KINDS, random_head
 from mlx_drift import convert_drafter, generate, make_prompt_cache, stream_generate
-from mlx_drift.decode.sampling import Chooser, Sampling
+from mlx_drift.decode.chooser import Chooser
+from mlx_drift.decode.sampling import Sampling
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.chain_config import EagleConfig
 from mlx_drift.drafters.copying import CopyingDrafter
@@ -18,7 +19,8 @@ from mlx_drift.drafters.load import load_converted
 from mlx_drift.drafters.protocol import TREE
 from mlx_drift.drafters.tree import DEPTH, WIDTH
 from mlx_drift.errors import DriftError
-from mlx_drift.target.model import Target, remove_taps
+from mlx_drift.target.model import Target
+from mlx_drift.target.taps import remove_taps
 from mtp_heads import FAMILIES, config_of, head, write_repository, written
 from tiny import VOCAB, NoText, plain_greedy, tiny_drafter, tiny_llama
 from trees import path_to

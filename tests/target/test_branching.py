@@ -17,7 +17,8 @@ from mlx_drift.decode.draft_length import DraftLength
 from mlx_drift.decode.speculate import every, prefill, speculate
 from mlx_drift.errors import DriftError
 from mlx_drift.target.caches import KVQuantization
-from mlx_drift.target.model import Target, remove_taps
+from mlx_drift.target.model import Target
+from mlx_drift.target.taps import remove_taps
 from mlx_drift.target.tree import Tree
 from mlx_drift.target.tree_check import check_trees
 from tiny import plain_greedy, tiny_llama

@@ -20,7 +20,8 @@ from families import BUILT, CONFIGS, LEFT_OUT, MISSING, REFUSED, build
 from mlx_drift.decode.speculate import every, prefill, speculate
 from mlx_drift.errors import DriftError
 from mlx_drift.target.caches import TargetCache
-from mlx_drift.target.model import Target, remove_taps
+from mlx_drift.target.model import Target
+from mlx_drift.target.taps import remove_taps
 from tiny import Oracle, Scripted, plain_greedy
 
 ALWAYS = """

@@ -8,7 +8,8 @@ from mlx_lm.models.cache import BatchKVCache, RotatingKVCache, make_prompt_cache
 
 from backend import assert_same, assert_same_rows
 from mlx_drift.errors import DriftError
-from mlx_drift.target.model import Target, remove_taps
+from mlx_drift.target.model import Target
+from mlx_drift.target.taps import remove_taps
 from tiny import HIDDEN, LAYERS, tiny_llama
 
 ALL_TAPS = tuple(range(LAYERS + 2))
