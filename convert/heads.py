@@ -121,6 +121,7 @@ OF_THE_BASE = (
     "rms_norm_eps",
     "rope_theta",
     "rope_scaling",
+    "rope_parameters",
     "max_position_embeddings",
     "head_dim",
     "hidden_act",

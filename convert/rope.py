@@ -71,7 +71,8 @@ def read_rope(values: Values, max_position_embeddings: int, theta: float | None)
     found = _newest(values, spelled, "rope_theta", 10000.0, told=theta is None)
     partial = _newest(values, spelled, "partial_rotary_factor", 1.0)
     scaling = _merged(values, spelled)
-    values.provenance["rope_scaling"] = "file" if scaling else "default"
+    origin = values.provenance["rope_parameters" if spelled["rope_parameters"] else "rope_scaling"]
+    values.provenance["rope_scaling"] = origin if scaling else "default"
 
     kind = scaling.pop("rope_type", "default")
     if kind == "default" and "mrope_section" in scaling:
@@ -111,7 +112,8 @@ def _newest(
         return default
     (winner, found), *others = said.items()
     against = [f"{name} is {brief(other)}" for name, other in others if other != found]
-    values.provenance[key] = "file"
+    if winner != key:
+        values.provenance[key] = values.provenance[winner.partition(".")[0]]
     if against:
         values.provenance[key] = f"file: {winner}"
         if told:

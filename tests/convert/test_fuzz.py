@@ -1,7 +1,7 @@
 """Fuzz: a damaged or hostile checkpoint converts and loads, or is refused in one line.
 
-All inputs of a run go through one child process: a watchdog ends it where a call takes too long,
-and its peak memory is that of them all. Input number n is the same in every run:
+All inputs of a run go through one child process: a watchdog ends it where a call computes too long,
+or waits forever, and its peak memory is that of them all. Input number n is the same in every run:
 
     PYTHONPATH=tests python tests/convert/test_fuzz.py n
 
@@ -52,6 +52,7 @@ from mlx_drift.convert.read.source import read_checkpoint
 from mlx_drift.convert.read.stored import DTYPES, itemsize
 from mlx_drift.convert.rope import KINDS
 from mlx_drift.drafters.load import load_converted
+from mlx_drift.drafters.protocol import Branches
 from mlx_drift.errors import DriftError
 from mlx_drift.target.model import TargetShape
 from mtp_heads import FAMILIES, config_of, head, write_repository, written
@@ -61,6 +62,7 @@ from torch_files import Global, Persistent, dumps, storage, stream, tensor, zip_
 SEED = "mlx-drift"
 MTP = "mtp "  # what the names of heads begin with that `mtp=True` takes out of their files
 MAX_SECONDS, MAX_BYTES = 5.0, 2 * 10**9
+WAIT = 60.0  # seconds, however busy the machine is: for what computes nothing
 SHAPE = TargetShape(hidden_size=HIDDEN, vocab_size=VOCAB, num_layers=LAYERS)
 
 Random = random.Random
@@ -135,7 +137,10 @@ def bases() -> dict[str, tuple[Config, Tensors]]:
             "eagle-1 bin",
             "p-eagle speculators",
             "dflash z-lab sliding",
+            "dflash speculators",
             "dspark speculators",
+            "dspark deepspec",
+            "dspark modelopt",
         )
         for name, quantize in itertools.product(heads, (False, True)):
             out = Path(root, f"converted {name}{' -q' * quantize}")
@@ -181,6 +186,10 @@ KEYS = """
     added_tokens rope_type type factor repo path sha256 \ud800 \x1b[31m
     num_heads num_blocks num_candidates candidate_rank input_norm hydra_num_heads hydra_head_arch
     hidden_state_offset efficient_lm_head_config rank markov confidence slots mask_token_id
+    causal_layers window_rule markov_rank max_drafts block_bias candidate_rank dflash_config
+    is_causal causal sliding_window_non_causal sample_from_anchor shift_label projector_type
+    markov_head_type ptd_token_id parallel_drafting num_target_layers medusa medusa_num_heads
+    logit_scale original_lm_head attention_sink_bias input_embedding_scale grounded_heads
 """.split()
 NAMES = """
     d2t t2d fc.bias fc.weight input_norm.weight embed_tokens.weight lm_head.weight norm.weight
@@ -194,6 +203,9 @@ NAMES = """
     heads.0.linear.weight heads.0.residual.weight hydra_mlp.0.2.linear.bias hydra_lm_head.3.bias
     hydra_mlp.0.0.res_connection.weight attn.self_attn.q_proj.weight candidate_up.weight
     prefix_embeding_layer.norm.weight efficient_lm_head.weight efficient_lm_head_down_proj.weight
+    mask_hidden context_norm.weight markov_head.markov_w1.weight markov_head.gate_proj.weight
+    markov.joint.weight markov.w2.weight confidence.weight confidence_head.proj.bias token_map
+    heads.0.blocks.2.weight heads.7.lm_head.weight lm_heads.1.weight medusa_heads.1.0.linear.bias
 """.split()
 RAW = {  # JSON that json.dumps does not write, by a string that stands for it
     "@nested": "[" * 300 + "]" * 300,
@@ -462,6 +474,7 @@ def keywords(rng: Random) -> dict[str, Any]:
         "feedback": ["pre", "post"],
         "rope_theta": [5e5, 0.0, -1.0, math.nan],
         "window": [0, 1, 8, 2**40],
+        "slots": ["shifted", "unshifted"],
         "strict": [True],
     }
     likely = {"target": 0.8, "quantize": 0.2, "q_group_size": 0.9}
@@ -546,7 +559,8 @@ Tally = collections.Counter[str]
 
 def attempt(tally: Tally, what: str, call: Callable[[], Any]) -> Any:
     """Calls, under the watchdog; returns None where a DriftError of one line refuses."""
-    signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, WAIT)
     try:
         found = call()
     except DriftError as error:
@@ -556,17 +570,22 @@ def attempt(tally: Tally, what: str, call: Callable[[], Any]) -> Any:
         tally[f"{what}: refused"] += 1
         return None
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
     tally[f"{what}: done"] += 1
     return found
 
 
 def draft(folder: Path, model: nn.Module) -> None:
-    """Loads and drafts."""
+    """Loads and drafts: a chain, and a tree where there is one, of more than many heads make."""
     drafter = load_converted(folder, model)
     state = drafter.make_cache()
     drafter.ingest(mx.array([1, 2]), mx.ones((2, len(drafter.taps), HIDDEN)), state)
-    assert all(0 <= token < VOCAB for token in drafter.propose(3, state).tokens.tolist())
+    drafts = [drafter.propose(7, state)]
+    if isinstance(drafter, Branches):
+        drafts.append(drafter.propose_tree(7, state))
+    for draft in drafts:
+        assert all(0 <= token < VOCAB for token in draft.tokens.tolist())
 
 
 def survive(root: Path, it: Input, model: nn.Module, tally: Tally) -> None:
@@ -576,7 +595,7 @@ def survive(root: Path, it: Input, model: nn.Module, tally: Tally) -> None:
     source, options = str(root / it.source), dict(it.keywords)
     target = str(root / "target") if options.get("target") == "target" else None
     options["target"] = target or options.get("target")
-    overrides = "mtp", "taps", "feedback", "rope_theta", "window"
+    overrides = "mtp", "taps", "feedback", "rope_theta", "window", "slots"
     said = {k: options[k] for k in overrides if k in options}
     found = attempt(tally, "inspect", lambda: inspect_drafter(source, target, **said))
     if found is not None:
@@ -602,7 +621,8 @@ def peak() -> int:
 def main(numbers: range, keep: bool) -> int:
     """Works through inputs, each told on stdout before it is tried; returns how many failed."""
     warnings.simplefilter("error")
-    faulthandler.register(signal.SIGALRM, chain=True)  # and then the signal ends the process
+    for watchdog in (signal.SIGPROF, signal.SIGALRM):
+        faulthandler.register(watchdog, chain=True)  # and then the signal ends the process
     model, tally, failed, slowest = tiny_llama(num_hidden_layers=LAYERS), Tally(), 0, (0.0, 0)
     with tempfile.TemporaryDirectory() as folder:
         for number in numbers:

@@ -85,6 +85,25 @@ def test_contradictions_are_told_in_one_line(more, told, base, tmp_path):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("kind", ["prefix-mlp", "eagle-attn"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}},
+    ],
+)
+def test_the_layer_has_the_rope_of_the_base_model(kind, rope, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(BASE | rope))
+    write_hydra(kind, tmp_path / "heads")
+    base = str(tmp_path / "base")
+    config = convert_drafter(str(tmp_path / "heads"), tmp_path / "out", target=base).config
+    assert (config.rope_theta, config.rope_scaling["factor"]) == (5e5, 2.0)
+    for key in ("rope_theta", "rope_scaling", "num_attention_heads"):
+        assert "base model" in config.provenance[key]
+
+
 def test_heads_that_read_no_drafts_are_refused(base, tmp_path):
     write_hydra("mlp", tmp_path / "heads")
     file = tmp_path / "heads" / "model.safetensors"
