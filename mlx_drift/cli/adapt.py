@@ -44,9 +44,7 @@ def adapt(
         typer.Option(help="self, in place of --data: the target asks itself, --limit of them."),
     ] = None,
     model: options.Model = None,
-    drafter: Annotated[
-        str | None, typer.Option(help="The head to adapt, as for generate; not quantized.")
-    ] = None,
+    drafter: Annotated[str | None, typer.Option(help="The head to adapt, as for generate.")] = None,
     from_scratch: Annotated[
         Literal["eagle3.1", "eagle3"] | None,
         typer.Option(help="In place of --drafter: a head from nothing. It takes much data."),

@@ -13,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_drift.convert.write import check_free, written_whole
 from mlx_drift.decode.fingerprint import fingerprint
 from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.drafters.config import read_config
 from mlx_drift.drafters.load import WEIGHTS, load_converted
 from mlx_drift.errors import DriftError, printable
 from mlx_drift.files.hub import split_repository, upload_folder
@@ -95,8 +96,8 @@ class Adaptation:
     Args:
         model: The target, as `mlx_lm.load` returns it: quantized, with adapters, as it is used.
         tokenizer: Its tokenizer.
-        drafter: The head, as for `load_drafter`: EAGLE-1/2, EAGLE-3, EAGLE-3.1 or MTP, unquantized;
-            None to begin from nothing.
+        drafter: The head, as for `load_drafter`: EAGLE-1/2, EAGLE-3, EAGLE-3.1 or MTP; None to
+            begin from nothing.
         data: What it learns from, as for `mlx_drift.train.conversations.read_data`; None for
             questions that the target asks itself.
         answers: `self`: the target answers the questions in the data itself; `given`: the answers
@@ -223,6 +224,11 @@ class Adaptation:
             )
             said = [t.tokens[a:b] for one in tested for t in one.texts for a, b in t.said]
             notes = list(gathering.notes)
+            if self.drafter is not None and (q := read_config(folder).quantization) is not None:
+                notes.append(
+                    f"the head was quantized to {q.bits} bits: its dequantized values were "
+                    "trained, and what is written is not quantized (mlx-drift convert -q does that)"
+                )
             if not progress.best_step:
                 notes.append("acceptance on what was held out never rose: the head is as it was")
             done = Adapted(out, progress, measured, distinct(said), len(texts), seconds, notes)

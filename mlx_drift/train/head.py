@@ -6,21 +6,20 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_drift.drafters.chain import ChainDrafter
-from mlx_drift.drafters.config import check_target, read_config
+from mlx_drift.drafters.config import check_target
 from mlx_drift.drafters.eagle4 import Eagle4Drafter
-from mlx_drift.drafters.load import WEIGHTS, build_drafter, load_network, target_ids
+from mlx_drift.drafters.load import WEIGHTS, build_drafter, target_ids
 from mlx_drift.errors import DriftError
-from mlx_drift.files.paths import inside
-from mlx_drift.files.tensors import read_safetensors
 from mlx_drift.target.model import Target
+from mlx_drift.train.head_file import read_head
 from mlx_drift.train.low_rank import add_low_rank
 
 
 def load_trainable(folder: Path, model: nn.Module, *, rank: int = 0, seed: int = 0) -> ChainDrafter:
     """Loads a converted head so that it can be trained.
 
-    Its embedding stays frozen, as it does in EAGLE-3's own training (SafeAILab/EAGLE
-    `traineagle3/cnets.py`); all else is trained.
+    A quantized one is trained from its dequantized values. Its embedding stays frozen, as it does
+    in EAGLE-3's own training (SafeAILab/EAGLE `traineagle3/cnets.py`); all else is trained.
 
     Args:
         folder: A folder that `convert_drafter` wrote.
@@ -30,28 +29,19 @@ def load_trainable(folder: Path, model: nn.Module, *, rank: int = 0, seed: int =
         seed: Of the factors.
 
     Raises:
-        DriftError: If the head is missing, damaged, quantized, made for another target, or of a
-            kind that drafts no chain.
+        DriftError: If the head is missing, damaged, made for another target, or of a kind that
+            drafts no chain.
     """
-    for name in ("config.json", WEIGHTS):
-        inside(folder, name)
-    config = read_config(folder)
-    if config.quantization is not None:
-        raise DriftError(
-            f"{folder} is quantized to {config.quantization.bits} bits, which cannot be trained; "
-            "take the head as it was before"
-        )
+    head = read_head(folder)
+    config, network = head.config, head.network
     target = Target(model, config.taps)
     check_target(config, target.shape, str(folder))
-    weights = read_safetensors(folder / WEIGHTS)
-    d2t = weights.pop("d2t", None)
-    network = load_network(config, weights, folder / WEIGHTS)
     network.set_dtype(mx.float32)
     if rank:
         add_low_rank(network, rank, seed)
     elif "embed_tokens" in network:
         network.embed_tokens.freeze()
-    drafter = build_drafter(config, network, target, target_ids(config, d2t, folder / WEIGHTS))
+    drafter = build_drafter(config, network, target, target_ids(config, head.d2t, folder / WEIGHTS))
     if not isinstance(drafter, ChainDrafter):
         raise DriftError(
             f"{folder}: a drafter of the type {config.drafter_type!r} drafts no chain; EAGLE-1/2, "

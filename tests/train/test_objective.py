@@ -7,12 +7,15 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
-from dialects import head, speculators
 from mlx_drift import DriftError, convert_drafter, load_demo
 from mlx_drift.demo import DEMO
+from mlx_drift.drafters.load import WEIGHTS
+from mlx_drift.files.tensors import read_safetensors
 from mlx_drift.target.model import Target
 from mlx_drift.train.head import load_trainable
+from mlx_drift.train.head_file import write_head
 from mlx_drift.train.losses import LOSSES, acceptance
 from mlx_drift.train.objective import Objective, Row
 from mlx_drift.train.rows import see
@@ -107,11 +110,23 @@ def test_a_text_is_learned(pair):
     assert losses == sorted(losses, reverse=True)
 
 
-def test_heads_that_cannot_be_trained_are_told(tmp_path):
-    speculators(head(norm_before_residual=False), tmp_path / "source")
-    folder = tmp_path / "quantized"
-    convert_drafter(str(tmp_path / "source"), folder, taps="input", quantize=True, q_group_size=32)
-    with pytest.raises(DriftError, match="quantized to 4 bits, which cannot be trained"):
-        load_trainable(folder, None)
+def test_a_quantized_head_is_trained_from_its_dequantized_values(pair, tmp_path):
+    _, target, row, _ = pair
+    folder, floats = tmp_path / "quantized", read_safetensors(DEMO / "eagle3.1" / WEIGHTS)
+    convert_drafter(str(DEMO / "eagle3.1"), folder, quantize=True, q_bits=8)
+    drafter = load_trainable(folder, target.model)
+    assert drafter.config.quantization is None
+    trained = dict(tree_flatten(drafter.network.trainable_parameters()))
+    for name, value in trained.items():
+        np.testing.assert_allclose(value, floats[name].astype(mx.float32), atol=0.02)
+    loss, gradients = nn.value_and_grad(drafter.network, lambda: Objective()(drafter, row))()
+    assert np.isfinite(loss.item())
+    assert dict(tree_flatten(gradients)).keys() == trained.keys()
+    write_head(tmp_path / "out", trained, folder)
+    written = load_trainable(tmp_path / "out", target.model)
+    assert dict(tree_flatten(written.network.parameters())).keys() == trained.keys()
+
+
+def test_a_folder_that_is_no_head_is_told(tmp_path):
     with pytest.raises(DriftError, match=r"lacks config\.json|config\.json"):
         load_trainable(tmp_path, None)
