@@ -240,6 +240,8 @@ def adapt(
             out.print(f"{condition.name}, K = {num_draft_tokens}", style="bold")
             out.print(figures(condition))
             out.print()
+        told = ", ".join(f"{name} {share:.0%}" for name, share in done.distinct.items())
+        out.print(f"distinct 4-grams of what was held out: {told}", markup=False, highlight=False)
     typer.echo(
         f"{head or from_scratch} → {mlx_path}: step {done.progress.best_step} of "
         f"{done.progress.step}, {done.seconds / 60:.1f} min of training; {mlx_path}.run may be "

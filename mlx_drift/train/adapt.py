@@ -18,20 +18,22 @@ from mlx_drift.drafters.load import WEIGHTS, load_converted
 from mlx_drift.errors import DriftError, printable
 from mlx_drift.files.hub import split_repository, upload_folder
 from mlx_drift.loading import find_drafter
-from mlx_drift.measure.acceptance.count import Condition
+from mlx_drift.measure.acceptance.count import ALL, Condition
 from mlx_drift.measure.acceptance.wording import Wording
 from mlx_drift.target.model import Target
-from mlx_drift.train.answers import Answerer, Asking, distinct
+from mlx_drift.train.answers import Answerer, Asking
 from mlx_drift.train.card import adapted_card
 from mlx_drift.train.checkpoint import Progress
 from mlx_drift.train.compare import compare
 from mlx_drift.train.conversations import Data, hold_out, read_conversations, read_data
 from mlx_drift.train.head import load_trainable
+from mlx_drift.train.held_out import Held
 from mlx_drift.train.layout import Layout, Text
 from mlx_drift.train.learner import Learner, Recipe
 from mlx_drift.train.loop import Loop, Tell
 from mlx_drift.train.memory import estimate_memory
 from mlx_drift.train.plan import Plan, make_plan
+from mlx_drift.train.repetition import distinct, said
 from mlx_drift.train.run import Run
 from mlx_drift.train.scratch import Kind, lazy_head, scratch_config, write_scratch_head
 from mlx_drift.train.texts import Gathering
@@ -50,9 +52,10 @@ class Adapted:
     Attributes:
         path: The folder of the adapted head.
         progress: The steps, and what was measured on the way.
-        measured: Acceptance before and after: on what was held out, and on the control.
-        distinct: The share of distinct 4-grams in what was held out: near 0, the target repeats
-            itself, and any drafter looks good.
+        measured: Acceptance before and after, and that of prompt lookup: on what was held out, and
+            on the control.
+        distinct: The share of distinct 4-grams in what was held out, of all and by category: near
+            0, the target repeats itself, and any drafter looks good.
         texts: How many it learned from.
         seconds: What training took, this time.
         notes: What the user should know, a line each.
@@ -62,7 +65,7 @@ class Adapted:
     path: Path
     progress: Progress
     measured: list[Condition]
-    distinct: float
+    distinct: dict[str, float]
     texts: int
     seconds: float
     notes: list[str]
@@ -222,7 +225,6 @@ class Adaptation:
                 self.recipe.num_draft_tokens,
                 self.layout.stops,
             )
-            said = [t.tokens[a:b] for one in tested for t in one.texts for a, b in t.said]
             notes = list(gathering.notes)
             if self.drafter is not None and (q := read_config(folder).quantization) is not None:
                 notes.append(
@@ -231,7 +233,7 @@ class Adaptation:
                 )
             if not progress.best_step:
                 notes.append("acceptance on what was held out never rose: the head is as it was")
-            done = Adapted(out, progress, measured, distinct(said), len(texts), seconds, notes)
+            done = Adapted(out, progress, measured, _distinct(tested), len(texts), seconds, notes)
             self._write(done, run, folder, settings, name, upload_repo)
         if upload_repo is None:
             return done
@@ -293,6 +295,14 @@ class Adaptation:
             original = None if self.drafter is None else printable(self.drafter)
             card = adapted_card(called, folder, original, name, done, settings)
             (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def _distinct(held: Sequence[Held]) -> dict[str, float]:
+    """Returns the share of distinct 4-grams in all that was said, then by category."""
+    groups = {ALL: [text for one in held for text in one.texts]}
+    for one in held:
+        groups.setdefault(one.category, []).extend(one.texts)
+    return {name: distinct(said(texts)) for name, texts in groups.items()}
 
 
 def adapt_drafter(

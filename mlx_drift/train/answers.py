@@ -25,10 +25,6 @@ from mlx_drift.train.layout import Layout, Text, Texts
 LEAST_ROOM = 16
 """Tokens that an answer must have room for, or it is not asked for."""
 
-LEAST_VARIED = 0.5
-"""The least share of distinct 4-grams in an answer to learn from: what a small model repeats
-without end teaches repeating alone."""
-
 
 @dataclass(frozen=True)
 class Asking:
@@ -159,15 +155,3 @@ def draw(seed: int, *names: str) -> int:
     """Draws a number that depends on nothing but the seed and some names."""
     text = "/".join([str(seed), *names])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
-
-
-def distinct(answers: Sequence[Sequence[int]]) -> float:
-    """Returns the share of distinct 4-grams in answers, each by itself; 1 if there is none."""
-    grams = [list(zip(*(answer[i:] for i in range(4)), strict=False)) for answer in answers]
-    total = sum(map(len, grams))
-    return sum(len({*one}) for one in grams) / total if total else 1.0
-
-
-def varied(texts: Sequence[Text]) -> bool:
-    """Tells whether what is said goes on saying new things."""
-    return distinct([t.tokens[start:stop] for t in texts for start, stop in t.said]) >= LEAST_VARIED

@@ -29,11 +29,12 @@ mlx-drift generate --model {model} --drafter {name} -p "…"
 Accepted drafts a round (of {k}), greedily, over the target's own answers, with 95 % bootstrap
 intervals:
 
-| | before | after | after ÷ before |
-|---|---|---|---|
+| | before | after | after ÷ before | prompt lookup |
+|---|---|---|---|---|
 {rows}
 
-{distinct:.0%} of the 4-grams in what was held out are distinct. `adapted.json` has all settings and
+Of the 4-grams in what was held out so many are distinct: {distinct}. Where few are, or prompt
+lookup accepts much, the target repeats itself. `adapted.json` has all settings and
 figures.{licence}
 """
 
@@ -81,7 +82,7 @@ def adapted_card(
         whose="the target gave itself" if settings["answers"] == "self" else "came with the data",
         k=settings["num_draft_tokens"],
         rows="\n".join(row for condition in done.measured for row in _rows(condition)),
-        distinct=done.distinct,
+        distinct=", ".join(f"{name} {share:.0%}" for name, share in done.distinct.items()),
         licence="" if called is None else " The licence is that of the original head.",
     )
     return f"---\n{data.to_yaml()}\n---\n{body}"
@@ -89,16 +90,17 @@ def adapted_card(
 
 def _rows(condition: Condition) -> list[str]:
     """Lays out a condition: its acceptance_length, then what is accepted at each position."""
-    (before, after), ratio = condition.acceptance.values(), [*condition.ratio.values()][1]
-    rows = [(condition.name, before[ALL].acceptance_length, after[ALL].acceptance_length, ratio)]
-    for group in [name for name in before if name != ALL]:
-        lengths = before[group].acceptance_length, after[group].acceptance_length
-        rows.append((f"{condition.name}: {group}", *lengths, None))
-    positions = zip(
-        before[ALL].conditional_acceptance, after[ALL].conditional_acceptance, strict=False
-    )
+    before, after, lookup = condition.acceptance.values()
+    _, ratio, _ = condition.ratio.values()
+    rows = []
+    for group in before:
+        name = condition.name if group == ALL else f"{condition.name}: {group}"
+        lengths = [one[group].acceptance_length for one in (before, after, lookup)]
+        rows.append((name, *lengths[:2], ratio if group == ALL else None, lengths[2]))
+    positions = zip(*(one[ALL].conditional_acceptance for one in (before, after)), strict=False)
     for number, shares in enumerate(positions, 1):
-        rows.append((f"{condition.name}: draft {number}, if all before are right", *shares, None))
+        name = f"{condition.name}: draft {number}, if all before are right"
+        rows.append((name, *shares, None, None))
     return [
         f"| {name} | " + " | ".join(_shown(one) for one in figures) + " |"
         for name, *figures in rows

@@ -1,4 +1,7 @@
-"""Heads held against each other, as they will be used: in the target's dtype, packed and folded."""
+"""Heads held against each other, as they will be used: in the target's dtype, packed and folded.
+
+Beside them stands prompt lookup over the same texts, which says how much of it is repetition.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +15,9 @@ from mlx_drift.measure.acceptance.count import Condition, conditions
 from mlx_drift.measure.acceptance.questions import Question
 from mlx_drift.target.model import Target
 from mlx_drift.train.held_out import Held, replay_all
+from mlx_drift.train.repetition import replay_lookup
+
+LOOKUP = "prompt lookup"
 
 
 def compare(
@@ -38,6 +44,9 @@ def compare(
         by_head[name] = {
             part: replay_all(target, drafter, held, steps, stops) for part, held in parts.items()
         }
+    by_head[LOOKUP] = {
+        part: [replay_lookup(one, steps, stops) for one in held] for part, held in parts.items()
+    }
     found: list[tuple[Question, Answers]] = []
     for part, held in parts.items():
         for number, one in enumerate(held):

@@ -5,6 +5,7 @@ one pass drafts a chain from every position at once, and a round accepts as many
 as are the text. Rounds, and what is counted of them, are those of `mlx_drift.decode.speculate`.
 """
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from mlx_drift.target.model import Target
 from mlx_drift.train.layout import Text
 
 Rounds = list[tuple[int, int]]
+Draw = Callable[[int], Sequence[int]]
 CHUNK = 512
 
 
@@ -62,19 +64,24 @@ def replay(
             if first >= stop:
                 continue
             ends = text.tokens[stop - 1] in stops
-            found += rounds(text.tokens, drafts, (first, stop), ends)
+            chain = functools.partial(_chain, drafts)
+            found += rounds(text.tokens, chain, (first, stop), ends)
             prompts.append(start)
     return Answer(tuple(prompts), tuple(found))
 
 
-def rounds(
-    tokens: Sequence[int], drafts: Sequence[Sequence[int]], span: tuple[int, int], ends: bool
-) -> Rounds:
-    """Reads the rounds over a span off the chains of all positions.
+def _chain(drafts: Sequence[Sequence[int]], at: int) -> list[int]:
+    """Returns the chain of the row that has read the token before a place."""
+    return [of_step[at - 2] for of_step in drafts]
+
+
+def rounds(tokens: Sequence[int], draft: Draw, span: tuple[int, int], ends: bool) -> Rounds:
+    """Plays the rounds over a span.
 
     Args:
         tokens: The whole text.
-        drafts: By step j, by row i: the draft of ``tokens[i + 2 + j]``.
+        draft: Of a place in it, all but the first two in turn, the chain drafted there: the drafts
+            of ``tokens[at]`` and what follows.
         span: What is said.
         ends: Whether it ends by itself, by a stop token; else by its length, which is known when
             drafts are made.
@@ -85,10 +92,10 @@ def rounds(
     at, stop = span
     found = []
     while at < stop:
-        left = stop - at
-        k = len(drafts) if ends else min(len(drafts), left - 1)
+        left, chain = stop - at, draft(at)
+        k = len(chain) if ends else min(len(chain), left - 1)
         accepted = 0
-        while accepted < min(k, left) and drafts[accepted][at - 2] == tokens[at + accepted]:
+        while accepted < min(k, left) and chain[accepted] == tokens[at + accepted]:
             accepted += 1
         rows = min(accepted + 1, left)
         found.append((min(accepted + 1, k, rows), accepted))

@@ -8,11 +8,12 @@ from typing import Any
 from mlx_drift.decode.fingerprint import fingerprint
 from mlx_drift.errors import DriftError
 from mlx_drift.train.answer_file import AnswerFile
-from mlx_drift.train.answers import Answerer, varied
+from mlx_drift.train.answers import Answerer
 from mlx_drift.train.conversations import Conversation
 from mlx_drift.train.held_out import Held
 from mlx_drift.train.layout import Text
 from mlx_drift.train.questions import ask_oneself
+from mlx_drift.train.repetition import varied
 
 
 class Gathering:

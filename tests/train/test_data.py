@@ -11,11 +11,12 @@ from mlx.utils import tree_flatten
 
 from mlx_drift import DriftError, load_demo
 from mlx_drift.demo import DEMO
+from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.measure.acceptance.asking import Settings, answer
 from mlx_drift.measure.acceptance.wording import Wording
 from mlx_drift.target.model import Target
 from mlx_drift.train.answer_file import AnswerFile
-from mlx_drift.train.answers import Answerer, Asking, distinct
+from mlx_drift.train.answers import Answerer, Asking
 from mlx_drift.train.checkpoint import order
 from mlx_drift.train.conversations import Conversation, read_conversations, read_data
 from mlx_drift.train.head import load_trainable
@@ -24,6 +25,7 @@ from mlx_drift.train.layout import Layout, Text
 from mlx_drift.train.learner import Learner, Recipe
 from mlx_drift.train.memory import estimate_memory
 from mlx_drift.train.objective import Objective, Row
+from mlx_drift.train.repetition import distinct, replay_lookup
 from mlx_drift.train.rows import see
 from tiny import tiny_drafter
 
@@ -184,14 +186,34 @@ def test_replayed_rounds_are_those_of_decoding(kind):
         assert replay(target, drafter, held, k, layout.stops) == real
 
 
+@pytest.mark.parametrize(("length", "k"), [(80, 4), (41, 2)])
+def test_replayed_copies_are_those_of_prompt_lookup(length, k):
+    """A target whose next token depends on the last alone soon goes round in a circle."""
+    model, tokenizer = tiny_pair()
+    for layer in model.layers:
+        layer.self_attn.o_proj.weight *= 0
+        layer.mlp.down_proj.weight *= 0
+    layout = Layout(tokenizer, [Wording()])
+    question = Conversation("1", "x", "y", (SAID[1],))
+    (text,) = Answerer(model, tokenizer, layout, Asking(length)).answer(question, 0.0)
+    settings = Settings(num_draft_tokens=k, max_tokens=length)
+    prompt, drafter = text.tokens[: text.said[0][0]], PromptLookupDrafter(model)
+    real = answer(model, tokenizer, {"x": drafter}, prompt, settings)[1]["x"]
+    assert sum(accepted for _, accepted in real.rounds) > length // 2
+    assert replay_lookup(Held("x", "1", "y", (text,)), k, layout.stops) == real
+
+
 def test_rounds_end_with_the_text():
     tokens = [7, 7, 1, 2, 3, 4]
-    right = [[tokens[min(i + 2 + j, 5)] for i in range(4)] for j in range(3)]
+
+    def right(at):
+        return [tokens[min(at + j, 5)] for j in range(3)]
+
     assert rounds(tokens, right, (2, 6), ends=False) == [(3, 3)]
     assert rounds(tokens, right, (2, 5), ends=False) == [(2, 2)]
     assert rounds(tokens, right, (2, 5), ends=True) == [(3, 3)]
-    wrong = [[0] * 4] * 3
-    assert rounds(tokens, wrong, (2, 6), ends=False) == [(1, 0)] * 3 + [(0, 0)]
+    assert rounds(tokens, lambda at: [0] * 3, (2, 6), ends=False) == [(1, 0)] * 3 + [(0, 0)]
+    assert rounds(tokens, lambda at: [], (2, 6), ends=False) == [(0, 0)] * 4
 
 
 @pytest.mark.parametrize("rank", [0, 2])
