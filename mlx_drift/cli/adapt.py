@@ -19,11 +19,14 @@ from mlx_drift.cli.load import choose_drafter, load_model
 from mlx_drift.cli.prompts import parse_object
 from mlx_drift.cli.show import warning
 from mlx_drift.errors import DriftError
+from mlx_drift.measure.acceptance.plot import check_plot
 from mlx_drift.measure.acceptance.wording import Wording, read_chat_template
 from mlx_drift.train.adapt import Adaptation, Stopped
 from mlx_drift.train.answers import Asking
 from mlx_drift.train.learner import Recipe
 from mlx_drift.train.plan import Plan
+from mlx_drift.train.plot import plot_adapted
+from mlx_drift.train.run import run_folder
 
 OWN = "own"
 """What `--chat-template` and `--system-prompt` say for what is there without them."""
@@ -153,6 +156,9 @@ def adapt(
     upload_repo: Annotated[
         str | None, typer.Option(help="A Hub repository to upload the result to.")
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="A picture (needs the plot extra).")
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Tell memory, tokens and time, and write nothing."),
@@ -195,8 +201,9 @@ def adapt(
         raise DriftError("no drafter given for this model: add --drafter, the head to adapt")
     if draft_vocab_size is not None and from_scratch is None:
         raise DriftError("--draft-vocab-size is for --from-scratch; a head has its own")
+    if plot is not None:
+        check_plot(plot)
     head = None if from_scratch else choose_drafter(drafter, model, console)
-    watch = _reporting(report_to, project_name, mlx_path, vars(recipe))
     target, tokenizer = load_model(model, adapter_path, trust_remote_code)
     adaptation = Adaptation(
         target,
@@ -216,6 +223,7 @@ def adapt(
     if dry_run:
         _show_plan(adaptation.plan(), as_json)
         return
+    watch = _reporting(report_to, project_name, run_folder(mlx_path), vars(recipe))
     try:
         with stopping() as stop, redirect_stdout(sys.stderr):
             done = adaptation.run(
@@ -230,6 +238,8 @@ def adapt(
         raise typer.Exit(INTERRUPTED) from None
     for note in done.notes:
         warning(console, note)
+    if plot is not None:
+        plot_adapted(done, plot)
     if as_json:
         typer.echo(json.dumps(done.to_dict()))
     else:
@@ -308,8 +318,13 @@ def _reporting(
     services: str | None, project: str | None, folder: Path, config: dict[str, Any]
 ) -> Any:
     """Returns mlx-lm's callback that reports to services; None for none."""
+    if services is None:
+        return None
     try:
+        folder.mkdir(parents=True, exist_ok=True)  # services write into it
         return get_reporting_callbacks(services, project, str(folder), config)
+    except OSError as error:
+        raise DriftError(f"{folder}: cannot be written ({error.strerror})") from None
     except (ImportError, ValueError) as error:
         raise DriftError(f"--report-to {services}: {error}") from None
 

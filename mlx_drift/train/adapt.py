@@ -34,7 +34,7 @@ from mlx_drift.train.loop import Loop, Tell
 from mlx_drift.train.memory import estimate_memory
 from mlx_drift.train.plan import Plan, make_plan
 from mlx_drift.train.repetition import distinct, said
-from mlx_drift.train.run import Run
+from mlx_drift.train.run import Run, run_folder
 from mlx_drift.train.scratch import Kind, lazy_head, scratch_config, write_scratch_head
 from mlx_drift.train.texts import Gathering
 
@@ -199,7 +199,7 @@ class Adaptation:
         if upload_repo is not None and split_repository(upload_repo) != (upload_repo, ""):
             raise DriftError(f"{upload_repo}: expected a Hub repository as owner/name to upload to")
         settings = self._settings()
-        with Run(out.with_name(f"{out.name}.run"), settings) as run:
+        with Run(run_folder(out), settings) as run:
             gathering = Gathering(self.answerer, run.answers, stop, tell)
             data = self.data or self._own_questions(gathering)
             texts = gathering.to_learn(data.train, given=self.given)

@@ -19,6 +19,11 @@ FREE = "save_every", "steps_per_report"
 """Settings that change nothing of the result."""
 
 
+def run_folder(mlx_path: Path) -> Path:
+    """Returns the folder of the run that writes a result."""
+    return mlx_path.with_name(f"{mlx_path.name}.run")
+
+
 class Run:
     """The folder of a run; a context manager.
 

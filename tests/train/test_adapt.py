@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -232,22 +233,34 @@ def test_a_plan_computes_little_and_writes_nothing(pair, folder, tmp_path):
     assert plan.seconds > RECIPE["iters"] * plan.step_seconds > 0
 
 
-def test_the_command(cli, tmp_path):
-    """The embedded pair, every turn of what is written, and what an interruption says."""
+def test_the_command(cli, tmp_path, monkeypatch):
+    """The embedded pair, every turn of what is written, what is told to whom, and a picture."""
+    told_wandb, started = [], {}
+    wandb = SimpleNamespace(
+        init=lambda **settings: started.update(settings),
+        log=lambda told, step: told_wandb.append(told),
+    )
+    monkeypatch.setattr("mlx_lm.tuner.callbacks.wandb", wandb)
     data = tmp_path / "train.jsonl"
     chat = [("user", "What is json?"), ("assistant", "A format."), ("user", "And csv?")]
     chat.append(("assistant", "Another one."))
     line = json.dumps({"messages": [{"role": role, "content": text} for role, text in chat]})
     data.write_text("\n".join([line, line.replace("json", "toml")]))
-    out = tmp_path / "out"
+    out, picture = tmp_path / "out", tmp_path / "picture.png"
     arguments = ["adapt", "--data", tmp_path, "--mlx-path", out, "--answers", "given"]
     arguments += ["--iters", 2, "--batch-size", 1, "--steps", 2, "--max-tokens", 16, "--json"]
-    code, told, err = cli(*arguments)
+    code, told, err = cli(*arguments, "--plot", picture, "--report-to", "wandb")
     assert code == 0, err
     report = json.loads(told)
     assert report["step"] == 2
     assert report["conditions"][0]["condition"] == "held out"
+    assert [*report["conditions"][0]["drafters"]] == ["before", "after", "prompt lookup"]
+    assert report["distinct_4_grams"]["all"] > 0
     assert "step 2 of 2: loss" in err
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert started["dir"] == str(tmp_path / "out.run")
+    losses = [("val_loss" in one, one["iteration"]) for one in told_wandb]
+    assert losses == [(True, 0), (False, 2), (True, 2)]
     code, told, err = cli("adapt", "--data", tmp_path, "--mlx-path", out)
     assert (code, told) == (1, "")
     assert err == f"error: {out} exists already; choose another --mlx-path, or remove it first\n"

@@ -42,10 +42,16 @@ def plot_positions(condition: Condition, path: Path) -> None:
         DriftError: If matplotlib is missing or the file cannot be written.
     """
 
+    figure = new_figure()
+    axes = figure.subplots()
+    draw_positions(axes, condition)
+    write_figure(figure, axes, "Acceptance by position", condition, path)
+
+
+def draw_positions(axes: Any, condition: Condition) -> None:
+    """Draws into matplotlib's axes what `plot_positions` does into a picture."""
     drafters = condition.acceptance
     deepest = max(len(groups[ALL].conditional_acceptance) for groups in drafters.values())
-    figure = _figure()
-    axes = figure.subplots()
     for number, (name, groups) in enumerate(drafters.items()):
         found = groups[ALL]
         kinds = (
@@ -53,15 +59,13 @@ def plot_positions(condition: Condition, path: Path) -> None:
             ("unconditional", found.unconditional_acceptance, "s--"),
         )
         for half, (kind, values, style) in enumerate(kinds):
-            at = [
-                1 + place + _shift(2 * number + half, 2 * len(drafters)) for place in range(deepest)
-            ]
+            shift = _shift(2 * number + half, 2 * len(drafters))
+            at = [1 + place + shift for place in range(len(values))]
             _with_bars(axes, at, values, style, f"C{number}", f"{name}, {kind}")
     axes.set_xticks(range(1, deepest + 1))
     axes.set_ylim(0, 1)
     axes.set_xlabel("draft position in the round")
     axes.set_ylabel("share of drafts accepted")
-    _write(figure, axes, "Acceptance by position", condition, path)
 
 
 def plot_conditions(conditions: Sequence[Condition], path: Path) -> None:
@@ -77,7 +81,7 @@ def plot_conditions(conditions: Sequence[Condition], path: Path) -> None:
 
     measured = [condition for condition in conditions if condition.same_as is None]
     drafters = list(measured[0].acceptance)
-    figure = _figure()
+    figure = new_figure()
     axes = figure.subplots()
     for number, name in enumerate(drafters):
         values = [condition.acceptance[name][ALL].acceptance_length for condition in measured]
@@ -87,7 +91,7 @@ def plot_conditions(conditions: Sequence[Condition], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.set_xlabel("acceptance_length (drafts a round)")
-    _write(figure, axes, "Acceptance by wording", measured[0], path)
+    write_figure(figure, axes, "Acceptance by wording", measured[0], path)
 
 
 def plot_contexts(conditions: Sequence[Condition], path: Path) -> None:
@@ -104,7 +108,7 @@ def plot_contexts(conditions: Sequence[Condition], path: Path) -> None:
     kinds = list(dict.fromkeys(parse_condition(condition.name)[1] for condition in conditions))
     lengths = list(dict.fromkeys(parse_condition(condition.name)[0] for condition in conditions))
     drafters = list(conditions[0].acceptance)
-    figure = _figure()
+    figure = new_figure()
     panels = figure.subplots(1, len(drafters), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, drafters, strict=True):
         for number, kind in enumerate(kinds):
@@ -122,11 +126,11 @@ def plot_contexts(conditions: Sequence[Condition], path: Path) -> None:
         axes.set_xlabel(f"context of {name} (tokens)")
     panels[0].set_ylim(bottom=0)  # of all panels, once they know how high they are
     panels[0].set_ylabel("acceptance_length (drafts a round)")
-    _write(figure, panels[0], "Acceptance by context length", conditions[0], path)
+    write_figure(figure, panels[0], "Acceptance by context length", conditions[0], path)
 
 
-def _figure() -> Any:
-    """Makes an empty figure."""
+def new_figure() -> Any:
+    """Makes an empty figure of matplotlib's."""
     check_matplotlib()
     from matplotlib.figure import Figure
 
@@ -138,7 +142,7 @@ def _shift(number: int, count: int) -> float:
     return SIDE_BY_SIDE * (number - (count - 1) / 2)
 
 
-def _write(figure: Any, first: Any, title: str, condition: Condition, path: Path) -> None:
+def write_figure(figure: Any, first: Any, title: str, condition: Condition, path: Path) -> None:
     """Gives a figure its title, over the first of its axes, and a legend, and writes it."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
