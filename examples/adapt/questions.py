@@ -9,7 +9,7 @@ from pathlib import Path
 
 from train_demo_pair.data import WORDINGS, load_facts
 
-COUNTS = {"train": 96, "valid": 48}
+COUNTS = {"train": 96, "valid": 24}
 LEAST = 150
 """Characters of an answer that is worth asking for."""
 
