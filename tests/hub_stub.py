@@ -120,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(f"/api/models/{repo}(?:/(revision|tree)/([^/]+))?", path):
             kind, revision = match.groups()
             return self.send_listing(kind, unquote(revision or "main"))
-        if match := re.fullmatch(f"/{repo}/resolve/([^/]+)/(.+)", path):
+        if match := re.fullmatch(f"(?:/datasets)?/{repo}/resolve/([^/]+)/(.+)", path):
             return self.send_file(*map(unquote, match.groups()))
         return self.refuse("RepoNotFound")
 
