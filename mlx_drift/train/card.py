@@ -92,7 +92,7 @@ def _rows(condition: Condition) -> list[str]:
     """Lays out a condition: its acceptance_length, then what is accepted at each position."""
     before, after, lookup = condition.acceptance.values()
     _, ratio, _ = condition.ratio.values()
-    rows = []
+    rows: list[tuple[str, *tuple[Interval | None, ...]]] = []
     for group in before:
         name = condition.name if group == ALL else f"{condition.name}: {group}"
         lengths = [one[group].acceptance_length for one in (before, after, lookup)]

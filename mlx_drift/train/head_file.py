@@ -10,8 +10,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model
 
-from mlx_drift.drafters.config import DrafterConfig, read_config
+from mlx_drift.drafters.config import read_config
 from mlx_drift.drafters.load import WEIGHTS, load_network
+from mlx_drift.drafters.schema import DrafterConfig
 from mlx_drift.errors import DriftError
 from mlx_drift.files.paths import inside
 from mlx_drift.files.tensors import read_safetensors
