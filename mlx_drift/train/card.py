@@ -92,18 +92,17 @@ def _rows(condition: Condition) -> list[str]:
     """Lays out a condition: its acceptance_length, then what is accepted at each position."""
     before, after, lookup = condition.acceptance.values()
     _, ratio, _ = condition.ratio.values()
-    rows: list[tuple[str, *tuple[Interval | None, ...]]] = []
+    rows: list[tuple[str, list[Interval | None]]] = []
     for group in before:
         name = condition.name if group == ALL else f"{condition.name}: {group}"
-        lengths = [one[group].acceptance_length for one in (before, after, lookup)]
-        rows.append((name, *lengths[:2], ratio if group == ALL else None, lengths[2]))
+        was, became, copied = (one[group].acceptance_length for one in (before, after, lookup))
+        rows.append((name, [was, became, ratio if group == ALL else None, copied]))
     positions = zip(*(one[ALL].conditional_acceptance for one in (before, after)), strict=False)
     for number, shares in enumerate(positions, 1):
         name = f"{condition.name}: draft {number}, if all before are right"
-        rows.append((name, *shares, None, None))
+        rows.append((name, [*shares, None, None]))
     return [
-        f"| {name} | " + " | ".join(_shown(one) for one in figures) + " |"
-        for name, *figures in rows
+        f"| {name} | " + " | ".join(_shown(one) for one in figures) + " |" for name, figures in rows
     ]
 
 
