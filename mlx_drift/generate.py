@@ -202,13 +202,6 @@ def stream_generate(
         raise DriftError(f"seed is {seed}; expected a whole number from 0 to 2**64 - 1")
     ranks = ranks_of(model)
     if ranks.size > 1:
-        by_clock = {"num_draft_tokens": num_draft_tokens, "tree": tree}
-        if drafter is not None and "auto" in by_clock.values():
-            keyword = next(one for one, value in by_clock.items() if value == "auto")
-            raise DriftError(
-                f"{keyword} is auto, which goes by the clock, and each rank has its own; give "
-                "a number"
-            )
         seed = _same_start(ranks, tokens, seed)
     if seed is not None and not (drafter is not None and sampling.is_random):
         mx.random.seed(seed)  # what an opaque sampler, and mlx-lm, draw from
@@ -337,7 +330,7 @@ def stream_generate(
                 )
         seconds = draft_length.costs.known().get(PLAIN)
         if compare_plain and seconds is None:
-            seconds = prompt_cache.time_plain(round.tokens[-1], number)
+            seconds = ranks.exchange(prompt_cache.time_plain(round.tokens[-1], number))[0]
             if seconds is not None:
                 draft_length.costs.know(PLAIN, seconds)
         statistics.plain_step_seconds = seconds
@@ -402,7 +395,7 @@ def _draft_length(
         return DraftLength(fixed=num_draft_tokens)
     if prompt_cache.draft_length is None:
         costs = tuned_costs(prompt_cache.model, prompt_cache.drafter, context)
-        prompt_cache.draft_length = DraftLength(costs=costs)
+        prompt_cache.draft_length = DraftLength(costs=costs, ranks=prompt_cache.target.ranks)
     return prompt_cache.draft_length
 
 

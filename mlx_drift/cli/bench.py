@@ -41,6 +41,7 @@ from mlx_drift.measure.speed.shape_costs import (
     shape_costs,
 )
 from mlx_drift.measure.speed.shapes import SHAPES, UNQUANTIZED, random_pair
+from mlx_drift.ranks.world import world
 
 Found = TypeVar("Found", Bench, ShapeCosts, Replay)
 
@@ -60,6 +61,7 @@ def bench_command(
         typer.Option(help="Measure the drafter quantized to so many bits beside it: 4 or 8, say."),
     ] = None,
     adapter_path: options.AdapterPath = None,
+    pipeline: options.Pipeline = False,
     trust_remote_code: options.TrustRemoteCode = False,
     baseline_draft_model: Annotated[
         str | None,
@@ -140,6 +142,7 @@ def bench_command(
         "--drafter": drafter,
         "--draft-model": draft_model,
         "--adapter-path": adapter_path,
+        "--pipeline": pipeline or None,
         "--baseline-draft-model": baseline_draft_model,
         "--prompt": prompt,
         "--replay": replay_file,
@@ -155,6 +158,10 @@ def bench_command(
         if value is not None:
             needs = "goes with --shape" if shape is None else "does not go with --shape"
             raise DriftError(f"{flag} {needs}; leave it out")
+    of_one_machine = {"--shape": shape, "--replay": replay_file, "--dequantize": dequantize}
+    given = [flag for flag, value in of_one_machine.items() if value]
+    if given and world().size > 1:
+        raise DriftError(f"{given[0]} does not go with several ranks; leave it out")
     console = Console(stderr=True)
     bar = Progress(console=console, transient=True, disable=not console.is_terminal)
     task = bar.add_task("measuring", total=None)
@@ -197,7 +204,7 @@ def bench_command(
         return
     keywords = parse_object(chat_template_config, "--chat-template-config")
     target, tokenizer, loaded = load_pair(
-        model, drafter, adapter_path, console, None, draft_model, trust_remote_code
+        model, drafter, adapter_path, console, None, draft_model, trust_remote_code, pipeline
     )
     baseline = None
     if baseline_draft_model is not None:
@@ -258,6 +265,7 @@ def bench_command(
             turns=TURNS,
             progress=progress,
         )
+    world().finish()  # a result is told when all ranks are through
     _tell(found, table, about, as_json)
 
 

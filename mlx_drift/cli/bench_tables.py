@@ -55,6 +55,7 @@ def about(found: Bench) -> str:
         f"{found.device}, mlx {found.mlx_version}, {found.dtype} activations, "
         f"temperature {found.temp:g};",
         f"{found.prompts} prompts × {found.repeats}, at most {found.max_tokens} tokens each.",
+        *[f"{found.ranks} ranks; times are rank 0's"] * (found.ranks > 1),
         "K=…       mlx-drift with so many drafts a round; plain is mlx-lm's plain decoding",
         *["tree of   rows that the target verifies a round, their drafts a tree"]
         * any(arm.tree for arm in found.arms),

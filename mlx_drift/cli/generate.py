@@ -108,9 +108,8 @@ def generate(
     template_keywords = parse_object(chat_template_config, "--chat-template-config")
     no = no_draft or None
     rows = options.read_tree(tree, num_draft_tokens=num_draft_tokens, no_draft=no)
-    # The embedded pair shows drafting, whether it pays or not; and ranks have no clock in common.
-    is_fixed = model is None or world().size > 1
-    k = draft_tokens(num_draft_tokens or ("3" if is_fixed else "auto"))
+    # The embedded pair shows drafting, whether it pays or not.
+    k = draft_tokens(num_draft_tokens or ("3" if model is None else "auto"))
     if not no_draft:
         check_num_draft_tokens(k)
     if prompt_cache_file is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from mlx_drift.errors import DriftError
 from mlx_drift.ranks.world import SECONDS_OF_GRACE, Ranks, world
 
-COMMANDS = "generate", "serve", "measure"
+COMMANDS = "generate", "serve", "measure", "bench"
 """The commands that run over several ranks."""
 
 PACKAGES = "mlx", "mlx-lm", "mlx-drift"

@@ -20,7 +20,6 @@ from mlx_drift.demo import NAME, TARGET
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError
-from mlx_drift.ranks.world import world
 
 if TYPE_CHECKING:
     from mlx_drift.serve.model import LoadedModel, Settings
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 KEY = "MLX_DRIFT_API_KEY"
 FIXED_DRAFTS = 3
-"""Drafts a round of the embedded pair, and over several ranks."""
+"""Drafts a round of the embedded pair."""
 
 
 def serve_command(
@@ -135,12 +134,8 @@ def serve_command(
     console = Console(stderr=True)
     no = no_draft or None
     rows = options.read_tree(tree, num_draft_tokens=num_draft_tokens, no_draft=no)
-    # Ranks have no clock in common.
-    is_fixed = (model is None and rows != "auto") or world().size > 1
+    is_fixed = model is None and rows != "auto"
     chosen = num_draft_tokens or (str(FIXED_DRAFTS) if is_fixed else "auto")
-    if "auto" in (chosen, rows) and world().size > 1:
-        flag = "--num-draft-tokens" if chosen == "auto" else "--tree"
-        raise DriftError(f"{flag} auto goes by the clock, and each rank has its own")
     settings = Settings(
         num_draft_tokens=0 if no_draft else _drafts(chosen),
         prefill_step_size=prefill_step_size,

@@ -23,10 +23,13 @@ import operator
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from mlx_drift.decode.tree_shape import Levels, Ranks, tokens_of_trees
+from mlx_drift.decode.tree_shape import Levels, tokens_of_trees
+from mlx_drift.decode.tree_shape import Ranks as DraftRanks
 from mlx_drift.drafters.protocol import NETWORK, TREE, Source
+from mlx_drift.ranks.world import ALONE, Ranks
 
 PLAIN = 0
 """The draft length that stands for plain decoding, a token at a time."""
@@ -199,6 +202,7 @@ class DraftLength:
             several answers measure together.
         acceptance: What is believed of the drafter to begin with.
         tree: Those of a network branch, where it can; without `fixed`, where that pays.
+        ranks: Over which the target is cut: all learn what rank 0 measures, a round later.
     """
 
     def __init__(
@@ -208,14 +212,15 @@ class DraftLength:
         acceptance: Acceptance | None = None,
         *,
         tree: bool = False,
+        ranks: Ranks = ALONE,
     ):
-        self.fixed, self.tree = fixed, tree
+        self.fixed, self.tree, self.ranks = fixed, tree, ranks
         self.costs = costs if isinstance(costs, Costs) else Costs(costs)
         self.copy_costs = Costs()
         self.acceptance = acceptance or Acceptance()
         self.tree_costs = Costs()
         self._of_trees = Acceptance()  # by depth
-        self._ranks = Ranks()
+        self._ranks = DraftRanks()
         self._of_forced = Acceptance(FORCED_GUESS)
         self.tuned = bool(costs)
         self.rounds = 0
@@ -235,7 +240,7 @@ class DraftLength:
             fixed: Always so many drafts.
             tree: They branch, where there is a choice.
         """
-        other = DraftLength(fixed, self.costs, tree=tree)
+        other = DraftLength(fixed, self.costs, tree=tree, ranks=self.ranks)
         other.copy_costs, other.tree_costs = self.copy_costs, self.tree_costs
         for believed in ("acceptance", "_copies", "_of_forced", "_of_trees", "_ranks"):
             setattr(other, believed, copy.deepcopy(getattr(self, believed)))
@@ -340,7 +345,7 @@ class DraftLength:
 
     def record_catch_up(self, rows: int, seconds: float) -> None:
         """Learns what the rows cost that the drafter had missed."""
-        self._catch_up_seconds = seconds / rows
+        self.ranks.share(seconds / rows, partial(setattr, self, "_catch_up_seconds"))
 
     def candidates(self, source: Source = NETWORK) -> list[Candidate]:
         """Returns plain decoding and the lengths that may be tried, the shortest first.
@@ -437,7 +442,8 @@ class DraftLength:
         return self.rounds - self._timed_at.get(_place(source, k), 0) > LOOK_AROUND
 
     def _time(self, source: Source, k: int, seconds: float) -> None:
-        (self.costs if k == PLAIN else self._costs_of(source)).add(k, seconds)
+        costs = self.costs if k == PLAIN else self._costs_of(source)
+        self.ranks.share(seconds, partial(costs.add, k))
         self._timed_at[_place(source, k)] = self.rounds
 
 

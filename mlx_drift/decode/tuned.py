@@ -24,6 +24,7 @@ from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError
 from mlx_drift.files.json_file import read_json
 from mlx_drift.loading import cache_home
+from mlx_drift.ranks.world import ranks_of
 
 LONGEST = 1 << 40
 """Tokens of context that no machine holds."""
@@ -108,7 +109,8 @@ def remember(drafter: Drafter, draft_length: DraftLength) -> None:
 def tuned_costs(model: nn.Module, drafter: Drafter, context: int) -> dict[int, float]:
     """Returns what rounds cost at the nearest context that was measured, as far as it is known.
 
-    Without such a table, what was learned in this process.
+    Without such a table, what was learned in this process. Of a target that is cut over several
+    ranks there is none: `tune` runs on one machine.
 
     Args:
         model: The target.
@@ -116,7 +118,7 @@ def tuned_costs(model: nn.Module, drafter: Drafter, context: int) -> dict[int, f
         context: Tokens of the prompt.
     """
     table: Table = {}
-    if (cache_home() / "tuned").is_dir():
+    if ranks_of(model).size == 1 and (cache_home() / "tuned").is_dir():
         table = read_table(tuned_file(model, drafter))
     if not table:
         return _learned.get(drafter, {})

@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from threading import Event, Lock
@@ -52,6 +52,11 @@ class Ranks:
         self._peers: dict[int, Connection] = {}
         self._finished, self._failing = Event(), Event()
         self._last_words = Lock()
+        self._due: list[tuple[float, Callable[[float], None]]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
+        """Returns itself: what keeps it may be copied, the processes are the same."""
+        return self
 
     def connect(self, addresses: list[str]) -> None:
         """Connects rank 0 with the others.
@@ -114,7 +119,8 @@ class Ranks:
     def read(self, verdict: mx.array, beside: mx.array | None = None) -> list[int]:
         """Reads back a round's verdict, and checks that all ranks have the same.
 
-        It is the round's one synchronisation, and stays so: the comparison comes along.
+        It is the round's one synchronisation, and stays so: the comparison comes along, and so does
+        what is due of `share`.
 
         Args:
             verdict: Integers `[n]`.
@@ -126,10 +132,15 @@ class Ranks:
         if self.size == 1:
             read: list[int] = verdict.tolist()  # type: ignore[assignment]
             return read
+        due, self._due = self._due, []
         compared = [one.astype(mx.int32) for one in (verdict, beside) if one is not None]
-        joined = mx.concatenate(compared)[None]
+        microseconds = mx.array([max(1, round(1e6 * seconds)) for seconds, _ in due], mx.int32)
+        joined = mx.concatenate([microseconds, *compared])[None]
         gathered: Any = mx.distributed.all_gather(joined, group=self.group)
         rows: list[list[int]] = gathered.tolist()
+        for (_, note), of_first in zip(due, rows[0], strict=False):
+            note(of_first / 1e6)
+        rows = [row[len(due) :] for row in rows]
         apart = next((rank for rank, row in enumerate(rows) if row != rows[0]), None)
         if apart is not None:
             raise RanksApart(
@@ -137,6 +148,21 @@ class Ranks:
                 "ranks must compute alike: the same kind of machine, and the same packages"
             )
         return rows[0][: verdict.size]
+
+    def share(self, seconds: float, note: Callable[[float], None]) -> None:
+        """Notes what rank 0 measured, on all ranks; so all decide alike by its clock.
+
+        One alone notes it at once, several with their next `read`. All of them must call, in the
+        same order.
+
+        Args:
+            seconds: What this one measured.
+            note: Called with what rank 0 did, to the microsecond.
+        """
+        if self.size == 1:
+            note(seconds)
+        else:
+            self._due.append((seconds, note))
 
     def sum(self, states: mx.array) -> mx.array:
         """Adds what all ranks have, lazily: the same bits on each."""

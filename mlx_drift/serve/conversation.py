@@ -11,7 +11,7 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_drift.decode.answer import Chunk, answer
 from mlx_drift.decode.clock import Clock
-from mlx_drift.decode.draft_length import PLAIN, DraftLength
+from mlx_drift.decode.draft_length import PLAIN
 from mlx_drift.decode.plain import time_plain_steps
 from mlx_drift.decode.prompt_cache import PromptCache
 from mlx_drift.decode.speculate import Cut
@@ -86,7 +86,7 @@ class Conversation:
         self.clock.stop()
         self._holds_up = holds_up
         self._steps: Generator[Chunk | Round] | None = None
-        self._draft_length: DraftLength | None = None
+        self._number: int | None = None  # by which other ranks know it
         self._wording = Wording(self.model.tokenizer, self.request.stop, self.request.speech)
         self._done = 0
         self._count = 0
@@ -114,10 +114,10 @@ class Conversation:
             self.statistics,
             self.clock,
         )
-        self._draft_length = self.statistics.draft_length
         cache.drafter = self.model.drafter  # it may be a fork of one that is watched
         if request.tells_drift:
-            if leader is not None or (self._draft_length and self._draft_length.tree):
+            draft_length = self.statistics.draft_length
+            if leader is not None or (draft_length is not None and draft_length.tree):
                 raise DriftError(
                     "speculative.drift: chains are watched, not trees (num_draft_tokens asks for a "
                     "chain), and on one rank alone; else leave it out"
@@ -125,7 +125,8 @@ class Conversation:
             self._watch = Watch(self.model.drafter, len(request.tokens))
             cache.drafter = self._watch.drafter
         if leader is not None:
-            self._steps = leader.steps(self._steps, request, cache, marks, seed)
+            self._number = leader.begin(request, cache, seed)
+            self._steps = leader.steps(self._number, self._steps, marks)
 
     def step(self) -> list[Event]:
         """Takes one step: a chunk of the prompt, or a round.
@@ -155,12 +156,14 @@ class Conversation:
 
     def close(self) -> None:
         """Ends it, whole or not; its caches are as after its last step."""
+        if self.model.leader is not None and self._number is not None:
+            self.model.leader.close(self._number)
+            self._number = None
         if self._steps is not None:
             self._steps.close()
         if self.cache is not None:
             self.cache.drafter = self.model.drafter
-        if self._draft_length is not None and self.statistics.rounds:
-            self.model.learned = self._draft_length
+        self.model.learn(self.statistics)
 
     @property
     def usage(self) -> Usage:
@@ -232,6 +235,8 @@ class Conversation:
         if self.model.leader is not None:
             self.model.leader.times(self.cache)
         seconds = seconds_of_plain_step(self.cache)
+        if self.model.leader is not None:
+            self.model.leader.timed(seconds)
         self.model.learned.costs.know(PLAIN, seconds)
 
 

@@ -10,6 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
+from mlx_drift.decode.statistics import Statistics
 from mlx_drift.decode.trees import Rows, prepare_trees
 from mlx_drift.decode.tuned import tuned_costs
 from mlx_drift.drafters.copying import CopyingDrafter
@@ -95,7 +96,8 @@ class LoadedModel:
         if self.settings.tree is not None:
             prepare_trees(self.drafter, target)
         self.footprint = Footprint.of(self.make_cache(), self.settings.prefill_step_size)
-        self.learned = DraftLength(costs=tuned_costs(self.model, self.drafter, 1024))
+        costs = tuned_costs(self.model, self.drafter, 1024)
+        self.learned = DraftLength(costs=costs, ranks=target.ranks)
         self.rows_are_alike = rows_are_alike(self.make_cache())
 
     @property
@@ -143,6 +145,11 @@ class LoadedModel:
         if fixed == "auto":
             return self.learned.for_another(None, tree=tree == "auto")
         return self.learned.for_another(fixed)
+
+    def learn(self, statistics: Statistics) -> None:
+        """Keeps what an answer that ends found of the drafts, for those to come."""
+        if statistics.draft_length is not None and statistics.rounds:
+            self.learned = statistics.draft_length
 
     def cut(self, start: int, is_holding_up: bool) -> int:
         """Says where a chunk of a prompt that begins at some row is to end.

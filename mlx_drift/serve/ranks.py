@@ -6,9 +6,7 @@ make the same collectives in the same order. They know nothing of HTTP.
 """
 
 import itertools
-import signal
-from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
+from collections.abc import Generator, Iterable
 from dataclasses import asdict
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
@@ -17,7 +15,6 @@ from mlx_drift.decode.answer import Chunk
 from mlx_drift.decode.prompt_cache import PromptCache
 from mlx_drift.decode.sampling import Sampling
 from mlx_drift.decode.speculate import Cut
-from mlx_drift.decode.statistics import Statistics
 from mlx_drift.decode.text import Round
 from mlx_drift.errors import DriftError
 from mlx_drift.grammar.grammar import Grammar
@@ -57,32 +54,30 @@ class Leader:
 
         return told
 
-    def steps(
-        self,
-        steps: Steps,
-        request: Request,
-        cache: PromptCache,
-        marks: Iterable[int],
-        seed: int,
-    ) -> Steps:
-        """Tells of each step before it is taken.
+    def begin(self, request: Request, cache: PromptCache, seed: int) -> int:
+        """Tells of an answer.
 
         Args:
-            steps: The steps.
-            request: What they answer.
-            cache: What they are taken on.
-            marks: After how many tokens others may branch off; it may grow.
+            request: What it answers.
+            cache: What its steps are taken on.
             seed: Of what is drawn.
+
+        Returns:
+            Its number, to be closed with.
         """
         number = next(self._numbers)
-        self._ranks.tell(
-            {
-                "begin": number,
-                "on": self._caches[cache],
-                "request": to_json(request),
-                "seed": seed,
-            }
-        )
+        on = self._caches[cache]
+        self._ranks.tell({"begin": number, "on": on, "request": to_json(request), "seed": seed})
+        return number
+
+    def steps(self, number: int, steps: Steps, marks: Iterable[int]) -> Steps:
+        """Tells of each step of an answer before it is taken.
+
+        Args:
+            number: Which answer.
+            steps: Its steps.
+            marks: After how many tokens others may branch off; it may grow.
+        """
         try:
             while True:
                 gone = [self._gone.pop() for _ in range(len(self._gone))]
@@ -99,76 +94,23 @@ class Leader:
         except BaseException as error:  # who knows how far each of them came
             self._ranks.end(f"an answer failed ({type(error).__name__})")
         finally:
-            self._ranks.tell({"close": number})
             steps.close()
+
+    def close(self, number: int) -> None:
+        """Tells that an answer is about to be closed, whole or not."""
+        self._ranks.tell({"close": number})
 
     def times(self, cache: PromptCache) -> None:
         """Tells that plain decoding is about to be timed."""
         self._ranks.tell({"time": self._caches[cache]})
 
+    def timed(self, seconds: float) -> None:
+        """Tells what a token of it takes."""
+        self._ranks.tell({"plain": seconds})
+
     def leave(self) -> None:
         """Lets the others go."""
         self._ranks.tell({"leave": True})
-
-
-Begin = Callable[[PromptCache, Request, set[int], Cut, int, Statistics], Steps]
-"""Begins an answer: caches, request, marks, cut, seed, statistics."""
-
-
-def follow(
-    ranks: Ranks,
-    make_cache: Callable[[], PromptCache],
-    begin: Begin,
-    time: Callable[[PromptCache], float],
-) -> None:
-    """Takes rank 0's steps after it until it lets go.
-
-    Signals are rank 0's to hear: it lets answers end, and then the others with it.
-
-    Args:
-        ranks: Among whom.
-        make_cache: Makes empty caches.
-        begin: Begins an answer.
-        time: Times plain decoding.
-
-    Raises:
-        RanksApart: If this one came to other tokens.
-    """
-    for one in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(one, signal.SIG_IGN)
-    caches: dict[int, PromptCache] = {}
-    answers: dict[int, tuple[Steps, set[int]]] = {}
-
-    def cut(start: int) -> int:
-        stop: int = ranks.hear()["cut"]
-        return stop
-
-    while "leave" not in (told := ranks.hear()):
-        if "make" in told:
-            of = told["of"]
-            caches[told["make"]] = make_cache() if of is None else caches[of].fork()
-        elif "begin" in told:
-            marks: set[int] = set()
-            request = from_json(told["request"])
-            steps = begin(caches[told["on"]], request, marks, cut, told["seed"], Statistics())
-            answers[told["begin"]] = steps, marks
-        elif "next" in told:
-            for number in told["gone"]:
-                del caches[number]
-            steps, marks = answers[told["next"]]
-            marks.update(told["marks"])
-            try:
-                next(steps, None)
-            except RanksApart:
-                raise
-            except DriftError:
-                pass  # rank 0 meets it as well, and tells the caller
-        elif "time" in told:
-            time(caches[told["time"]])
-        else:
-            steps, _ = answers.pop(told["close"])
-            with suppress(DriftError):
-                steps.close()
 
 
 def to_json(request: Request) -> dict[str, Any]:

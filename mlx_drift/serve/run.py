@@ -14,17 +14,17 @@ import uvicorn
 
 from mlx_drift.doctor.examine import machine_memory
 from mlx_drift.errors import DriftError
-from mlx_drift.ranks.world import Ranks, world
+from mlx_drift.ranks.world import world
 from mlx_drift.serve.api.served import Defaults
-from mlx_drift.serve.conversation import seconds_of_plain_step, steps_of
 from mlx_drift.serve.disk import DiskStore
 from mlx_drift.serve.engine import Engine, Limits
+from mlx_drift.serve.follower import follow
 from mlx_drift.serve.guard import Guard, is_loopback
 from mlx_drift.serve.http import Server
 from mlx_drift.serve.metrics import Metrics
 from mlx_drift.serve.model import LoadedModel
 from mlx_drift.serve.models import Known, Models
-from mlx_drift.serve.ranks import Leader, follow
+from mlx_drift.serve.ranks import Leader
 from mlx_drift.serve.store import Store
 
 SHARE = 0.25
@@ -105,7 +105,7 @@ def serve(
         _check_for_ranks(known, options)
     memory = min(ranks.exchange(machine_memory()))  # rank 0 decides what all keep
     if ranks.rank:
-        _follow(known[0].load(), ranks)
+        follow(known[0].load(), ranks)
         return
     listener = _listen(options.host, options.port)
     bound = int(SHARE * memory) if options.cache_bytes is None else options.cache_bytes
@@ -181,11 +181,6 @@ def _check_for_ranks(known: Sequence[Known], options: Options) -> None:
     }
     if asked := [flag for flag, is_asked in refused.items() if is_asked]:
         raise DriftError(f"{asked[0]} does not go with several ranks; leave it out")
-
-
-def _follow(model: LoadedModel, ranks: Ranks) -> None:
-    """Serves as one of the ranks that do what rank 0 does."""
-    follow(ranks, model.make_cache, lambda *answer: steps_of(model, *answer), seconds_of_plain_step)
 
 
 def _leave(say: Callable[[str], None], why: str) -> NoReturn:

@@ -8,6 +8,7 @@ import time
 
 import mlx.core as mx
 import pytest
+from clocks import answers_by_clock
 from launch import TESTS, mlx_drift, outcome, run, start
 from rank_cases import FAMILIES, PROMPT, answers, taps
 
@@ -15,7 +16,8 @@ import families
 from backend import assert_same_tokens
 from mlx_drift.demo import TARGET
 
-CASES, WAITING = (str(TESTS / "ranks" / name) for name in ("rank_cases.py", "waiting.py"))
+PROGRAMS = "rank_cases.py", "waiting.py", "clocks.py"
+CASES, WAITING, CLOCKS = (str(TESTS / "ranks" / name) for name in PROGRAMS)
 ROUNDING = 1e-5
 """What another order of sums changes in a state or logit at most, in parts of the largest."""
 
@@ -55,6 +57,32 @@ def test_every_drafter_on_two_ranks(tmp_path, way, names):
             assert "temp=0.0" in case, f"{family}, {case}: {together[case]} is not {alone}"
             assert_same_tokens(model, PROMPT, together[case], alone, ROUNDING * largest, False)
     print(f"{way}: {near_ties} answers parted from one process's at a near-tie")
+
+
+@pytest.mark.long
+def test_all_ranks_decide_by_one_clock(tmp_path):
+    out = tmp_path / "out.json"
+    told = run(2, tmp_path, CLOCKS, str(out))
+    assert [code for code, _, _ in told] == [0, 0], told
+    model = families.build("llama")
+    rounding = ROUNDING * mx.abs(taps(model)).max().item()
+    alone = answers_by_clock(model)
+    for way, (tokens, tested) in json.loads(out.read_text()).items():
+        assert len({*tested}) > 2, f"{way}: one length, {tested}"
+        if "temp=0.0" in way:  # what is drawn depends on how many drafts there are
+            prompt = [*PROMPT, int(way[-1])]
+            assert_same_tokens(model, prompt, tokens, alone[way][0], rounding, False)
+
+
+@pytest.mark.long
+def test_bench_on_two_ranks(tmp_path):
+    lengths = [word for k in ("2", "auto") for word in ("--num-draft-tokens", k)]
+    arguments = "bench", *lengths, "--repeats", "1", "-m", "12", "-p", "def", "--json"
+    first, second = mlx_drift(2, tmp_path, *arguments)
+    assert (first[0], second) == (0, (0, "", "")), first[2]
+    told = json.loads(first[1])
+    assert told["ranks"] == 2
+    assert [arm["name"] for arm in told["arms"]] == ["plain", "K=2", "auto"]
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -108,7 +136,7 @@ def test_what_ranks_differ_in_is_told_once(tmp_path):
 @pytest.mark.parametrize(
     ("count", "arguments", "line"),
     [
-        (2, ["generate", "--num-draft-tokens", "auto"], "num_draft_tokens is auto, which goes by"),
+        (2, ["bench", "--shape", "qwen3-4b"], "--shape does not go with several ranks"),
         (2, ["generate", "--pipeline"], "leave --pipeline out"),
         (3, ["generate"], "size 256 across 3 devices"),
         (2, ["convert", "x"], "convert runs on one machine, without mlx.launch"),

@@ -62,10 +62,12 @@ def ask_all(base: str) -> list[str | None]:
 
 
 @pytest.mark.hours
-def test_two_ranks_serve_as_one_process(tmp_path):
-    with server() as alone:
+@pytest.mark.parametrize("k", ["3", "auto"])
+def test_two_ranks_serve_as_one_process(tmp_path, k):
+    drafts = "--num-draft-tokens", k
+    with server(*drafts) as alone:
         expected = ask_all(alone.url)
-    ranks = start(2, tmp_path, "-m", "mlx_drift", "serve", "--port", "0", "--json")
+    ranks = start(2, tmp_path, "-m", "mlx_drift", "serve", "--port", "0", "--json", *drafts)
     answers = ask_all(json.loads(ranks[0].stdout.readline())["url"])
     ranks[0].send_signal(signal.SIGTERM)
     told = outcome(ranks)
@@ -88,10 +90,8 @@ def test_a_rank_that_dies_ends_the_server(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "flags", [["--num-draft-tokens", "auto"], ["--cache-dir", "x"], ["--idle-unload", "5"]]
-)
-def test_what_goes_by_the_clock_is_refused(tmp_path, flags):
+@pytest.mark.parametrize("flags", [["--cache-dir", "x"], ["--idle-unload", "5"]])
+def test_what_is_one_process_s_is_refused(tmp_path, flags):
     first, second = mlx_drift(2, tmp_path, "serve", "--port", "0", *flags)
     assert (first[0], second) == (1, (1, "", ""))
     assert first[2].startswith(f"error: {flags[0]} ")

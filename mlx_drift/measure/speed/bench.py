@@ -21,6 +21,7 @@ from mlx_drift.measure.speed.arithmetic import break_even, device_name, quartile
 from mlx_drift.measure.speed.arms import Answer, Length, Way, answer, check_baseline
 from mlx_drift.measure.speed.rounds import TURNS, Plan, RoundCost, round_costs
 from mlx_drift.measure.speed.shape_costs import SAMPLED
+from mlx_drift.ranks.world import ranks_of
 from mlx_drift.target.model import Target
 
 LENGTHS: tuple[Length, ...] = (1, 2, 3, 4, "auto")
@@ -82,7 +83,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Bench:
-    """The arms, plain decoding first, and what they were measured with."""
+    """The arms, plain decoding first, and what they were measured with; times are rank 0's."""
 
     arms: tuple[Arm, ...]
     device: str
@@ -92,6 +93,7 @@ class Bench:
     prompts: int
     repeats: int
     max_tokens: int
+    ranks: int
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures for `--json`."""
@@ -194,6 +196,7 @@ def bench(
         len(prompts),
         repeats,
         max_tokens,
+        ranks_of(model).size,
     )
 
 

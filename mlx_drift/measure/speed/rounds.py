@@ -30,6 +30,7 @@ from mlx_drift.decode.sampling import Sampling
 from mlx_drift.decode.speculate import speculate
 from mlx_drift.decode.text import Round
 from mlx_drift.drafters.protocol import Drafter
+from mlx_drift.ranks.world import ranks_of
 from mlx_drift.target.caches import TargetCache
 from mlx_drift.target.model import Target
 from mlx_drift.target.tree import Tree
@@ -158,7 +159,8 @@ def round_costs(
     start = time.perf_counter()
     with wired_limit([model, drafter.network]):
         for turn in range(turns + 1):
-            if turn > LEAST_TURNS and time.perf_counter() - start > SECONDS:
+            is_late = turn > LEAST_TURNS and time.perf_counter() - start > SECONDS
+            if ranks_of(model).exchange(is_late)[0]:
                 break
             if turn < 2:  # the first turn warmed up
                 times = [Times() for _ in plans]
