@@ -28,10 +28,9 @@ def answers_by_clock(model: nn.Module) -> dict[str, tuple[list[int], list[int]]]
     Two in turn with each drafter, the second with what the first learned.
     """
     told: dict[str, tuple[list[int], list[int]]] = {}
-    ways = ("eagle3.1", "auto"), ("eagle3.1", None), ("draft model", None)
-    for kind, tree in ways:
+    for kind, tree, temps in ("eagle3.1", "auto", [0.0]), ("draft model", None, [0.0, 0.8]):
         drafter = drafter_of(kind, "llama", model)
-        for turn, temp in product(range(2), (0.0, 0.8)):
+        for turn, temp in product(range(2), temps):
             tokens, tested = [], {}
             for response in stream_generate(
                 model,
