@@ -20,7 +20,7 @@ from mlx_drift.convert.resolved import Resolved
 from mlx_drift.convert.target import read_target_shape, shared_with_target
 from mlx_drift.convert.understand import drafts_blocks, understand
 from mlx_drift.convert.vocabulary import note_padding, read_d2t
-from mlx_drift.convert.write import Output, Progress, check_free, write_weights, written_whole
+from mlx_drift.convert.write import Output, Progress, free_path, write_weights, written_whole
 from mlx_drift.drafters.chain_config import MTPConfig
 from mlx_drift.drafters.config import check_target
 from mlx_drift.drafters.load import (
@@ -176,13 +176,7 @@ def convert_drafter(
         DriftError: If anything is missing, damaged, left over or contradictory. Nothing is
             written then.
     """
-    try:
-        path = Path(mlx_path).expanduser()
-        check_free(path)
-    except DriftError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DriftError(f"{mlx_path}: cannot be written ({error})") from None
+    path = free_path(mlx_path)
     if dtype is not None and dtype not in DTYPES:
         raise DriftError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     if upload_repo is not None and split_repository(upload_repo) != (upload_repo, ""):

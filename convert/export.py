@@ -21,7 +21,7 @@ from mlx_drift.convert.read.source import read_checkpoint
 from mlx_drift.convert.read.stored import StoredTensor, from_mlx
 from mlx_drift.convert.understand import understand
 from mlx_drift.convert.vocabulary import read_d2t
-from mlx_drift.convert.write import Output, Progress, check_free, write_weights, written_whole
+from mlx_drift.convert.write import Output, Progress, free_path, write_weights, written_whole
 from mlx_drift.drafters.chain_config import Eagle3Config
 from mlx_drift.drafters.load import (
     WEIGHTS,
@@ -80,8 +80,7 @@ def export_drafter(
         DriftError: If the drafter is missing, damaged or not converted, or is one that the format
             cannot say. Nothing is written then.
     """
-    out = Path(path).expanduser()
-    check_free(out, "--path")
+    out = free_path(path, "--path")
     form = find_format(format)
     if upload_repo is not None and split_repository(upload_repo) != (upload_repo, ""):
         raise DriftError(f"{upload_repo}: expected a Hub repository as owner/name to upload to")

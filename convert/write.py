@@ -149,18 +149,25 @@ def _count_not_finite(data: npt.NDArray[Any], dtype: str) -> int:
     return int(np.count_nonzero(exponents == mask))
 
 
-def check_free(path: Path, flag: str = "--mlx-path") -> None:
-    """Checks that nothing stands where a folder is to be written.
+def free_path(path: str | Path, flag: str = "--mlx-path") -> Path:
+    """Returns where a folder is to be written, at which nothing stands.
 
     Args:
-        path: The folder.
+        path: The folder, as a user names it.
         flag: What names it on the command line.
 
     Raises:
-        DriftError: If something does.
+        DriftError: If something stands there, or nothing can.
     """
-    if path.exists() or path.is_symlink():
-        raise DriftError(f"{path} exists already; choose another {flag}, or remove it first")
+    try:
+        free = Path(path).expanduser()
+        free.lstat()
+    except FileNotFoundError:
+        return free
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, too long, no path at all
+        reason = getattr(error, "strerror", None) or error
+        raise DriftError(f"{path}: cannot be written ({reason})") from None
+    raise DriftError(f"{free} exists already; choose another {flag}, or remove it first")
 
 
 @contextmanager
@@ -170,7 +177,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
         DriftError: If something stands there, or it cannot be written.
     """
-    check_free(path)
+    path = free_path(path)
     made = [parent for parent in path.parents if not parent.exists()]
     partial, lock = None, None
     try:

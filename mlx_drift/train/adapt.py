@@ -10,7 +10,7 @@ from typing import Any, Literal
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_drift.convert.write import check_free, written_whole
+from mlx_drift.convert.write import free_path, written_whole
 from mlx_drift.decode.fingerprint import fingerprint
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.config import read_config
@@ -194,8 +194,7 @@ class Adaptation:
         tell: Tell = lambda kind, figures: None,
     ) -> Adapted:
         """Trains; arguments and errors are those of `adapt_drafter`."""
-        out = Path(mlx_path).expanduser()
-        check_free(out)
+        out = free_path(mlx_path)
         if upload_repo is not None and split_repository(upload_repo) != (upload_repo, ""):
             raise DriftError(f"{upload_repo}: expected a Hub repository as owner/name to upload to")
         settings = self._settings()

@@ -146,6 +146,18 @@ def test_other_kinds_are_refused(form, tmp_path):
         export_drafter(DEMO / "mtp", tmp_path / "out", format=form)
 
 
+@pytest.mark.parametrize("name", ["~nosuchuser/out", "a" * 300, "a\0b", "/dev/null/out"])
+def test_places_that_cannot_be_written_to(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for write in (
+        lambda: convert_drafter(str(DEMO / "eagle3"), name),
+        lambda: export_drafter(DEMO / "eagle3", name, format="specforge"),
+    ):
+        with pytest.raises(DriftError, match="cannot be written") as refused:
+            write()
+        assert len(str(refused.value).splitlines()) == 1
+
+
 def test_bad_input_gets_one_line(tmp_path, refuses):
     converted(BOTH["plain"], tmp_path / "first")
     out = ("--format", "specforge", "--path", tmp_path / "out")
