@@ -186,8 +186,14 @@ def wanted_by(layout: Layout, config: Config) -> Callable[[str], bool]:
     return lambda name: pattern.match(name) is not None
 
 
-def modules_of(layout: Layout, config: Config, names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Sorts the names of a head's tensors by module: for each, name by canonical name."""
+def modules_of(
+    layout: Layout, config: Config, names: Iterable[str], where: str
+) -> dict[str, dict[str, str]]:
+    """Sorts the names of a head's tensors by module: for each, name by canonical name.
+
+    Raises:
+        DriftError: If two names mean the same.
+    """
     pattern = layout.pattern(text_config(config))
     modules: dict[str, dict[str, str]] = {}
     for name in names:
@@ -201,5 +207,7 @@ def modules_of(layout: Layout, config: Config, names: Iterable[str]) -> dict[str
             number = match.group(1)
         else:  # Qwen's layers are numbered behind what they share
             number = canonical.split(".")[1] if canonical.startswith("layers.") else "0"
-        modules.setdefault(number, {})[canonical] = name
+        other = modules.setdefault(number, {}).setdefault(canonical, name)
+        if other != name:
+            raise DriftError(f"{where}: {other} and {name} both mean {canonical}")
     return modules

@@ -403,6 +403,11 @@ NEXTN = "model.layers.4."
 WRONG = {
     "a tensor is missing": ("qwen3_5", drop("mtp.fc.weight"), "lacks the tensor fc.weight"),
     "one is too many": ("qwen3_5", put("mtp.x.weight", mx.zeros(3)), "layers.0.x.weight"),
+    "two of one meaning": (
+        "qwen3_5",
+        put("model.mtp.fc.weight", mx.zeros((2, 2))),
+        "mtp.fc.weight both mean fc.weight",
+    ),
     "an expert is missing": (
         "deepseek_v3",
         drop(f"{NEXTN}mlp.experts.1.up_proj.weight"),
