@@ -16,6 +16,16 @@ Understood = tuple[dict[str, Any], Undecided | None]
 Slots = Literal["unshifted", "shifted"]
 
 
+FIELDS = {
+    "taps": "taps",
+    "feedback": "feedback",
+    "rope_theta": "rope_theta",
+    "window": "sliding_window",
+    "slots": "slots",
+}
+"""The field of a config that each of the `Overrides` is about."""
+
+
 @dataclass(frozen=True)
 class Overrides:
     """What the user, or the probe, says of what a checkpoint leaves open or has wrong.

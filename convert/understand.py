@@ -29,7 +29,7 @@ from mlx_drift.convert.dialects.torchspec import TORCHSPEC
 from mlx_drift.convert.eagle import understand_eagle
 from mlx_drift.convert.eagle3 import understand_eagle3
 from mlx_drift.convert.eagle4 import understand_eagle4
-from mlx_drift.convert.given import Given, Overrides
+from mlx_drift.convert.given import FIELDS, Given, Overrides
 from mlx_drift.convert.hydra import understand_hydra, understand_hydra_prefix
 from mlx_drift.convert.medusa import understand_medusa
 from mlx_drift.convert.mtp.understand import understand_mtp
@@ -85,13 +85,28 @@ def understand(
         overrides: The user's choices.
 
     Raises:
-        DriftError: If the dialect is unknown or refused, or anything is missing, left over or
-            contradictory.
+        DriftError: If the dialect is unknown or refused, anything is missing, left over or
+            contradictory, or an override says what no such drafter has.
     """
     if "drafter_type" in checkpoint.config:
-        return _understand_converted(checkpoint, overrides)
-    if checkpoint.wanted is not None:
-        return understand_mtp(checkpoint, overrides)
+        resolved = _understand_converted(checkpoint, overrides)
+    elif checkpoint.wanted is not None:
+        resolved = understand_mtp(checkpoint, overrides)
+    else:
+        resolved = _understand_dialect(checkpoint, target, overrides)
+    kind = resolved.fields["drafter_type"]
+    known = CONFIGS[kind].__dataclass_fields__
+    overrides.refuse(
+        f"{checkpoint.weights} is a drafter of the kind {kind}, which has no such thing",
+        *(flag for flag, field in FIELDS.items() if field not in known),
+    )
+    return resolved
+
+
+def _understand_dialect(
+    checkpoint: Checkpoint, target: TargetShape | None, overrides: Overrides
+) -> Resolved:
+    """Takes a checkpoint in a trainer's own spelling."""
     dialect = _recognise(checkpoint)
     tensors = _rename(checkpoint, dialect)
     for name, tensor in tensors.items():
@@ -134,16 +149,12 @@ def _understand_converted(checkpoint: Checkpoint, overrides: Overrides) -> Resol
             "has nothing to say. Convert the original again"
         )
     fields, provenance = config.to_dict(), dict(config.provenance)
-    changes: dict[str, Any] = {
-        "feedback": overrides.feedback,
-        "rope_theta": overrides.rope_theta,
-        "sliding_window": overrides.window,
-    }
-    for key, value in changes.items():
+    for flag in ("feedback", "rope_theta", "window", "slots"):
+        value, key = getattr(overrides, flag), FIELDS[flag]
         if value is not None and key in fields:
-            fields[key] = None if (key, value) == ("sliding_window", 0) else value
-            provenance[key] = "probe" if key in overrides.probed else "override"
-    if overrides.window is not None:
+            fields[key] = None if (flag, value) == ("window", 0) else value
+            provenance[key] = "probe" if flag in overrides.probed else "override"
+    if overrides.window is not None and "full_attention_layers" in fields:
         fields["full_attention_layers"] = []
     return Resolved(
         dialect=CONVERTED,

@@ -1,7 +1,7 @@
 """Understands the checkpoint of an MTP head: its tensors as mlx-lm's block wants them, its config.
 
-What the head's files have in another form goes through `mtp_packed` (quantized heads), `mtp_block`
-(fp8, experts, latent attention) and `mtp_norms` (zero-centred gains), in this order.
+What the head's files have in another form goes through `block` (fp8, experts, latent attention),
+`norms` (zero-centred gains) and `packed` (quantized heads).
 """
 
 from pathlib import Path
@@ -47,13 +47,11 @@ def understand_mtp(checkpoint: Checkpoint, overrides: Overrides) -> Resolved:
         DriftError: If anything is missing, left over or contradictory.
     """
     weights, config_file = checkpoint.weights, checkpoint.config_file
-    if overrides.rope_theta is not None:
-        raise DriftError(
-            f"{weights} is an MTP head, whose block takes RoPE from the target: leave "
-            "--rope-theta out"
-        )
+    overrides.refuse(
+        f"{weights} is an MTP head, whose block takes RoPE from the target", "rope_theta"
+    )
     layout, family = find_layout(checkpoint.config, config_file)
-    modules = modules_of(layout, checkpoint.config, checkpoint.tensors)
+    modules = modules_of(layout, checkpoint.config, checkpoint.tensors, weights)
     if len(modules) != 1:
         raise DriftError(
             f"{weights} holds {len(modules)} MTP modules, to be run one after another; this "

@@ -135,6 +135,8 @@ def test_slots_are_overridden(tmp_path, model):
         config = convert_drafter(str(tmp_path / "head"), tmp_path / slots, slots=slots).config
         assert (config.slots, config.provenance["slots"]) == (slots, "override")
         assert load_drafter(str(tmp_path / slots), model).max_drafts == drafts
+    again = convert_drafter(str(tmp_path / "shifted"), tmp_path / "again", slots="unshifted").config
+    assert (again.slots, again.provenance["slots"]) == ("unshifted", "override")
 
 
 @pytest.mark.parametrize("kind", ["peagle", "dflash"])

@@ -187,6 +187,36 @@ def test_feedback_can_be_overridden(source, tmp_path):
     assert config.provenance["feedback"] == "override"
 
 
+OVERRIDES = {"feedback": "post", "rope_theta": 5e4, "window": 16, "slots": "shifted"}
+"""By what they say of a drafter; which kinds have no such thing."""
+
+HAVE_NONE = {
+    "eagle3.1": {"slots"},
+    "mtp": {"rope_theta", "slots"},
+    "dflash": {"feedback"},
+    "medusa": {"feedback", "rope_theta", "window", "slots"},
+}
+
+
+@pytest.mark.parametrize("kind", HAVE_NONE)
+@pytest.mark.parametrize("flag", OVERRIDES)
+def test_no_override_is_ignored(kind, flag, tmp_path):
+    given = {flag: OVERRIDES[flag]}
+    if flag in HAVE_NONE[kind]:
+        with pytest.raises(DriftError, match=f"leave --{flag.replace('_', '-')} out"):
+            convert(DEMO / kind, tmp_path / "out", **given)
+        return
+    config = convert(DEMO / kind, tmp_path / "out", **given).config
+    field = "sliding_window" if flag == "window" else flag
+    assert getattr(config, field) == OVERRIDES[flag]
+    assert config.provenance[field] == "override"
+
+
+def test_an_eagle_3_checkpoint_has_no_slots(source, tmp_path):
+    with pytest.raises(DriftError, match="of the kind eagle3, which has no such thing; leave --sl"):
+        convert(source, tmp_path / "out", slots="shifted")
+
+
 def test_absolute_d2t_is_put_right(tmp_path):
     tensors = specforge_tensors()
     offsets = tensors["d2t"].copy()
