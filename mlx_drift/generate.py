@@ -4,16 +4,12 @@ An app changes one import and adds one keyword. Without a drafter the call goes 
 """
 
 import hashlib
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
-from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.arguments import (
@@ -27,37 +23,20 @@ from mlx_drift.arguments import (
     token_ids,
     without_defaults,
 )
-from mlx_drift.decode.answer import Chunk, answer
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
 from mlx_drift.decode.fork import LogitsProcessor, unforkable
 from mlx_drift.decode.one_thread import one_thread_at_a_time
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
+from mlx_drift.decode.responses import DriftResponse, drafted_responses, plain_responses
 from mlx_drift.decode.sampling import Sampler, Sampling
-from mlx_drift.decode.speculate import every
-from mlx_drift.decode.statistics import LOW_ACCEPTANCE, Statistics
-from mlx_drift.decode.text import Origin
 from mlx_drift.decode.trees import check_tree, prepare_trees
-from mlx_drift.decode.tuned import remember, tuned_costs
+from mlx_drift.decode.tuned import tuned_costs
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.grammar.grammar import Grammar
 from mlx_drift.ranks.world import Ranks, ranks_of
 from mlx_drift.target.caches import KVQuantization
 from mlx_drift.target.parts import vocabulary_size
-
-ROUNDS_TO_JUDGE = 32
-"""Rounds after which a drafter that is hardly ever right is spoken of."""
-
-
-@dataclass
-class DriftResponse(GenerationResponse):
-    """mlx-lm's response for one token, plus who said it and the statistics of the rounds.
-
-    All responses of one generation share one `statistics`, which grows with the rounds.
-    """
-
-    origin: Origin = field(default_factory=Origin)
-    statistics: Statistics = field(default_factory=Statistics)
 
 
 @takes_numbers
@@ -210,8 +189,7 @@ def stream_generate(
             raise DriftError("the prompt cache was made for a drafter; give that one as drafter=")
         if num_draft_tokens != "auto":
             kwargs["num_draft_tokens"] = num_draft_tokens
-        position = 0
-        for response in mlx_lm.stream_generate(
+        yield from plain_responses(
             model,
             tokenizer,
             tokens,
@@ -226,10 +204,7 @@ def stream_generate(
             prefill_step_size=prefill_step_size,
             prompt_progress_callback=progress,
             **kwargs,
-        ):
-            position = position + 1 if response.from_draft else 0  # of mlx-lm's own draft model
-            origin = Origin("draft", position) if position else Origin()
-            yield DriftResponse(**vars(response), origin=origin)
+        )
         return
     if kwargs:
         raise DriftError(
@@ -244,7 +219,6 @@ def stream_generate(
             "the drafter was loaded for another model than the one to generate with; "
             "load it with load_drafter(path, model)"
         )
-
     if (name := unforkable(sampling.logits_processors)) is not None:
         warnings.warn(
             f"the logits processor {name} keeps a state that cannot be copied, so nothing is "
@@ -271,71 +245,18 @@ def stream_generate(
         num_draft_tokens = "auto" if tree == "auto" else tree - 1
     draft_length = _draft_length(num_draft_tokens, prompt_cache, len(tokens))
     draft_length.tree = tree is not None
-    statistics = Statistics(draft_length=draft_length)
-    detokenizer = tokenizer.detokenizer
-    count, told = 0, False
-    with wired_limit([model, drafter.network]):
-        start = time.perf_counter()
-        number = prompt_cache.begin()
-        steps = answer(
-            prompt_cache,
-            tokens,
-            cut=every(prefill_step_size),
-            draft_length=draft_length,
-            max_tokens=max_tokens,
-            stop_tokens=set(tokenizer.eos_token_ids),
-            sampling=sampling,
-            key=_random_key(seed) if sampling.is_random else None,
-            statistics=statistics,
-            number=number,
-        )
-        for step in steps:
-            if isinstance(step, Chunk):
-                progress(step.done, step.total)
-                if step.done == step.total - 1:
-                    prompt_seconds, start = time.perf_counter() - start, time.perf_counter()
-                continue
-            round = step
-            if not count:
-                progress(len(tokens), len(tokens))
-            if not round.is_finite and not told:
-                told = True
-                _warn_of_states_that_are_not_finite(prompt_cache.target.dtype)
-            if statistics.rounds == ROUNDS_TO_JUDGE and not round.is_plain and not told:
-                _warn_of_low_acceptance(statistics)
-            for row, (token, origin) in enumerate(zip(round.tokens, round.origins, strict=True)):
-                count += 1
-                finish_reason = None
-                if token in tokenizer.eos_token_ids:
-                    finish_reason = "stop"
-                else:
-                    detokenizer.add_token(token)
-                    if count == max_tokens:
-                        finish_reason = "length"
-                if finish_reason is not None:
-                    detokenizer.finalize()
-                yield DriftResponse(
-                    text=detokenizer.last_segment,
-                    token=token,
-                    logprobs=round.log_probabilities[row],
-                    from_draft=origin.by != "target",
-                    origin=origin,
-                    prompt_tokens=len(tokens),
-                    prompt_tps=statistics.prompt_tokens / prompt_seconds,
-                    generation_tokens=count,
-                    generation_tps=count / (time.perf_counter() - start),
-                    peak_memory=mx.get_peak_memory() / 1e9,
-                    finish_reason=finish_reason,
-                    statistics=statistics,
-                )
-        seconds = draft_length.costs.known().get(PLAIN)
-        if compare_plain and seconds is None:
-            seconds = ranks.exchange(prompt_cache.time_plain(round.tokens[-1], number))[0]
-            if seconds is not None:
-                draft_length.costs.know(PLAIN, seconds)
-        statistics.plain_step_seconds = seconds
-        if num_draft_tokens == "auto":
-            remember(drafter, draft_length)
+    yield from drafted_responses(
+        prompt_cache,
+        tokenizer,
+        tokens,
+        max_tokens,
+        draft_length=draft_length,
+        sampling=sampling,
+        key=_random_key(seed) if sampling.is_random else None,
+        prefill_step_size=prefill_step_size,
+        progress=progress,
+        compare_plain=compare_plain,
+    )
 
 
 def generate(
@@ -409,34 +330,6 @@ def check_num_draft_tokens(num_draft_tokens: int | Literal["auto"]) -> None:
         raise DriftError(
             f"num_draft_tokens is {num_draft_tokens}; expected 1 to {MAX_DRAFT_TOKENS}, "
             "or auto (to generate without drafts, leave the drafter out: --no-draft)"
-        )
-
-
-def _warn_of_states_that_are_not_finite(dtype: mx.Dtype) -> None:
-    why = (
-        "they leave the range of float16, in which the target runs: use it in bfloat16 (mlx_lm "
-        "convert --dtype bfloat16)"
-        if dtype == mx.float16
-        else "its weights may hold NaN, which mlx-drift convert tells; convert it again"
-    )
-    warnings.warn(
-        f"the drafter's states are not finite, so that its drafts mean nothing: {why}",
-        DriftWarning,
-        stacklevel=3,
-    )
-
-
-def _warn_of_low_acceptance(statistics: Statistics) -> None:
-    if not statistics.conditional_acceptance:  # nothing was ever drafted
-        return
-    first = statistics.conditional_acceptance[0]
-    if first < LOW_ACCEPTANCE:
-        warnings.warn(
-            f"only {first:.0%} of the first drafts were accepted in {statistics.rounds} rounds: "
-            "the drafter does not suit this target or this text. If it is a head made for it, its "
-            "conventions may be wrong: convert it again with --probe-conventions and --target",
-            DriftWarning,
-            stacklevel=3,
         )
 
 

@@ -12,12 +12,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_drift.cli.drafts import Said
 from mlx_drift.cli.transcripts import EXPECTED, messages_of
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
+from mlx_drift.decode.responses import DriftResponse
 from mlx_drift.decode.speculate import Progress
 from mlx_drift.decode.statistics import Statistics
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
 from mlx_drift.files.text import check_text, read_text
-from mlx_drift.generate import DriftResponse, stream_generate
+from mlx_drift.generate import stream_generate
 from mlx_drift.serve.said import Reasoning, Speech, Text
 from mlx_drift.serve.wording import Wording
 from mlx_drift.target.context import longest_text

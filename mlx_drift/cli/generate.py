@@ -27,10 +27,11 @@ from mlx_drift.cli.report import explanation, in_short, report, table
 from mlx_drift.cli.show import prompt_bar
 from mlx_drift.decode.prompt_cache import PromptCache
 from mlx_drift.decode.prompt_cache_file import load_prompt_cache
+from mlx_drift.decode.responses import DriftResponse
 from mlx_drift.demo import QUESTION
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
-from mlx_drift.generate import DriftResponse, check_num_draft_tokens, stream_generate
+from mlx_drift.generate import check_num_draft_tokens, stream_generate
 from mlx_drift.ranks.world import world
 from mlx_drift.target.caches import KVQuantization
 

@@ -6,8 +6,8 @@ import mlx.core as mx
 from rich.table import Table
 
 from mlx_drift.decode.draft_length import PLAIN, DraftLength
+from mlx_drift.decode.responses import DriftResponse
 from mlx_drift.drafters.protocol import TREE
-from mlx_drift.generate import DriftResponse
 from mlx_drift.ranks.world import world
 
 

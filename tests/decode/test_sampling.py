@@ -533,7 +533,7 @@ def test_real_loop_with_copies_beside_the_head(pair, generations, expected, monk
     here = [3, 1, 4, 0, 2]
     prompt = here if expected else [*here, 2, *here]
     monkeypatch.setattr(sys.modules[__name__], "PROMPT", prompt)
-    loop = sys.modules["mlx_drift.generate"]
+    loop = sys.modules["mlx_drift.decode.responses"]
     monkeypatch.setattr(loop, "answer", partial(answer, expected=expected))
     both, sources = copy.copy(pair), Counter()
     both.drafter = CopyingDrafter(pair.drafter)
