@@ -18,6 +18,7 @@ import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from mlx_drift.decode.fingerprint import fingerprint
 from mlx_drift.decode.prompt_cache import PromptCache
@@ -66,7 +67,7 @@ class DiskStore:
     def __init__(self, folder: Path, bound: int):
         self.folder = folder
         self.bound = bound
-        self._owners: dict[LoadedModel, str] = {}
+        self._owners: WeakKeyDictionary[LoadedModel, str] = WeakKeyDictionary()
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             status = folder.stat()

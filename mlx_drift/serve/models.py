@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_drift.errors import DriftError
+from mlx_drift.files.hub import resolve
 from mlx_drift.files.paths import existing
 from mlx_drift.serve.engine import Engine
 from mlx_drift.serve.model import LoadedModel
@@ -133,31 +133,33 @@ class Models:
     def _load_all(self) -> None:
         """Loads what is wanted, one after another, for as long as the process lives."""
         while True:
-            known, future = self._wanted.get()
-            if not future.set_running_or_notify_cancel():
-                continue
-            self._loading = True
-            loaded, failure = None, None
-            try:
-                loaded = self._load(known)
-            except BaseException as error:  # whatever it is, it is the caller's
-                failure = error
-            self._loading = False
-            if loaded is not None:
-                future.set_result(loaded)
-            else:
-                future.set_exception(failure)
+            self._answer(*self._wanted.get())  # while it waits, this thread holds no model
+
+    def _answer(self, known: Known, future: "Future[LoadedModel]") -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        self._loading = True
+        loaded, failure = None, None
+        try:
+            loaded = self._load(known)
+        except BaseException as error:  # whatever it is, it is the caller's
+            failure = error
+        self._loading = False
+        if loaded is not None:
+            future.set_result(loaded)
+        else:
+            future.set_exception(failure)
 
     def _load(self, known: Known) -> LoadedModel:
         if (loaded := known.loaded) is not None:
             return loaded
-        self.engine.call(lambda: self._make_room(known)).result()
+        weights = known.weights()  # the Hub may be asked, for which the device does not wait
+        self.engine.call(lambda: self._make_room(known, weights)).result()
         known.loaded = known.load()
         return known.loaded
 
-    def _make_room(self, known: Known) -> None:
+    def _make_room(self, known: Known, weights: int) -> None:
         """Unloads others until there is memory for a model; on the device's thread."""
-        weights = known.weights()
         others = sorted((k for k in self.known if k.loaded), key=lambda k: k.used_at)
         for other in others:
             if mx.get_active_memory() + weights <= FULL * self.memory:
@@ -186,7 +188,10 @@ def called(source: str) -> str:
 
 
 def weight_bytes(source: str) -> int:
-    """Returns the bytes of a model's weights on this machine; 0 if they are not there yet."""
-    path = existing(source)
-    folder = Path(source) if path is None else path
+    """Returns the bytes of a model's weights on this machine; 0 if they are not there yet.
+
+    Raises:
+        DriftError: If it is neither a folder nor a Hub repository that can be had.
+    """
+    folder = resolve(source, "model", None, ["config.json"])
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -121,10 +121,11 @@ def serve(
     engine.when_idle = lambda: store.save_one() or models.unload_idle()
     engine.start()
     told: _Told | None = None
+    leader: Leader | None = None
     try:
         loaded: LoadedModel = models.get(known[0]).result()
         if ranks.size > 1:
-            loaded.leader = Leader(ranks)
+            leader = loaded.leader = Leader(ranks)
         server = Server(
             engine=engine,
             models=models,
@@ -152,6 +153,7 @@ def serve(
         url = f"http://{shown}:{port}/v1"
         say(f"serving {loaded.name} on {url}")
         ready(loaded.name, url)
+        del loaded  # or it would stay in memory when it is unloaded
         told.run(sockets=[listener])
     finally:
         listener.close()
@@ -160,8 +162,8 @@ def serve(
         deadline = signalled or time.monotonic() + options.shutdown_seconds
         engine.call(lambda: _save(store, deadline - options.shutdown_seconds * LEAVING))
         has_ended = engine.join(max(0.0, deadline - time.monotonic()))
-        if has_ended and told is not None and loaded.leader is not None:
-            loaded.leader.leave()
+        if has_ended and told is not None and leader is not None:
+            leader.leave()
         if signalled and not has_ended:
             _leave(say, "the device was still at work at the deadline; its caches are not saved")
         if signalled and models.is_loading:

@@ -1,14 +1,19 @@
 """Several models: names, what is loaded when, what leaves."""
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
+from hub_stub import StubHub, set_endpoint, settle
 from mlx_drift import DriftError
-from mlx_drift.serve.models import Known, Models, NotServed
+from mlx_drift.files.hub import resolve
+from mlx_drift.serve.disk import DiskStore
+from mlx_drift.serve.models import Known, Models, NotServed, weight_bytes
 from mlx_drift.serve.request import Ended
-from serving import PATIENCE, ask, engine, loaded
+from serving import PATIENCE, ask, engine, fetch, loaded, post, said, server
 from tiny import plain_greedy, tiny_drafter, tiny_llama
 
 
@@ -125,3 +130,58 @@ def test_idle_models_are_unloaded_and_loaded_again():
             time.sleep(0.02)
         assert models.get(models.known[0]).result() is not None
         assert loads == ["a", "a"]
+
+
+@pytest.mark.parametrize("has_disk", [False, True])
+def test_what_is_unloaded_is_gone_from_memory(tmp_path, has_disk):
+    disk = DiskStore(tmp_path / "caches", 1 << 30) if has_disk else None
+    with engine(disk=disk) as running:
+        a, b = known("a", []), known("b", [], weights=1 << 39)
+        models = Models(running, [a, b], memory=1 << 39)
+        kept = weakref.ref(models.get(a).result())
+        heard, _ = ask(running, kept(), [1, 2, 3])
+        heard.wait()
+        running.call(lambda: models._unload(a)).result()
+        del heard, _
+        deadline = time.monotonic() + PATIENCE
+        while kept() is not None:  # the engine's last turn is forgotten at its next look around
+            assert time.monotonic() < deadline, gc.get_referrers(kept())
+            time.sleep(0.05)
+
+
+def test_the_default_model_leaves_memory_too():
+    def bytes_in_use(running):
+        metrics = fetch(f"{running.root}/metrics").body.decode().splitlines()
+        (line,) = (x for x in metrics if x.startswith("mlx_drift_device_memory_bytes "))
+        return float(line.split()[1])
+
+    with server("--idle-unload", "0.03") as running:
+        assert post(f"{running.url}/chat/completions", said("a", max_tokens=1)).status == 200
+        deadline = time.monotonic() + PATIENCE
+        while (left := bytes_in_use(running)) > 1 << 20:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+        assert post(f"{running.url}/chat/completions", said("a", max_tokens=1)).status == 200
+
+
+def test_weights_in_the_hubs_cache_count(tmp_path, monkeypatch):
+    settle(monkeypatch, tmp_path / "home")
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"x" * 1000)
+    with StubHub(folder, "owner/name").serve() as hub:
+        set_endpoint(monkeypatch, hub.endpoint)
+        assert weight_bytes("owner/name") == 0  # they are not here yet
+        resolve("owner/name", "model", None, ["*"])
+        assert weight_bytes("owner/name") == 1000
+    assert weight_bytes(str(folder)) == 1000
+
+
+def test_the_hub_is_not_asked_on_the_devices_thread():
+    with engine() as running:
+        threads = []
+        a = known("a", [])
+        a.weights = lambda: threads.append(threading.current_thread().name) or 0
+        Models(running, [a], memory=1 << 40).get(a).result()
+        assert threads == ["loading"]
