@@ -138,13 +138,13 @@ class Engine:
                     f"{most} are taken on; try again later",
                     max(1, min(600, round(seconds))),
                 )
+            deadline = time.monotonic() + self.limits.seconds
+            tickets = [
+                Ticket(request, sink, model, deadline)
+                for request, sink in zip(requests, sinks, strict=True)
+            ]
             self._taken_on += len(requests)
-        deadline = time.monotonic() + self.limits.seconds
-        tickets = [
-            Ticket(request, sink, model, deadline)
-            for request, sink in zip(requests, sinks, strict=True)
-        ]
-        self._orders.put(lambda: self._waiting.extend(tickets))
+            self._orders.put(lambda: self._waiting.extend(tickets))
         return tickets
 
     def cancel(self, tickets: Sequence[Ticket]) -> None:
@@ -184,6 +184,8 @@ class Engine:
             _log_failure("the device's thread", error)
             with self._lock:
                 self._closing = time.monotonic()
+            while not self._orders.empty():  # who was taken on, and not heard of yet
+                self._orders.get()()
             failed = Failed("error", f"the server failed ({type(error).__name__}); restart it")
             for ticket in (*self._waiting, *(one.ticket for one in self._turns)):
                 self._tell(ticket, failed)
@@ -349,7 +351,11 @@ class Engine:
 
     def _end(self, conversation: Conversation, event: Ended | Failed) -> None:
         """Ends a conversation, keeps its caches, and tells."""
-        conversation.close()
+        try:
+            conversation.close()
+        except Exception as error:  # no fault of the others
+            _log_failure("the end of a conversation", error)
+            conversation.cache = None
         self._turns.remove(conversation)
         self._reserved.pop(conversation, None)
         self._ahead.pop(conversation, None)

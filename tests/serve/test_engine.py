@@ -10,6 +10,7 @@ from families import build
 from mlx_drift import load_demo
 from mlx_drift.decode.sampling import Sampling
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
+from mlx_drift.serve.conversation import Conversation
 from mlx_drift.serve.request import Busy, Ended, Failed, Piece, Request
 from serving import Heard, ask, engine, loaded
 from tiny import VOCAB, plain_greedy, tiny_drafter, tiny_llama
@@ -340,6 +341,34 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(llama):
             ask(running, llama, [1])
         running._thread.join(60)
         assert not running.is_alive
+
+
+def test_a_fault_of_the_engine_is_told_to_those_it_had_not_heard_of_yet(llama):
+    late = []
+
+    def fault():
+        late.append(ask(running, llama, [4, 5, 6])[0])  # taken on in the very turn that fails
+        raise ZeroDivisionError
+
+    with engine() as running:
+        running._count = fault
+        heard, _ = ask(running, llama, [1, 2, 3], 100_000)
+        assert heard.wait().kind == "error"
+        assert late[0].wait().kind == "error"
+
+
+def test_an_answer_that_cannot_be_ended_ends_alone(llama, monkeypatch):
+    with engine() as running:
+        heard, ticket = ask(running, llama, [1, 2, 3], 100_000)
+        while not heard.tokens:
+            heard.over.wait(0.01)
+        monkeypatch.setattr(Conversation, "close", lambda self: 1 / 0)
+        running.cancel([ticket])
+        assert heard.wait().kind == "cancelled"
+        monkeypatch.undo()
+        other, _ = ask(running, llama, [1, 2, 3])
+        assert other.wait().usage.cached_tokens == 0  # nobody knows what those caches hold
+        assert other.tokens == plain_greedy(llama.model, [1, 2, 3], 12)
 
 
 def test_a_seed_says_the_same_again_whatever_else_runs(llama):
