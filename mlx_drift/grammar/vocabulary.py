@@ -76,10 +76,12 @@ class Vocabulary:
             DriftError: If llguidance cannot follow it, with its reason.
         """
         with self._lock:
-            found = self._matchers.pop((kind, source), None)
-            if found is None:
-                found = self._compile(kind, source)
+            found = self._matchers.get((kind, source))
+        if found is None:
+            found = self._compile(kind, source)  # it may take a while: others do not wait for it
+        with self._lock:
             self._matchers[kind, source] = found
+            self._matchers.move_to_end((kind, source))
             if len(self._matchers) > MOST_MATCHERS:
                 self._matchers.popitem(last=False)
             return found.deep_copy()

@@ -1,6 +1,7 @@
 """What the grammar's processor lets come: for any text the same, whatever was asked before."""
 
 import sys
+import threading
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +15,7 @@ from mlx_drift.demo import TARGET
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.draft_model import DraftModelDrafter
 from mlx_drift.grammar.follow import GrammarProcessor
+from mlx_drift.grammar.vocabulary import Vocabulary
 from mlx_drift.target.model import Target
 from schemas import SCHEMAS, grammar_of
 from stateful import EOS, PROMPT, SIZE, grammar, plain, say, small_llama, tokens_of
@@ -22,6 +24,7 @@ from tiny import tiny_drafter
 
 SENT = 2, 3, 4
 TEMP = 1.3
+PATIENCE = 60
 FIRST = 4  # tokens whose joint distribution is tested
 
 
@@ -241,6 +244,31 @@ def test_without_the_extra(tokenizer, monkeypatch):
     fresh = own_tokenizer()
     with pytest.raises(DriftError, match=r"pip install 'mlx-drift\[grammar\]'"):
         grammar_of("object").check(fresh)
+
+
+def test_a_grammar_that_takes_long_holds_up_no_other(tokenizer, monkeypatch):
+    ready, begun, go_on = Grammar.regex("a+"), threading.Event(), threading.Event()
+    ready.check(tokenizer)
+    compiled = Vocabulary._compile
+
+    def slowly(*asked):
+        begun.set()
+        assert go_on.wait(PATIENCE)
+        return compiled(*asked)
+
+    monkeypatch.setattr(Vocabulary, "_compile", slowly)
+    threads = [
+        threading.Thread(target=grammar.check, args=(tokenizer,), daemon=True)
+        for grammar in (Grammar.regex("b+"), ready)
+    ]
+    threads[0].start()
+    assert begun.wait(PATIENCE)
+    threads[1].start()
+    threads[1].join(PATIENCE)
+    was_held_up = threads[1].is_alive()
+    go_on.set()
+    threads[0].join(PATIENCE)
+    assert not was_held_up
 
 
 def test_what_is_no_grammar(tokenizer):
