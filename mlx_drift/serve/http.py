@@ -21,7 +21,7 @@ from mlx_drift.serve.answers import Answers, Stream
 from mlx_drift.serve.api.asking import Dialect
 from mlx_drift.serve.api.endpoints import DIALECTS
 from mlx_drift.serve.api.events import dumps
-from mlx_drift.serve.api.fields import BadRequest
+from mlx_drift.serve.api.fields import BadRequest, Fields
 from mlx_drift.serve.api.history import read_messages
 from mlx_drift.serve.api.messages import CountTokens
 from mlx_drift.serve.api.prompts import encode, lay_out
@@ -86,7 +86,7 @@ class Server:
 
     async def generate(self, dialect: Dialect, request: Request) -> Response:
         """Answers a prompt."""
-        given = dialect.fields.read(await self.body(request))
+        given = await self.given(dialect.fields, request)
         known, name = self._find(given.get("model"))
         loaded = await self._loaded(known)
         served = self._served(loaded)
@@ -102,30 +102,32 @@ class Server:
 
     async def tokenize(self, request: Request) -> Response:
         """Shows what tokens a text or a conversation comes to."""
-        given = TOKENIZE.read(await self.body(request))
+        given = await self.given(TOKENIZE, request)
         known, _ = self._find(given.get("model"))
         served = self._served(await self._loaded(known))
         if ("prompt" in given) == ("messages" in given):
             raise BadRequest("give one of prompt and messages", "prompt")
 
-        def tokens() -> list[int]:
+        def shown() -> dict[str, Any]:
             if "prompt" in given:
                 special = given.get("add_special_tokens", True)
-                return encode(served, given["prompt"], special=special)
-            keywords = given.get("chat_template_kwargs", {})
-            generation = given.get("add_generation_prompt", True)
-            messages = read_messages(given["messages"])
-            return lay_out(served, messages, keywords, add_generation_prompt=generation).tokens
+                ids = encode(served, given["prompt"], special=special)
+            else:
+                keywords = given.get("chat_template_kwargs", {})
+                generation = given.get("add_generation_prompt", True)
+                messages = read_messages(given["messages"])
+                prompt = lay_out(served, messages, keywords, add_generation_prompt=generation)
+                ids = prompt.tokens
+            found = {"count": len(ids), "max_model_len": served.context, "tokens": ids}
+            if given.get("return_token_strs"):
+                found["token_strs"] = [served.tokenizer.decode([token]) for token in ids]
+            return found
 
-        ids = await asyncio.to_thread(tokens)
-        shown = {"count": len(ids), "max_model_len": served.context, "tokens": ids}
-        if given.get("return_token_strs"):
-            shown["token_strs"] = [served.tokenizer.decode([token]) for token in ids]
-        return _json(shown)
+        return _json(await asyncio.to_thread(shown))
 
     async def count_tokens(self, request: Request) -> Response:
         """Counts the tokens of a prompt of the Messages API."""
-        given = COUNT_TOKENS.fields.read(await self.body(request))
+        given = await self.given(COUNT_TOKENS.fields, request)
         served = self._served(await self._loaded(self._find(given.get("model"))[0]))
         return _json(await asyncio.to_thread(COUNT_TOKENS.count, given, served))
 
@@ -150,12 +152,16 @@ class Server:
             return _json({"status": "failed"}, 503)
         return _json({"status": "ok"})
 
-    async def body(self, request: Request) -> Any:
-        """Reads a request's JSON.
+    async def given(self, fields: Fields, request: Request) -> dict[str, Any]:
+        """Reads a request's fields; a body may hold millions of values, so not on the event loop.
 
         Raises:
-            BadRequest: If it is too long, too slow, or no JSON.
+            BadRequest: If the body is too long, too slow, or no JSON, or a field is wrong.
         """
+        body = await self._body(request)
+        return await asyncio.to_thread(lambda: fields.read(_parsed(body)))
+
+    async def _body(self, request: Request) -> bytes:
         parts, size = [], 0
         try:
             async with asyncio.timeout(self.body_seconds):
@@ -168,11 +174,7 @@ class Server:
             raise BadRequest(
                 f"the body did not come within {self.body_seconds:g} seconds", status=408
             ) from None
-        try:
-            return json.loads(b"".join(parts).decode(), parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            raise BadRequest(f"the body is not valid JSON ({reason})") from None
+        return b"".join(parts)
 
     def _find(self, name: str | None) -> tuple[Known, str | None]:
         try:
@@ -215,6 +217,14 @@ def _card(known: Known) -> dict[str, Any]:
         "created_at": datetime.fromtimestamp(known.created, UTC).isoformat(),
         "lifecycle": "active",
     }
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return json.loads(body.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise BadRequest(f"the body is not valid JSON ({reason})") from None
 
 
 def _refuse_constant(name: str) -> None:

@@ -95,6 +95,10 @@ def serve(
     Raises:
         DriftError: If the port is taken, the model cannot be loaded, or the options do not fit.
     """
+    if options.api_key == "":
+        raise DriftError(
+            "the API key is empty; give one with --api-key or MLX_DRIFT_API_KEY, or neither of them"
+        )
     if options.api_key is None and not is_loopback(options.host):
         raise DriftError(
             f"--host {options.host} can be reached from other machines; that needs --api-key, or "

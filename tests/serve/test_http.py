@@ -1,15 +1,22 @@
 """Real HTTP to a real process: OpenAI's own client, what breaks others' servers, who may ask."""
 
+import asyncio
 import json
 import socket
+import threading
 import time
 
 import mlx_lm
 import openai
 import pytest
+from starlette.requests import Request
 
 from mlx_drift import load_demo
 from mlx_drift.demo import QUESTION
+from mlx_drift.serve.api.fields import BadRequest, Fields, Honoured
+from mlx_drift.serve.api.kinds import Kind
+from mlx_drift.serve.guard import Guard
+from mlx_drift.serve.http import Server
 from serving import JSON, PATIENCE, fetch, post, said, server
 
 OTHER = "What does `shutil.copytree` do?"
@@ -394,6 +401,43 @@ def test_keys_and_named_origins():
 
 def test_another_host_needs_a_key(refuses):
     refuses("--api-key", "serve", "--host", "0.0.0.0", "--port", 0)
+
+
+def test_an_empty_key_is_none_and_is_refused(refuses, monkeypatch):
+    refuses("is empty", "serve", "--host", "0.0.0.0", "--port", 0, "--api-key", "")
+    monkeypatch.setenv("MLX_DRIFT_API_KEY", "")  # as of a container whose secret is not set
+    refuses("is empty", "serve", "--host", "0.0.0.0", "--port", 0)
+
+
+def test_defaults_that_no_request_could_have_are_one_line(refuses):
+    refuses("top_k is -1", "serve", "--port", 0, "--top-k", -1)
+    refuses("temp is 1e-09", "serve", "--port", 0, "--temp", 1e-9)
+
+
+def test_a_body_is_read_off_the_event_loop():
+    threads = []
+    seen = Kind("anything", lambda value: threads.append(threading.current_thread()) or True)
+    fields = Fields("/a", {"a": Honoured(seen, "nothing")}, {})
+
+    async def receive():
+        return {"type": "http.request", "body": b'{"a": 1}', "more_body": False}
+
+    asked = Server(engine=None, models=None, metrics=None, guard=Guard("127.0.0.1"))
+    request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+    assert asyncio.run(asked.given(fields, request)) == {"a": 1}
+    assert threads
+    assert threading.main_thread() not in threads
+
+
+@pytest.mark.parametrize("key", ["sesame", "Müßiggang — 鍵"])
+def test_a_key_is_the_bytes_of_its_header(key):
+    guard = Guard("127.0.0.1", key)
+    shown = key.encode().decode("latin-1")  # as ASGI servers hand headers over
+    for headers in ({"authorization": f"Bearer {shown}"}, {"x-api-key": shown}):
+        guard.check("GET", "/v1/models", {"host": "localhost"} | headers)
+    for headers in ({}, {"authorization": "Bearer"}, {"x-api-key": f"{shown}x"}):
+        with pytest.raises(BadRequest, match="a valid API key"):
+            guard.check("GET", "/v1/models", {"host": "localhost"} | headers)
 
 
 def test_a_port_in_use_is_one_line(refuses):

@@ -5,6 +5,8 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_drift.decode.sampling import Sampling
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -14,6 +16,9 @@ class Defaults:
         max_tokens: Tokens of an answer.
         temperature: 0 for greedy decoding.
         top_p: As in a request; so the rest.
+
+    Raises:
+        DriftError: If a value is out of range.
     """
 
     max_tokens: int = 4096
@@ -22,6 +27,10 @@ class Defaults:
     top_k: int = 0
     min_p: float = 0.0
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks what tokens are drawn from: a request would be told of what it did not say."""
+        Sampling(temp=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p)
 
 
 @dataclass(frozen=True)
