@@ -79,9 +79,10 @@ def bench_command(
         ),
     ] = None,
     tree: Annotated[
-        list[int] | None,
+        list[str] | None,
         typer.Option(
-            metavar="ROWS", help="Measure trees of so many rows too, drafts + 1; repeatable."
+            metavar="ROWS",
+            help="Measure trees of so many rows too, drafts + 1, or auto; repeatable.",
         ),
     ] = None,
     max_tokens: Annotated[
@@ -137,6 +138,7 @@ def bench_command(
     if any(not text.strip() for text in prompt or ()):
         raise DriftError("the prompt is empty; give some text")
     lengths = [_length(text) for text in num_draft_tokens or ()] or list(LENGTHS)
+    trees = [rows for text in tree or () if (rows := options.read_tree(text)) is not None]
     of_a_pair = {
         "--model": model,
         "--drafter": drafter,
@@ -228,15 +230,19 @@ def bench_command(
     elif drafter_bits is not None:
         raise DriftError("--drafter-bits is for trained heads; leave it out")
     if replay_file is not None:
-        if tree:
-            raise DriftError("--replay replays chains; leave --tree out")
         if isinstance(loaded, PromptLookupDrafter):
             raise DriftError("--replay has lookup beside a head or draft model; give one of them")
         recorded = read_transcripts(replay_file, tokenizer, keywords)
         with bar:
-            measured = measure_costs(target, loaded, recorded[0].prompt)
+            measured = measure_costs(target, loaded, recorded[0].prompt, trees=bool(trees))
             replayed = replay(
-                target, loaded, recorded, measured, lengths=lengths, progress=progress
+                target,
+                loaded,
+                recorded,
+                measured,
+                lengths=lengths,
+                trees=trees,
+                progress=progress,
             )
         _tell(replayed, replay_table, about_replay, as_json)
         return
@@ -256,7 +262,7 @@ def bench_command(
             loaded,
             tokens,
             lengths=lengths,
-            trees=tree or (),
+            trees=trees,
             quantized=quantized,
             draft_model=baseline,
             max_tokens=max_tokens,

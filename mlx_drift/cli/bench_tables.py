@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from mlx_drift.measure.bootstrap import Interval
 from mlx_drift.measure.speed.arithmetic import device_name
 from mlx_drift.measure.speed.bench import Arm, Bench
 from mlx_drift.measure.speed.replay import Replay
@@ -121,14 +122,17 @@ a=…       tokens a second over plain decoding's, if every draft were accepted 
 
 def replay_table(found: Replay) -> Table:
     """Returns the arms of a replay, a row each."""
-    shown = _new_table(("", "× plain", "tokens/round", "rounds", "plain", "drafted", "copied"))
+    branches = ("× chain",) * any(arm.tree for arm in found.arms)
+    names = "", "× plain", "tokens/round", *branches, "rounds", "plain", "drafted", "copied"
+    shown = _new_table(names)
     plain, *_ = found.arms
     for arm in found.arms:
         share = {name: one["share"] for name, one in arm.statistics.sources.items()}
         shown.add_row(
             arm.name,
-            f"{plain.seconds / plain.tokens * arm.tokens / arm.seconds:.2f}",
+            f"{arm.tokens_per_second / plain.tokens_per_second:.2f}",
             _number(arm.statistics.tokens_per_round) if arm.statistics.rounds else NOTHING,
+            *(_interval(found.over_chain(arm)) for _ in branches),
             str(arm.statistics.rounds),
             str(arm.statistics.plain_tokens or NOTHING),
             *(f"{share[name]:.0%}" if name in share else NOTHING for name in ("drafter", "copy")),
@@ -139,13 +143,19 @@ def replay_table(found: Replay) -> Table:
 def about_replay(found: Replay) -> str:
     """Says what was replayed and what the columns are."""
     return f"""
-{found.arms[0].tokens} tokens of recorded answers. Acceptance is exact, greedily; what a round takes
-was measured on {device_name()}, once for each length.
+{sum(found.arms[0].tokens)} tokens of recorded answers. Acceptance is exact, greedily; what a
+round takes was measured on {device_name()}, once for each length.
 K=…           mlx-drift with so many drafts a round; lookup copies, alone or beside
-auto          what pays, with lookup and by the drafter alone
+auto          what pays, with lookup and by the drafter alone; trees or chains
+tree of …     so many rows a round, their drafts a tree
 × plain       tokens a second over plain decoding's
+× chain       tokens a round over those of the chain of as many rows
 plain         tokens of plain decoding, between the rounds
 drafted       share of the text that the drafter's accepted drafts are, and copied ones"""
+
+
+def _interval(value: Interval | None) -> str:
+    return NOTHING if value is None else f"{value.value:.3f} ({value.low:.3f}–{value.high:.3f})"
 
 
 def _number(value: float | None) -> str:

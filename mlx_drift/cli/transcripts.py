@@ -12,7 +12,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.errors import DriftError
-from mlx_drift.measure.speed.replay import Recorded
+from mlx_drift.measure.speed.recording import Recorded
 
 EXPECTED = (
     'expected {"messages": [{"role": …, "content": …}, …]} with an answer of the assistant\'s, or '

@@ -19,6 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.decode.sampling import Sampling
 from mlx_drift.decode.statistics import Statistics
+from mlx_drift.decode.trees import Rows
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
 from mlx_drift.generate import stream_generate
@@ -36,14 +37,15 @@ class Way:
         drafter: What mlx-drift drafts with; None for mlx-lm.
         draft_model: What mlx-lm's own speculative loop drafts with.
         drafter_bits: What the drafter was quantized to for this run.
-        tree: Rows of a tree that the drafts make, one more than they are; None for a chain.
+        tree: Rows of a tree that the drafts make, one more than they are; `auto` for a tree or a
+            chain, whichever pays; None for a chain.
     """
 
     num_draft_tokens: Length | None = None
     drafter: Drafter | None = None
     draft_model: nn.Module | None = None
     drafter_bits: int | None = None
-    tree: int | None = None
+    tree: Rows | None = None
 
     @property
     def name(self) -> str:
@@ -53,10 +55,15 @@ class Way:
         k = self.num_draft_tokens
         length = f"K={k}" if isinstance(k, int) else k
         if self.tree is not None:
-            length = f"tree of {self.tree}"
+            length = name_of_tree(self.tree)
         if self.draft_model is not None:
             return f"mlx-lm {length}"
         return length if self.drafter_bits is None else f"{length}, {self.drafter_bits} bits"
+
+
+def name_of_tree(rows: Rows) -> str:
+    """Returns what tables call it."""
+    return "auto, trees" if rows == "auto" else f"tree of {rows}"
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_drift.decode.trees import check_tree, prepare_trees
+from mlx_drift.decode.trees import Rows, check_tree, prepare_trees
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.generate import check_num_draft_tokens
 from mlx_drift.measure.speed.arithmetic import break_even, device_name, quartiles
@@ -57,7 +57,7 @@ class Arm:
             drafts accepted as here (`mlx_drift.measure.speed.rounds`).
         efficiency: Round efficiency of the two.
         draft_length: What `auto` decided last, and by what numbers.
-        tree: Rows that the target verified a round, in a tree; None for a chain.
+        tree: Rows that the target verified a round, in a tree; or `auto`; None for a chain.
         acceptance_by_rank: Of each level of a tree, the share of its tests in which the first draft
             was accepted, the second and so on.
     """
@@ -77,7 +77,7 @@ class Arm:
     sampled: RoundCost | None = None
     efficiency: tuple[float, float] | None = None
     draft_length: dict[str, Any] | None = None
-    tree: int | None = None
+    tree: Rows | None = None
     acceptance_by_rank: tuple[list[float], ...] = ()
 
 
@@ -107,7 +107,7 @@ def bench(
     prompts: Sequence[list[int]],
     *,
     lengths: Sequence[Length] = LENGTHS,
-    trees: Sequence[int] = (),
+    trees: Sequence[Rows] = (),
     quantized: tuple[int, Drafter] | None = None,
     draft_model: nn.Module | None = None,
     max_tokens: int = 128,
@@ -124,7 +124,7 @@ def bench(
         drafter: A drafter loaded for it.
         prompts: Token ids of each prompt.
         lengths: The draft lengths.
-        trees: Rows of trees to measure beside them.
+        trees: Rows of trees to measure beside them; `auto` chooses chains as well.
         quantized: Bits, and the drafter quantized to them: an arm more for each length.
         draft_model: A small model with the target's tokenizer, for mlx-lm's own speculative loop:
             an arm more for each length that is a number.
@@ -149,7 +149,11 @@ def bench(
     ways = [
         Way(),
         *(Way(k, d, drafter_bits=bits) for k in lengths for bits, d in drafters.items()),
-        *(Way(n - 1, d, None, bits, tree=n) for n in trees for bits, d in drafters.items()),
+        *(
+            Way("auto" if rows == "auto" else rows - 1, d, drafter_bits=bits, tree=rows)
+            for rows in trees
+            for bits, d in drafters.items()
+        ),
         *(Way(k, draft_model=draft_model) for k in numbers if draft_model is not None),
     ]
     total = (repeats + 1) * len(prompts) * len(ways) + (turns + 1) * len(drafters) * bool(numbers)

@@ -16,14 +16,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_drift.decode.clock import Clock
-from mlx_drift.decode.draft_length import COPIED, PLAIN, Costs, DraftLength, estimate
+from mlx_drift.decode.draft_length import COPIED, PLAIN, TREES, Costs, DraftLength, estimate
 from mlx_drift.decode.prompt_cache import make_prompt_cache
 from mlx_drift.decode.speculate import speculate
 from mlx_drift.decode.statistics import Statistics
+from mlx_drift.decode.trees import Rows, prepare_trees
 from mlx_drift.drafters.copying import CopyingDrafter, CopyingState
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.drafters.protocol import (
+    NETWORK,
     Choose,
     Draft,
     Drafter,
@@ -32,24 +33,16 @@ from mlx_drift.drafters.protocol import (
     first_chain,
     sources_of,
 )
-from mlx_drift.measure.speed.arms import Length
-from mlx_drift.measure.speed.rounds import CERTAIN, Plan, round_costs
+from mlx_drift.measure.bootstrap import Interval, ratio_of_ratios
+from mlx_drift.measure.speed.arms import Length, name_of_tree
+from mlx_drift.measure.speed.recording import Recorded, RecordedCache, Recording, Simulated
+from mlx_drift.measure.speed.rounds import Plan, round_costs
 from mlx_drift.target.caches import TargetCache
 from mlx_drift.target.model import Target
-from mlx_drift.target.tree import Tree
 
 CHUNK, CATCH_UP, TURNS = 512, 64, 5
 LONGEST = 8
 """Of the chains whose rounds are timed."""
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A prompt and what was answered, token ids; what a conversation learned goes on within it."""
-
-    prompt: list[int]
-    answer: list[int]
-    conversation: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,15 +53,18 @@ class ReplayCosts:
         drafted: Of a round by the length of the chain; under 0 of a plain step.
         copied: Of a round by the length of the copy: no chain is run.
         missed_row: Of a row that the drafter catches up with.
+        branched: Of a round by the drafts of its tree; none where trees are not replayed.
     """
 
     drafted: dict[int, float]
     copied: dict[int, float]
     missed_row: float
+    branched: dict[int, float] = field(default_factory=dict)
 
-    def of(self, k: int, is_copy: bool) -> float:
+    def of(self, k: int, source: Source = NETWORK) -> float:
         """Returns what a round of k drafts takes."""
-        known = self.copied if is_copy and k else self.drafted
+        known = self.copied if source.is_free and k else self.drafted
+        known = self.branched if source.is_tree else known
         seconds = estimate(k, dict(sorted(({PLAIN: self.drafted[PLAIN]} | known).items())))
         assert seconds is not None
         return seconds
@@ -79,26 +75,37 @@ class ReplayArm:
     """One way of drafting, over all that was recorded.
 
     Attributes:
-        name: `K=2`, `lookup K=2`, `K=2 + lookup`, `auto`.
-        tokens: Answered.
+        name: `K=2`, `tree of 3`, `lookup K=2`, `K=2 + lookup`, `auto`.
+        tree: Rows of the trees; None where chains are drafted.
+        tokens: Of each answer.
         seconds: That it would have taken.
-        statistics: Of its rounds.
+        rounds: Of it.
+        statistics: Of all rounds.
     """
 
     name: str
-    tokens: int = 0
-    seconds: float = 0.0
+    tree: Rows | None = None
+    tokens: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all answers."""
+        return sum(self.tokens) / sum(self.seconds)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures for `--json`."""
         told = self.statistics.to_dict()
         names = "rounds", "tokens_per_round", "acceptance_length", "conditional_acceptance"
+        names = (*names, "acceptance_by_rank", "plain_tokens", "sources")
         return {
             "name": self.name,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            **{name: told[name] for name in (*names, "plain_tokens", "sources")},
+            "tree": self.tree,
+            "tokens": sum(self.tokens),
+            "seconds": sum(self.seconds),
+            **{name: told[name] for name in names},
         }
 
 
@@ -109,75 +116,22 @@ class Replay:
     arms: list[ReplayArm]
     costs: ReplayCosts
 
+    def over_chain(self, arm: ReplayArm) -> Interval | None:
+        """Returns a tree's tokens a round over those of the chain of as many rows.
+
+        None if it is no tree of so many, or there is no such chain.
+        """
+        if not isinstance(arm.tree, int):
+            return None
+        chain = next((one for one in self.arms if one.name == f"K={arm.tree - 1}"), None)
+        if chain is None:
+            return None
+        return ratio_of_ratios((arm.tokens, arm.rounds), (chain.tokens, chain.rounds))
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures for `--json`."""
-        return {"arms": [arm.to_dict() for arm in self.arms], "costs": asdict(self.costs)}
-
-
-class Simulated(Clock):
-    """A clock that is set by hand."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __call__(self) -> float:
-        """Returns the seconds spent."""
-        return self.seconds
-
-    def stop(self) -> None:
-        """Does nothing: it does not run."""
-
-    def go(self) -> None:
-        """Does nothing."""
-
-
-class RecordedCache(TargetCache):
-    """Where the recording is."""
-
-    def __init__(self, position: int):
-        super().__init__([])
-        self.position = position
-
-    def rollback(self, back: int) -> None:
-        """Goes back."""
-        self.position -= back
-
-
-class Recording(Target):
-    """A target that says what was recorded.
-
-    Args:
-        target: What it was recorded with.
-        tokens: All of it, `[N]`.
-        taps: Of the rows from `first` on.
-        first: The row of the last token of the prompt.
-        spend: Told the rows of each pass.
-    """
-
-    def __init__(
-        self,
-        target: Target,
-        tokens: mx.array,
-        taps: mx.array,
-        first: int,
-        spend: Callable[[int], None],
-    ):
-        vars(self).update(vars(target))
-        self._tokens, self._recorded, self._first, self._spend = tokens, taps, first, spend
-        self._vocabulary = mx.arange(target.shape.vocab_size)
-
-    def verify(
-        self, tokens: mx.array, cache: TargetCache, tree: Tree | None = None
-    ) -> tuple[mx.array, mx.array]:
-        """Returns logits that make the recorded tokens certain, and the taps of their rows."""
-        assert isinstance(cache, RecordedCache)
-        assert tree is None
-        self._spend(tokens.size)
-        begin, end = cache.position, cache.position + tokens.size
-        cache.position, cache.rows = end, tokens.size
-        said = self._tokens[begin + 1 : end + 1]
-        logits = CERTAIN * (self._vocabulary == said[:, None]).astype(mx.float32)
-        return logits, self._recorded[begin - self._first : end - self._first]
+        arms = [arm.to_dict() | {"over_chain": self.over_chain(arm)} for arm in self.arms]
+        return {"arms": arms, "costs": asdict(self.costs)}
 
 
 class Metered:
@@ -202,7 +156,7 @@ class Metered:
         self, source: Source, propose: Propose, k: int, cache: Any, chooser: Choose | None
     ) -> Draft:
         draft = propose(k, cache, chooser)
-        self._clock.seconds += self._costs.of(draft.tokens.size, source.is_free)
+        self._clock.seconds += self._costs.of(draft.tokens.size, source)
         self._in_round = True
         return draft
 
@@ -236,21 +190,26 @@ def measure_costs(
     drafter: Drafter,
     prompt: list[int],
     *,
+    trees: bool = False,
     turns: int = TURNS,
     progress: Callable[[], None] = lambda: None,
 ) -> ReplayCosts:
-    """Measures what rounds take: chains up to `LONGEST`, copies of the lengths that are tried.
+    """Measures what rounds take: chains up to `LONGEST`, copies and trees as they are tried.
 
     Args:
         model: The target, as `mlx_lm.load` returns it.
         drafter: A drafter loaded for it.
         prompt: Token ids of the context, at least two.
+        trees: Measure trees, too.
         turns: How often each length has its turn.
         progress: Told after each turn of all.
     """
-    lengths = range(1, LONGEST + 1)
+    chains = [Plan(k, k // 2) for k in range(1, LONGEST + 1)]
+    branching = [Plan(k, (k + 1) // 2, tree=True) for k in TREES] if trees else []
+    if trees:
+        prepare_trees(drafter, Target(model, drafter.taps))
     drafted, plain = round_costs(
-        model, drafter, prompt, [Plan(k, k // 2) for k in lengths], turns=turns, progress=progress
+        model, drafter, prompt, [*chains, *branching], turns=turns, progress=progress
     )
     copied, its_plain = round_costs(
         model,
@@ -260,10 +219,12 @@ def measure_costs(
         turns=turns,
         progress=progress,
     )
+    chain_costs, tree_costs = drafted[: len(chains)], drafted[len(chains) :]
     return ReplayCosts(
-        {PLAIN: plain} | {cost.plan.num_draft_tokens: cost.seconds for cost in drafted},
+        {PLAIN: plain} | {cost.plan.num_draft_tokens: cost.seconds for cost in chain_costs},
         {cost.plan.num_draft_tokens: cost.seconds * plain / its_plain for cost in copied},
         _time_missed_rows(model, drafter),
+        {cost.plan.num_draft_tokens: cost.seconds for cost in tree_costs},
     )
 
 
@@ -289,9 +250,10 @@ def replay(
     costs: ReplayCosts,
     *,
     lengths: Sequence[Length],
+    trees: Sequence[Rows] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Replay:
-    """Replays what was recorded with a drafter, with lookup alone, and with both.
+    """Replays what was recorded with a drafter: with lookup alone and with both, or with trees.
 
     Args:
         model: The target, as `mlx_lm.load` returns it.
@@ -299,34 +261,43 @@ def replay(
         recorded: Prompts and answers.
         costs: What rounds take.
         lengths: The draft lengths, each alone and beside lookup; `auto` has both.
+        trees: Rows of trees, in place of lookup; `auto` chooses between them and chains.
+
+    Raises:
+        DriftError: If the drafter drafts no trees, or the target cannot verify them.
         progress: Told after each answer.
     """
     both = CopyingDrafter(drafter)
     lookup = PromptLookupDrafter(model)
+    if trees:
+        prepare_trees(drafter, Target(model, drafter.taps))
     ways: dict[str, tuple[Length, Drafter, Callable[[Any], Any]]] = {}
     for k in lengths:
-        if k == "auto":
-            ways["auto, head alone"] = k, drafter, _own
-            ways["auto"] = k, both, _all
-        else:
-            ways[f"K={k}"] = k, drafter, _own
-            ways[f"K={k} + lookup"] = k, both, _all
+        ways["auto, head alone" if k == "auto" else f"K={k}"] = k, drafter, _own
+        if not trees:
+            ways["auto" if k == "auto" else f"K={k} + lookup"] = k, both, _all
     numbers = {k for k in lengths if k != "auto"} | set(COPIED[1:])
-    ways |= {f"lookup K={k}": (k, lookup, _lookup) for k in sorted(numbers)}
-    arms = {name: ReplayArm(name) for name in ways}
+    for k in () if trees else sorted(numbers):
+        ways[f"lookup K={k}"] = k, lookup, _lookup
+    for n in trees:
+        ways[name_of_tree(n)] = "auto" if n == "auto" else n - 1, drafter, _own
+    rows_of = {name_of_tree(rows): rows for rows in trees}
+    arms = {name: ReplayArm(name, rows_of.get(name)) for name in ways}
     plain = ReplayArm("plain")
     learned: dict[str, DraftLength] = {}
     conversation = None
     for number, one in enumerate(recorded):
         if one.conversation != conversation:
             conversation, cache = one.conversation, make_prompt_cache(model, both)
-            learned = {name: _beginning(k, costs) for name, (k, _, _) in ways.items()}
+            learned = {
+                name: _beginning(k, costs, tree=name in rows_of) for name, (k, _, _) in ways.items()
+            }
         cache.read(one.prompt, step_size=CHUNK, progress=lambda done, total: None)
         tokens = mx.array([*one.prompt, *one.answer], dtype=mx.int32)
         first = len(one.prompt) - 1
         taps = _taps_of(cache.target, tokens[first:-1], cache.target_cache.fork())
-        plain.tokens += len(one.answer)
-        plain.seconds += len(one.answer) * costs.drafted[PLAIN]
+        plain.tokens.append(len(one.answer))
+        plain.seconds.append(len(one.answer) * costs.drafted[PLAIN])
         for name, (_, own, part) in ways.items():
             clock = Simulated()
             metered = Metered(own, costs, clock)
@@ -342,21 +313,24 @@ def replay(
                 clock=clock,
             )
             said: list[int] = []
+            found, before = arms[name], arms[name].statistics.rounds
             for round in rounds:
-                arms[name].statistics.record_round(round)
+                found.statistics.record_round(round)
                 said += round.tokens
                 spent = clock.seconds
             assert said == one.answer
-            arms[name].tokens += len(said)
-            arms[name].seconds += spent
+            found.tokens.append(len(said))
+            found.seconds.append(spent)
+            found.rounds.append(found.statistics.rounds - before)
         progress(number + 1, len(recorded))
     return Replay([plain, *arms.values()], costs)
 
 
-def _beginning(k: Length, costs: ReplayCosts) -> DraftLength:
+def _beginning(k: Length, costs: ReplayCosts, *, tree: bool) -> DraftLength:
     """Returns what chooses lengths in a new conversation: `auto` knows what rounds cost."""
-    draft_length = DraftLength(None if k == "auto" else k, costs.drafted)
+    draft_length = DraftLength(None if k == "auto" else k, costs.drafted, tree=tree)
     draft_length.copy_costs = Costs(costs.copied)
+    draft_length.tree_costs = Costs(costs.branched)
     return draft_length
 
 

@@ -24,12 +24,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import wired_limit
 
+from mlx_drift.decode.draft_length import DraftLength
 from mlx_drift.decode.plain import time_plain_steps
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
 from mlx_drift.decode.sampling import Sampling
 from mlx_drift.decode.speculate import speculate
 from mlx_drift.decode.text import Round
-from mlx_drift.drafters.protocol import Drafter
+from mlx_drift.drafters.protocol import Branches, Drafter, Propose
 from mlx_drift.ranks.world import ranks_of
 from mlx_drift.target.caches import TargetCache
 from mlx_drift.target.model import Target
@@ -51,13 +52,15 @@ class Plan:
 
     Attributes:
         num_draft_tokens: Drafts a round, K.
-        accepted: How many of them are accepted.
+        accepted: How many of them are accepted; of a tree that is less deep, all of a path.
         temp: Temperature; 0 for greedy decoding.
+        tree: Whether they branch.
     """
 
     num_draft_tokens: int
     accepted: int
     temp: float = 0.0
+    tree: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,12 @@ class Swayed(Target):
 
     Attributes:
         tokens: What it verified last.
+        tree: How they branched.
         verified_taps: Their taps.
     """
 
     tokens: mx.array
+    tree: Tree | None
     verified_taps: mx.array
 
     def __init__(self, target: Target, accepted: int):
@@ -106,7 +111,9 @@ class Swayed(Target):
     ) -> tuple[mx.array, mx.array]:
         """Verifies as a target does, and sways the logits."""
         logits, taps = super().verify(tokens, cache, tree)
-        self.tokens, self.verified_taps = tokens, taps
+        self.tokens, self.tree, self.verified_taps = tokens, tree, taps
+        if tree is not None:
+            return self._swayed_on_tree(tree, tokens, logits), taps
         drafts = tokens.size - 1
         swayed = min(self._accepted + 1, drafts)  # the one after the accepted is refused
         if swayed:
@@ -114,6 +121,13 @@ class Swayed(Target):
             by = CERTAIN * mx.array(signs, logits.dtype)
             logits = logits.at[mx.arange(swayed), tokens[1 : swayed + 1]].add(by)
         return logits, taps
+
+    def _swayed_on_tree(self, tree: Tree, tokens: mx.array, logits: mx.array) -> mx.array:
+        """Has one path of a tree be accepted, and no draft beside it."""
+        last = mx.argmax(mx.minimum(tree.depths, self._accepted))
+        is_parent = tree.sees & (tree.depths[:, None] == tree.depths + 1)
+        by = CERTAIN * mx.where(tree.sees[last], 1, -1).astype(logits.dtype)
+        return logits.at[mx.argmax(is_parent, axis=1)[1:], tokens[1:]].add(by[1:])
 
 
 @dataclass
@@ -202,7 +216,7 @@ class Conversation:
             self._last,
             cache.target_cache,
             cache.drafter_cache,
-            num_draft_tokens=plan.num_draft_tokens,
+            num_draft_tokens=DraftLength(plan.num_draft_tokens, tree=plan.tree),
             max_tokens=-1,
             stop_tokens=frozenset(),
             sampling=Sampling(temp=plan.temp),
@@ -235,11 +249,16 @@ class Conversation:
             drafter.ingest(fresh, taps, cache.drafter_cache)
             return cache.drafter_cache.state
 
+        propose: Propose = drafter.propose
+        if plan.tree:
+            assert isinstance(drafter, Branches)
+            propose = drafter.propose_tree
+
         def draft() -> Any:
-            return drafter.propose(plan.num_draft_tokens, cache.drafter_cache).tokens
+            return propose(plan.num_draft_tokens, cache.drafter_cache, None).tokens
 
         def verify() -> Any:
-            return Target.verify(target, target.tokens, cache.target_cache)
+            return Target.verify(target, target.tokens, cache.target_cache, target.tree)
 
         for run, taken in (ingest, times.ingest), (draft, times.draft), (verify, times.verify):
             self._wait()

@@ -6,6 +6,7 @@ from itertools import pairwise
 import mlx.core as mx
 import pytest
 
+from mlx_drift.decode.trees import prepare_trees
 from mlx_drift.demo import TARGET, load_demo
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.errors import DriftError
@@ -90,8 +91,8 @@ def test_the_loop_of_mlx_lm_is_counted_right(prompt, max_tokens):
 
 
 @pytest.mark.parametrize("accepted", [0, 2, 3])
-@pytest.mark.parametrize("temp", [0.0, 0.7])
-def test_a_swayed_target_accepts_as_told(accepted, temp, monkeypatch):
+@pytest.mark.parametrize(("temp", "tree"), [(0.0, False), (0.7, False), (0.0, True)])
+def test_a_swayed_target_accepts_as_told(accepted, temp, tree, monkeypatch):
     model = tiny_llama()
     committed = []
     sound = Swayed.verify
@@ -101,11 +102,14 @@ def test_a_swayed_target_accepts_as_told(accepted, temp, monkeypatch):
         return sound(self, tokens, cache, tree)
 
     monkeypatch.setattr(Swayed, "verify", verify)
-    plan = Plan(3, accepted, temp)
-    (cost,), plain = round_costs(model, tiny_drafter(model), [1, 2, 3], [plan], turns=1)
+    plan, drafter = Plan(16 if tree else 3, accepted, temp, tree=tree), tiny_drafter(model)
+    if tree:
+        prepare_trees(drafter, Target(model, drafter.taps))
+    (cost,), plain = round_costs(model, drafter, [1, 2, 3], [plan], turns=1)
     steps = [b - a for a, b in pairwise(committed)]
     assert len(committed) == 2 * (ROUNDS + 1)
-    assert set(steps) == {accepted + 1}
+    assert max(steps) == accepted + 1
+    assert tree or set(steps) == {accepted + 1}  # but for a tree that is less deep
     assert plain > 0
     parts = cost.draft_seconds, cost.verify_seconds, cost.ingest_seconds
     assert min(parts) > 0

@@ -7,18 +7,19 @@ import pytest
 
 from mlx_drift import CopyingDrafter, PromptLookupDrafter, load_demo, stream_generate
 from mlx_drift.cli.transcripts import read_transcripts
-from mlx_drift.measure.speed.replay import Recorded, ReplayCosts, measure_costs, replay
+from mlx_drift.drafters.protocol import Source
+from mlx_drift.measure.speed.recording import Recorded
+from mlx_drift.measure.speed.replay import ReplayCosts, measure_costs, replay
 from tiny import NoText, plain_greedy, tiny_drafter, tiny_llama
 
-COSTS = ReplayCosts({0: 1.0, 1: 1.4, 2: 1.6}, {1: 1.1, 16: 1.5}, 0.01)
+COSTS = ReplayCosts({0: 1.0, 1: 1.4, 2: 1.6}, {1: 1.1, 16: 1.5}, 0.01, {2: 1.8, 4: 2.0})
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 3, 1, 4]
 
 
-def said_with(model, drafter, prompt, count, k):
+def said_with(model, drafter, prompt, count, k=None, **keywords):
     with warnings.catch_warnings(action="ignore"):  # random weights accept little
-        *_, last = stream_generate(
-            model, NoText(), prompt, count, drafter=drafter, num_draft_tokens=k
-        )
+        keywords |= {} if k is None else {"num_draft_tokens": k}
+        *_, last = stream_generate(model, NoText(), prompt, count, drafter=drafter, **keywords)
     return last.statistics
 
 
@@ -30,32 +31,61 @@ def test_a_replay_has_the_rounds_of_the_answer():
         recorded.append(Recorded(prompt, plain_greedy(model, prompt, 40), number))
     found = replay(model, head, recorded, COSTS, lengths=[2, "auto"])
     arms = {arm.name: arm for arm in found.arms}
-    assert arms["plain"].seconds == arms["plain"].tokens == 80
-    for name, drafter, k in (
-        ("K=2", head, 2),
-        ("K=2 + lookup", CopyingDrafter(head), 2),
-        ("lookup K=4", PromptLookupDrafter(model), 4),
-    ):
-        real = said_with(model, drafter, recorded[0].prompt, 40, k)
-        real.add(said_with(model, drafter, recorded[1].prompt, 40, k))
-        told = arms[name].statistics.to_dict()
-        for figure in ("rounds", "conditional_acceptance", "sources"):
-            assert told[figure] == real.to_dict()[figure]
-    rounds = arms["K=2"].statistics.rounds
-    assert arms["K=2"].seconds <= rounds * COSTS.drafted[2]
-    assert arms["K=2"].seconds > (rounds - 2) * COSTS.drafted[2]
+    assert arms["plain"].seconds == arms["plain"].tokens == [40, 40]
+    assert_rounds_are(arms["K=2"], model, head, recorded, 2)
+    assert_rounds_are(arms["K=2 + lookup"], model, CopyingDrafter(head), recorded, 2)
+    assert_rounds_are(arms["lookup K=4"], model, PromptLookupDrafter(model), recorded, 4)
+    assert_spent(arms["K=2"], COSTS.drafted[2])
     assert arms["K=2 + lookup"].statistics.free_rounds["copy"]
-    auto = arms["auto, head alone"].statistics
-    assert sum(auto.accepted) + auto.rounds + auto.plain_tokens == 80
+    assert committed(arms["auto, head alone"]) == 80
+
+
+def test_a_replay_has_the_rounds_of_trees():
+    model = tiny_llama()
+    head = tiny_drafter(model)
+    recorded = [Recorded(PROMPT, plain_greedy(model, PROMPT, 40), 0)]
+    found = replay(model, head, recorded, COSTS, lengths=[4, "auto"], trees=[5, "auto"])
+    arms = {arm.name: arm for arm in found.arms}
+    assert [*arms] == ["plain", "K=4", "auto, head alone", "tree of 5", "auto, trees"]
+    assert_rounds_are(arms["K=4"], model, head, recorded, 4)
+    assert_rounds_are(arms["tree of 5"], model, head, recorded, tree=5)
+    assert_spent(arms["tree of 5"], COSTS.branched[4])
+    assert len(arms["tree of 5"].statistics.ranks[0]) > 1
+    assert committed(arms["auto, trees"]) == 40
+    chain, tree = (arms[name].statistics.tokens_per_round for name in ("K=4", "tree of 5"))
+    assert found.over_chain(arms["tree of 5"]).value == pytest.approx(tree / chain)
+    assert all(found.over_chain(arms[name]) is None for name in ("plain", "K=4", "auto, trees"))
+
+
+def assert_rounds_are(arm, model, drafter, recorded, k=None, **way):
+    real = said_with(model, drafter, recorded[0].prompt, 40, k, **way)
+    for one in recorded[1:]:
+        real.add(said_with(model, drafter, one.prompt, 40, k, **way))
+    told = arm.statistics.to_dict()
+    for figure in ("rounds", "conditional_acceptance", "acceptance_by_rank", "sources"):
+        assert told[figure] == real.to_dict()[figure]
+    assert sum(arm.rounds) == real.rounds
+
+
+def assert_spent(arm, seconds):
+    """What so many rounds take, but for the last of each answer, which may be shorter."""
+    rounds = arm.statistics.rounds
+    assert (rounds - len(arm.tokens)) * seconds <= sum(arm.seconds) <= rounds * seconds
+
+
+def committed(arm):
+    return sum(arm.statistics.accepted) + arm.statistics.rounds + arm.statistics.plain_tokens
 
 
 def test_costs_are_of_the_lengths_that_are_tried():
     model = tiny_llama()
-    costs = measure_costs(model, tiny_drafter(model), PROMPT, turns=1)
+    costs = measure_costs(model, tiny_drafter(model), PROMPT, trees=True, turns=1)
     assert [*costs.drafted] == [*range(9)]
     assert [*costs.copied] == [1, 2, 4, 8, 16]
-    assert costs.of(0, is_copy=True) == costs.drafted[0]
-    assert min(*costs.drafted.values(), *costs.copied.values(), costs.missed_row) > 0
+    assert [*costs.branched] == [2, 4, 7, 11, 16]
+    assert costs.of(0, Source("copy")) == costs.drafted[0]
+    all_costs = [costs.drafted, costs.copied, costs.branched, {0: costs.missed_row}]
+    assert min(seconds for known in all_costs for seconds in known.values()) > 0
 
 
 def test_every_answer_of_a_conversation_is_read(tmp_path):
@@ -91,10 +121,19 @@ def test_what_is_no_recording_is_told(refuses, tmp_path, line, message):
 
 
 def test_figures_are_on_stdout(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_drift.cli.bench.measure_costs", lambda *given: COSTS)
+    monkeypatch.setattr("mlx_drift.cli.bench.measure_costs", lambda *given, trees: COSTS)
     path = tmp_path / "answers.jsonl"
     path.write_text(json.dumps({"prompt": "Say", "text": "one two three " * 12}))
     code, out, _ = cli("bench", "--replay", path, "--num-draft-tokens", 2, "--json")
     assert code == 0
     arms = {arm["name"]: arm for arm in json.loads(out)["arms"]}
     assert arms["K=2 + lookup"]["tokens_per_round"] > 2 * arms["K=2"]["tokens_per_round"]
+    trees = "--num-draft-tokens", 2, "--tree", 3, "--tree", "auto"
+    code, out, _ = cli("bench", "--replay", path, *trees, "--json")
+    assert code == 0
+    arms = {arm["name"]: arm for arm in json.loads(out)["arms"]}
+    share = arms["tree of 3"]["tokens_per_round"] / arms["K=2"]["tokens_per_round"]
+    assert arms["tree of 3"]["over_chain"][0] == pytest.approx(share)
+    code, out, _ = cli("bench", "--replay", path, *trees)
+    assert code == 0
+    assert "auto, trees" in out
