@@ -98,8 +98,8 @@ class ReplayArm:
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures for `--json`."""
         told = self.statistics.to_dict()
-        names = "rounds", "tokens_per_round", "acceptance_length", "conditional_acceptance"
-        names = (*names, "acceptance_by_rank", "plain_tokens", "sources")
+        counted = "rounds", "tokens_per_round", "acceptance_length", "plain_tokens", "sources"
+        names = *counted, "conditional_acceptance", "acceptance_by_rank"
         return {
             "name": self.name,
             "tree": self.tree,
