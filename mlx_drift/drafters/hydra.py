@@ -14,6 +14,7 @@ Notable:
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +25,8 @@ from mlx_drift.drafters.eagle3 import Layer
 from mlx_drift.drafters.head import HeadDrafter, LayersDrafter
 from mlx_drift.drafters.head_state import HeadState
 from mlx_drift.drafters.heads_config import HydraConfig, HydraPrefixConfig
-from mlx_drift.drafters.protocol import Choose, Draft
+from mlx_drift.drafters.protocol import Choose, Draft, are_finite
+from mlx_drift.drafters.tree import DEPTH
 from mlx_drift.target.model import Target
 
 
@@ -135,6 +137,22 @@ class HydraDrafter(HeadDrafter):
             return self.network.heads[number](read)
 
         return self._in_turn(k, chooser, logits_after)
+
+    def propose_tree(self, k: int, cache: HeadState, chooser: Choose | None = None) -> Draft:
+        """Drafts a tree of k tokens, one level a head."""
+        if k < 2 or cache.seed is None:
+            return self.propose(k, cache, chooser)
+        heads, read = self.network.heads, cache.seed
+        rows = [heads[0](read)]
+
+        def follow(tokens: mx.array, parents: mx.array) -> mx.array:
+            nonlocal read
+            read = mx.concatenate([read[parents], self._embed(tokens)], axis=-1)
+            rows.append(heads[len(rows)](read))
+            return rows[-1]
+
+        draft = self._grown(k, chooser, rows[0], follow, levels=min(len(heads), DEPTH))
+        return replace(draft, finite=are_finite(mx.concatenate(rows)))
 
 
 class HydraPrefixDrafter(LayersDrafter, HydraDrafter):

@@ -14,7 +14,9 @@ from mlx_drift.decode.sampling import Sampling
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.chain_config import EagleConfig
 from mlx_drift.drafters.copying import CopyingDrafter
+from mlx_drift.drafters.draft_model import DraftModelDrafter
 from mlx_drift.drafters.eagle import EagleNetwork
+from mlx_drift.drafters.hydra import HydraDrafter
 from mlx_drift.drafters.load import load_converted
 from mlx_drift.drafters.protocol import TREE
 from mlx_drift.drafters.tree import DEPTH, WIDTH
@@ -66,9 +68,6 @@ HEADS = {
     "a window": lambda model: tiny_drafter(model).windowed(6, 1),
     "EAGLE-1": eagle_1,
 }
-
-
-BRANCHING = [kind for kind in KINDS if not kind.startswith("hydra")]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +132,10 @@ def in_slots(drafter, cache, path):
     slots = drafter.max_drafts
     if len(path) == slots:
         return None
+    if isinstance(drafter, HydraDrafter):
+        drafted = drafter._embed(drafter._target_ids(mx.array(path, mx.int32)))
+        read = mx.concatenate([cache.seed, drafted.reshape(1, -1)], axis=-1)
+        return drafter.network.heads[len(path)](read)
     if getattr(drafter.config, "markov", None) is None:
         return drafter.fill(slots, cache)[len(path)][None]
     hidden, state = drafter._fill(slots, cache), None
@@ -193,7 +196,7 @@ def test_the_likeliest_paths_are_drafted(name, count, model):
     assert drafted(drafter, cache, count) == found
 
 
-@pytest.mark.parametrize("kind", BRANCHING)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_likeliest_paths_of_slots_are_drafted(kind, model):
     drafter = random_head(kind, model)
     cache = read(drafter)
@@ -203,7 +206,7 @@ def test_the_likeliest_paths_of_slots_are_drafted(kind, model):
         assert len(paths) == count
 
 
-@pytest.mark.parametrize("name", [*HEADS, *BRANCHING])
+@pytest.mark.parametrize("name", [*HEADS, *KINDS])
 def test_greedy_text_is_the_targets_own(name, model, plain):
     drafter = HEADS[name](model) if name in HEADS else random_head(name, model)
     accepted = 0
@@ -287,7 +290,7 @@ def test_copies_stay_chains(model):
     assert responses[0].statistics.free_rounds["copy"] > 0
 
 
-@pytest.mark.parametrize("name", [*HEADS, *BRANCHING])
+@pytest.mark.parametrize("name", [*HEADS, *KINDS])
 def test_each_draft_is_processed_with_its_own_path(name, model):
     drafter = HEADS[name](model) if name in HEADS else random_head(name, model)
     cache, sampling = read(drafter), Sampling(logits_processors=(ruling_out,))
@@ -298,7 +301,7 @@ def test_each_draft_is_processed_with_its_own_path(name, model):
     assert paths != set(drafted(drafter, cache, 9))
 
 
-@pytest.mark.parametrize("name", [*HEADS, *BRANCHING])
+@pytest.mark.parametrize("name", [*HEADS, *KINDS])
 def test_greedy_text_is_the_targets_own_where_logits_are_processed(name, model):
     processors = make_logits_processors({7: 1.5, 11: -2.0}, 1.3, 12)
     steps = generate_step(
@@ -329,8 +332,8 @@ def test_a_number_that_makes_no_sense_is_told(rows, model):
 
 
 def test_who_cannot_is_told(model):
-    with pytest.raises(DriftError, match=r"the drafter \(hydra\) drafts no trees"):
-        generate(model, NoText(), PROMPT, drafter=random_head("hydra", model), tree=5)
+    with pytest.raises(DriftError, match=r"the drafter \(DraftModelDrafter\) drafts no trees"):
+        generate(model, NoText(), PROMPT, drafter=DraftModelDrafter(tiny_llama(), model), tree=5)
     other = build("gpt2")
     with pytest.raises(DriftError, match=r"the target \(gpt2\) cannot verify trees"):
         generate(other, NoText(), PROMPT, drafter=tiny_drafter(other), tree=5)

@@ -20,12 +20,7 @@ OF_AN_ARRAY = "tolist item __array__ __bool__ __int__ __float__ __index__".split
 WAYS = [*((mx.array, name) for name in OF_AN_ARRAY), (mx, "eval"), (mx, "synchronize")]
 CONFIDENT = [kind for kind, config in KINDS.items() if config.get("confidence")]
 MODES = {"greedy": GREEDY, "sampled": Sampling(temp=0.8), "tree": GREEDY}
-ROUNDS = [
-    (kind, mode)
-    for kind in ("eagle3", *KINDS)
-    for mode in MODES
-    if mode != "tree" or not kind.startswith("hydra")  # which drafts none
-]
+ROUNDS = [(kind, mode) for kind in ("eagle3", *KINDS) for mode in MODES]
 
 
 def waits_of(drafter, monkeypatch, mode="greedy"):
