@@ -36,7 +36,8 @@ def grow(
 
     Returns:
         Draft token ids `[N]` int32, and which of them each follows, one before it: `[N]` int32, −1
-        for the text. Those that follow the same differ, the likeliest first.
+        for the text. Those that follow the same differ, the likeliest first; but for the last,
+        where fewer may come, which are the likeliest once more.
     """
     ids, scores = _likeliest(first, min(WIDTH, count))
     ids, scores = ids[0], scores[0]
@@ -78,4 +79,7 @@ def _likeliest(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
         values.append(mx.take_along_axis(logits, best, axis=-1))
         logits = mx.put_along_axis(logits, best, mx.array(-mx.inf), axis=-1)
     scores = mx.minimum(mx.concatenate(values, axis=-1) - total, -LEAST)
-    return mx.concatenate(ids, axis=-1).astype(mx.int32), scores
+    found = mx.concatenate(ids, axis=-1)
+    # What may not come is not drafted: no processor has to know such a text.
+    found = mx.where(scores > -mx.inf, found, found[:, :1])
+    return found.astype(mx.int32), scores

@@ -1,5 +1,7 @@
 """Trees that heads draft: EAGLE-2's, against the definition, a path at a time."""
 
+from itertools import pairwise
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -315,6 +317,28 @@ def test_greedy_text_is_the_targets_own_where_logits_are_processed(name, model):
     said = [*said]
     assert [response.token for response in said] == expected
     assert name in KINDS or len(said[-1].statistics.ranks[0]) > 1
+
+
+def test_no_processor_is_asked_about_a_text_that_may_not_come(model):
+    def two(token):
+        return (7 * token + 3) % VOCAB, (5 * token + 1) % VOCAB
+
+    def only_two(tokens, logits):
+        text = tokens.tolist()[len(PROMPT) - 1 :]
+        assert all(token in two(before) for before, token in pairwise(text))
+        may_come = mx.zeros((VOCAB,), mx.bool_)
+        may_come[mx.array(two(text[-1]))] = True
+        return mx.where(may_come, logits, -mx.inf)
+
+    only_two.stateless = True
+    steps = generate_step(mx.array(PROMPT), model, max_tokens=16, logits_processors=[only_two])
+    expected = [int(token) for token, _ in steps]
+    drafter = tiny_drafter(model)
+    for tree in (3, 9):
+        said = stream_generate(
+            model, NoText(), PROMPT, 16, drafter=drafter, tree=tree, logits_processors=[only_two]
+        )
+        assert [response.token for response in said] == expected
 
 
 def test_states_that_are_not_finite_cost_no_token(model, plain):
