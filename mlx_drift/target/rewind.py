@@ -83,7 +83,8 @@ class Caches(list[Any]):
             if arrays is None:
                 part.trim(part.offset - rows)
             else:
-                _put(part, arrays, rows)
+                # Under names of its own: rows are written in place, and others may share this one.
+                _put(part, {name: mx.array(array) for name, array in arrays.items()}, rows)
         return True
 
     def check_arrays(self, arrays: dict[str, mx.array]) -> None:

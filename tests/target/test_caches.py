@@ -6,6 +6,7 @@ import mlx.core as mx
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import RotatingKVCache
 
+from mlx_drift.target.rewind import Caches
 from mlx_drift.target.sliding import STEP, SlidingKVCache
 
 WINDOW = 8
@@ -59,3 +60,19 @@ def test_memory_is_bounded_by_the_window_and_one_update():
     assert cache.keys.shape[2] == WINDOW - 1 + 2 * STEP
     attend(cache, *rows(1, 0))
     assert cache.keys.shape[2] == WINDOW - 1 + STEP
+
+
+def test_a_snapshot_stays_as_it_is_whatever_is_fed_after_it_was_restored():
+    def alike(count, value):
+        return mx.full((1, 1, count, 4), value, mx.float32)
+
+    caches = Caches([SlidingKVCache(WINDOW)])
+    caches[0].update_and_fetch(alike(5, 1), alike(5, 1))
+    snapshot = caches.snapshot()
+    for count in (STEP, 1):  # until the first ones are gone
+        caches[0].update_and_fetch(alike(count, 2), alike(count, 2))
+    assert not caches.can_rewind(5)
+    assert caches.restore(snapshot, 5)
+    assert caches.rewind(3)
+    caches[0].update_and_fetch(alike(1, 3), alike(1, 3))  # in place
+    assert all(mx.array_equal(array, alike(5, 1)) for array in snapshot[0].values())
