@@ -294,9 +294,9 @@ class PromptCache:
     def _finish(self) -> None:
         rounds, self._under_way = self._under_way, None
         if rounds is not None:
-            was_whole = self.whole
-            rounds.close()
-            self.whole, self._settle = was_whole, None
+            was_whole, self.whole, self._settle = self.whole, False, None
+            rounds.close()  # which may fail half-way
+            self.whole = was_whole
             self._compute()
 
     def _compute(self) -> None:
@@ -413,6 +413,16 @@ class PromptCache:
         return restored
 
 
+def check_snapshots(max_snapshots: int) -> None:
+    """Checks how many snapshots are to be kept.
+
+    Raises:
+        DriftError: If that is no number of them.
+    """
+    if max_snapshots < 0:
+        raise DriftError(f"max_snapshots is {max_snapshots}; expected at least 0")
+
+
 def make_prompt_cache(
     model: nn.Module,
     drafter: Drafter,
@@ -439,8 +449,7 @@ def make_prompt_cache(
         DriftError: If a number is out of range, the target's caches cannot take rows back, or
             mlx-lm cannot quantize them.
     """
-    if max_snapshots < 0:
-        raise DriftError(f"max_snapshots is {max_snapshots}; expected at least 0")
+    check_snapshots(max_snapshots)
     quantization = None
     if kv_bits is not None:
         quantization = KVQuantization(kv_bits, kv_group_size, quantized_kv_start)

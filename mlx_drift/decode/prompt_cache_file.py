@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_drift.decode.fingerprint import fingerprint
-from mlx_drift.decode.prompt_cache import PromptCache
+from mlx_drift.decode.prompt_cache import PromptCache, check_snapshots
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
 from mlx_drift.files.tensors import read_metadata, read_safetensors
@@ -76,8 +76,10 @@ def load_prompt_cache(
         max_snapshots: As in `make_prompt_cache`.
 
     Raises:
-        DriftError: If the file is missing, damaged, of another program, model or drafter.
+        DriftError: If the file is missing, damaged, of another program, model or drafter; or
+            `max_snapshots` is out of range.
     """
+    check_snapshots(max_snapshots)
     path = Path(path)
     arrays = read_safetensors(path)
     described = _described(path)

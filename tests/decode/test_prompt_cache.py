@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 
 import mlx.core as mx
 import pytest
@@ -238,6 +239,32 @@ def test_an_abandoned_answer_leaves_the_cache_whole():
     assert say(model, drafter, prompt, cache)[0] == say(model, drafter, prompt)[0]
 
 
+def test_an_end_that_fails_half_way_leaves_it_interrupted(monkeypatch, tmp_path):
+    model = tiny_llama()
+    drafter = tiny_drafter(model)
+    cache = make_prompt_cache(model, drafter)
+    responses = stream_generate(
+        model, NoText(), [1, 2, 3], drafter=drafter, prompt_cache=cache, num_draft_tokens="auto"
+    )
+    spoken = [next(responses).token]
+    assert cache.is_ahead
+
+    def refuse(self, *arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(type(drafter), "ingest", refuse)
+    with pytest.raises(MemoryError):
+        cache.finish()
+    monkeypatch.undo()
+    assert not cache.whole
+    assert not cache.is_ahead
+    with pytest.raises(DriftError, match="interrupted"):
+        save_prompt_cache(tmp_path / "cache.safetensors", cache)
+    prompt = [1, 2, 3, *spoken, 9]
+    assert say(model, drafter, prompt, cache)[0] == say(model, drafter, prompt)[0]
+    save_prompt_cache(tmp_path / "cache.safetensors", cache)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("length", [1, 300])
 def test_a_file_brings_it_all_back(family, length, tmp_path):
@@ -299,6 +326,13 @@ def test_a_file_of_hardly_anything(length, tmp_path):
         save_prompt_cache(tmp_path / "cache", cache)
         loaded = load_prompt_cache(tmp_path / "cache", model, drafter)
         assert say(model, drafter, [5, 6], loaded)[0] == say(model, drafter, [5, 6])[0]
+
+
+@pytest.mark.parametrize("make", [make_prompt_cache, partial(load_prompt_cache, "nowhere")])
+def test_a_number_of_snapshots_that_makes_no_sense_is_refused(make):
+    model = tiny_llama()
+    with pytest.raises(DriftError, match="max_snapshots is -1; expected at least 0"):
+        make(model, tiny_drafter(model), max_snapshots=-1)
 
 
 def test_a_branch_at_the_first_token():
