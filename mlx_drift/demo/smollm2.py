@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from mlx_drift.errors import DriftError
 from mlx_drift.files.json_file import read_json
+from mlx_drift.files.tensors import read_safetensors
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HEAD = Path(__file__).parent / "smollm2"
@@ -54,8 +55,8 @@ def is_original(folder: Path) -> bool | None:
     """Tells whether a folder that `is_like` it has its weights, too; None if it has none."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            weights: Any = mx.load(str(path))
-        except (OSError, RuntimeError, ValueError):
+            weights: Any = read_safetensors(path)
+        except DriftError:
             return None  # the loader will say what is wrong
         if (gains := weights.get("model.norm.weight")) is not None:
             return _digest(bytes(memoryview(gains.astype(mx.float32)))) == LAST_NORM
