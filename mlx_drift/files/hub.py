@@ -77,7 +77,7 @@ def split_repository(text: str) -> tuple[str, str] | None:
     Returns None if the text cannot name either: empty, hidden or parent parts, odd characters.
     """
     parts = text.split("/")
-    if len(parts) < 2 or not all(_PART.fullmatch(part) for part in parts):
+    if len(parts) < 2 or not _is_path(text):
         return None
     repo, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
     try:
@@ -85,6 +85,11 @@ def split_repository(text: str) -> tuple[str, str] | None:
     except HFValidationError:
         return None
     return repo, subfolder
+
+
+def _is_path(text: str) -> bool:
+    """Tells whether a text may be a path on the Hub."""
+    return all(_PART.fullmatch(part) for part in text.split("/"))
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,8 @@ class HubFolder:
             DriftError: If the Hub does not tell.
         """
         subfolder = f"{self.subfolder}/{name}".lstrip("/")
+        if not _is_path(name):  # a checkpoint's config may name anything
+            return replace(self, subfolder=subfolder, files=frozenset())
         if self.is_partial:
             _, files = _cached_listing(self.repo, subfolder, self.commit) or ("", frozenset())
             return replace(self, subfolder=subfolder, files=files)
@@ -227,7 +234,7 @@ def dataset_file(repo: str, path: str, revision: str | None, most_bytes: int) ->
         DriftError: If there is no such file, it is too large, or it cannot be had.
     """
     subject = f"{repo}:{path}"
-    if split_repository(repo) != (repo, "") or split_repository(f"in/{path}") is None:
+    if split_repository(repo) != (repo, "") or not _is_path(path):
         raise DriftError(f"{subject}: expected a file of a data set, owner/name:path")
     with one_line(subject, repo, revision):
         try:

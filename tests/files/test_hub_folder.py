@@ -10,7 +10,13 @@ from huggingface_hub import constants, utils
 
 from hub_stub import COMMIT, WRITER, StubHub, set_endpoint, settle
 from mlx_drift.errors import DriftError
-from mlx_drift.files.hub import find_hub_folder, resolve, split_repository, upload_folder
+from mlx_drift.files.hub import (
+    dataset_file,
+    find_hub_folder,
+    resolve,
+    split_repository,
+    upload_folder,
+)
 
 REPO = "someone/tiny-eagle3"
 WEIGHTS = bytes(range(256)) * 4096  # a megabyte, so that reading a little of it shows
@@ -72,6 +78,25 @@ NO_NAMES = """
 @pytest.mark.parametrize("text", [*NO_NAMES.split(), "", "owner/na me", "owner/name\n"])
 def test_what_cannot_be_a_repository(text):
     assert split_repository(text) is None
+
+
+@pytest.mark.parametrize("path", ["train--00.jsonl", "data/train..v2.jsonl", "a/b/c.json"])
+def test_files_of_a_data_set(path, offline):
+    offline()
+    assert "HF_HUB_OFFLINE is set" in refusal(dataset_file, "someone/asked", path, None, 100)
+
+
+@pytest.mark.parametrize("path", ["../x.jsonl", "a/../x", ".git/config", "/etc/passwd", "a//b", ""])
+def test_what_cannot_be_a_file_of_a_data_set(path):
+    line = refusal(dataset_file, "someone/asked", path, None, 100)
+    assert "expected a file of a data set" in line
+
+
+def test_a_folder_of_an_odd_name_is_not_asked_for(hub):
+    folder = find_hub_folder(REPO, None, "drafter")
+    asked = len(hub.asked)
+    assert not folder.inner("../heads").files
+    assert len(hub.asked) == asked
 
 
 def test_one_request_finds_and_pins(hub):
