@@ -1,6 +1,6 @@
 """Converts PyTorch drafter checkpoints to mlx-drift's canonical directory.
 
-Installed as `mlx_drift.convert`. The way of a checkpoint: `source` finds it and reads its headers,
+Installed as `mlx_drift.convert`. The way of a checkpoint: `read` finds it and reads its headers,
 `dialects` know its spelling, `understand` resolves its conventions and keeps account of where each
 came from, `write` streams it into a folder. `export` goes the other way, in the words of `formats`.
 """

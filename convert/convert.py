@@ -16,7 +16,7 @@ from mlx_drift.convert.given import Overrides, Slots
 from mlx_drift.convert.mtp.source import read_mtp_checkpoint
 from mlx_drift.convert.read.source import Checkpoint, read_checkpoint
 from mlx_drift.convert.read.stored import StoredTensor, from_mlx
-from mlx_drift.convert.resolved import Resolved
+from mlx_drift.convert.resolved import Resolved, warnings_of
 from mlx_drift.convert.target import read_target_shape, shared_with_target
 from mlx_drift.convert.understand import drafts_blocks, understand
 from mlx_drift.convert.vocabulary import note_padding, read_d2t
@@ -110,8 +110,7 @@ class Conversion:
     @property
     def warnings(self) -> list[str]:
         """The notes, and the keys that were not recognised."""
-        unread = ", ".join(self.unknown_keys)
-        return [f"config keys that nothing reads: {unread}"] * bool(unread) + self.notes
+        return warnings_of(self.unknown_keys, self.notes)
 
 
 def convert_drafter(

@@ -13,7 +13,7 @@ from mlx_drift.convert.conventions import TapConvention
 from mlx_drift.convert.given import Overrides, Slots
 from mlx_drift.convert.mtp.source import read_mtp_checkpoint
 from mlx_drift.convert.read.source import Checkpoint, read_checkpoint
-from mlx_drift.convert.resolved import Resolved
+from mlx_drift.convert.resolved import Resolved, warnings_of
 from mlx_drift.convert.target import read_target_shape, target_folder
 from mlx_drift.convert.understand import understand
 from mlx_drift.convert.vocabulary import marked_ids, read_d2t
@@ -67,8 +67,7 @@ class Inspection:
     @property
     def warnings(self) -> list[str]:
         """The notes, and the keys that were not recognised."""
-        unread = ", ".join(self.unknown_keys)
-        return [f"config keys that nothing reads: {unread}"] * bool(unread) + self.notes
+        return warnings_of(self.unknown_keys, self.notes)
 
     @property
     def passed(self) -> bool:

@@ -1,5 +1,6 @@
 """A checkpoint understood: what all the rest of the converter works with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,12 @@ from mlx_drift.errors import DriftError
 
 CONVERTED = "mlx-drift"
 """The dialect of a drafter that was converted already."""
+
+
+def warnings_of(unknown_keys: Sequence[str], notes: Sequence[str]) -> list[str]:
+    """Returns what the user should know of a checkpoint, a line each."""
+    unread = ", ".join(unknown_keys)
+    return [f"config keys that nothing reads: {unread}"] * bool(unread) + [*notes]
 
 
 @dataclass(frozen=True)

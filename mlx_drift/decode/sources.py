@@ -2,7 +2,7 @@
 
 What a grammar forces is a draft that costs nothing, verified as any other: the target may write the
 same text in other tokens. A network's drafts are held to the grammar one by one, as it drafts them
-(`mlx_drift.decode.sampling.Chooser`); copies are cut off here, before they are verified.
+(`mlx_drift.decode.chooser.Chooser`); copies are cut off here, before they are verified.
 """
 
 from collections.abc import Sequence

@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from mlx_drift.convert.given import Overrides
 from mlx_drift.convert.read.source import read_checkpoint
-from mlx_drift.convert.resolved import Resolved
+from mlx_drift.convert.resolved import warnings_of
 from mlx_drift.convert.target import target_folder
 from mlx_drift.convert.understand import understand
 from mlx_drift.convert.vocabulary import note_padding, read_d2t
@@ -290,7 +290,8 @@ class Examination:
         check_target(config, target.shape, str(here or checkpoint.weights))
         note_padding(resolved, target.shape)
         d2t = target_ids(config, read_d2t(resolved, checkpoint.weights), weights)
-        self.notes += [f"drafter: {line}" for line in remarks(resolved)]
+        told = warnings_of(resolved.unknown_keys, resolved.notes)
+        self.notes += [f"drafter: {line}" for line in told]
         network = build_network(config, weights)
         tensors = {n: t for n, t in resolved.tensors.items() if n not in ("d2t", "t2d")}
         check_tensors(network, tensors, weights)
@@ -390,12 +391,6 @@ def check_converted(name: str) -> None:
             f"mlx-drift convert {path} --mlx-path OUT"
         )
     read_config(path)
-
-
-def remarks(resolved: Resolved) -> list[str]:
-    """What should be known of a drafter's checkpoint, a line each."""
-    unread = ", ".join(resolved.unknown_keys)
-    return [f"config keys that nothing reads: {unread}"] * bool(unread) + resolved.notes
 
 
 def machine_memory() -> int:

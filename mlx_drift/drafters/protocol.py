@@ -53,7 +53,7 @@ def are_finite(logits: mx.array) -> mx.array:
 
 
 class Choose(Protocol):
-    """What a round chooses drafts with (`mlx_drift.decode.sampling.Chooser`)."""
+    """What a round chooses drafts with (`mlx_drift.decode.chooser.Chooser`)."""
 
     @property
     def drafts_greedily(self) -> bool:

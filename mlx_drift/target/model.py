@@ -236,17 +236,21 @@ class Target:
     @property
     def head_quantization(self) -> tuple[int, int, str] | None:
         """Group size, bits and mode of the head; None if it is not quantized."""
-        own = (parent.get(name) for parent in self._parents for name in HEADS)
-        head = next((part for part in own if isinstance(part, nn.Module)), self._embedding)
+        head = self._embedding if self._own_head is None else self._own_head
         return (head.group_size, head.bits, head.mode) if "scales" in head else None
+
+    @property
+    def _own_head(self) -> Any:
+        """The head; None if it is the embedding."""
+        found = (parent.get(name) for parent in self._parents for name in HEADS)
+        return next((part for part in found if isinstance(part, nn.Module)), None)
 
     def head(self, states: mx.array) -> mx.array:
         """Maps normed states `[M, hidden_size]` to logits `[M, vocabulary]`.
 
         Without a scale or cap the model may put on them, neither of which changes their order.
         """
-        own = (parent.get(name) for parent in self._parents for name in HEADS)
-        head = next((part for part in own if isinstance(part, nn.Module)), None)
+        head = self._own_head
         logits = self._embedding.as_linear(states) if head is None else head(states)
         is_part = self.ranks.size > 1 and logits.shape[-1] < self.shape.vocab_size
         return self.ranks.join_columns(logits) if is_part else logits

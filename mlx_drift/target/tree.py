@@ -5,7 +5,7 @@ a model's know of rows, and both are told for the length of one pass:
 
 - The mask: mlx-lm's models ask their cache for it, so the cache *instances* answer.
 - Positions: `mx.fast.rope` takes an offset for each row of a batch. RoPE modules get a subclass
-  that turns rows into a batch, as taps get one (`mlx_drift.target.model`); without a tree it looks
+  that turns rows into a batch, as taps get one (`mlx_drift.target.taps`); without a tree it looks
   up a context variable, and that is all.
 
 Whether a model asks is found out, not assumed: `mlx_drift.target.tree_check`.

@@ -26,10 +26,8 @@ NO_TREES = {
 """Model types that a small tree does not find out, and why."""
 
 TEXT, BRANCH = 8, 4  # rows
-ROUNDING, NOISE = (
-    2,
-    4,
-)  # steps of the dtype, and times what a block of rows differs from single ones
+ROUNDING = 2  # steps of the dtype
+NOISE = 4  # times what a block of rows differs from single ones
 
 
 def check_trees(target: Target) -> None:
