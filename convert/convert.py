@@ -263,7 +263,8 @@ def _probe(
             resolved = understand(checkpoint, shape, tried)
             config, tensors, d2t = _checked(checkpoint, resolved, shape)
         except DriftError:
-            if said["taps"] == "output":  # which ids that end at the last layer cannot mean
+            # Ids that end at the last layer cannot mean outputs; inputs came first.
+            if candidates and said["taps"] == "output":
                 continue
             raise
         weights = weights or {name: tensor.whole() for name, tensor in tensors.items()}

@@ -12,7 +12,8 @@ from checkpoints import DRAFT_VOCAB, specforge_config, specforge_tensors, write_
 from mlx_drift import DriftError, convert_drafter, load_drafter
 from mlx_drift.demo import DEMO
 from mlx_drift.files.tensors import read_safetensors
-from tiny import LAYERS, tiny_llama
+from mlx_drift.target.model import TargetShape
+from tiny import LAYERS, VOCAB, tiny_llama
 
 BIN = Path(__file__).parents[1] / "data" / "eagle3.1-bin"
 QUERIES = "midlayer.self_attn.q_proj.weight"
@@ -323,6 +324,16 @@ def test_drafter_for_another_target(source, tmp_path, overrides, message):
     convert(source, tmp_path / "out")
     with pytest.raises(DriftError, match=message):
         load_drafter(str(tmp_path / "out"), tiny_llama(**overrides))
+
+
+def test_what_is_wrong_is_told_whatever_is_left_to_a_probe(source, tmp_path):
+    def probe(candidates):
+        raise AssertionError("there is nothing to try")
+
+    another = TargetShape(hidden_size=32, vocab_size=VOCAB - 1, num_layers=LAYERS)
+    for taps in (None, "input", "output"):
+        with pytest.raises(DriftError, match="vocabulary size is 64, but this target's is 63"):
+            convert(source, tmp_path / "out", target=another, taps=taps, probe=probe)
 
 
 def test_number_of_layers_is_checked_where_the_source_names_it(tmp_path):
