@@ -18,14 +18,13 @@ Notable:
 """
 
 import copy
-import itertools
-import operator
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from mlx_drift.decode.acceptance import COPY_FADING, FADING, Acceptance, CopyAcceptance
+from mlx_drift.decode.costs import COLD, Costs, estimate
 from mlx_drift.decode.tree_shape import Levels, tokens_of_trees
 from mlx_drift.decode.tree_shape import Ranks as DraftRanks
 from mlx_drift.drafters.protocol import NETWORK, TREE, Source
@@ -37,10 +36,6 @@ PLAIN = 0
 MOST_DRAFTS = 16
 """Lengths beyond it are not tried: on no machine known do they pay for a chain of drafts."""
 
-MEMORY, ENOUGH = 9, 2  # measurements of a cost that are kept, and that make it known
-OPTIMISM = 0.7  # of the last known slope, for a length that was never tried
-GUESS, GUESS_WEIGHT = 0.7, 3.0  # an untested drafter's acceptance, and the rounds it counts for
-FADING, COPY_FADING = 0.99, 0.999  # what is left of the past after a token; copies are rarer
 LOOK_AROUND, NEAR_BEST = 64, 0.9  # rounds after which a neighbour that is near best is timed again
 HORIZON = 64  # tokens in which rows that the drafter missed must have paid for themselves
 
@@ -50,124 +45,11 @@ TREES = 2, 4, 7, 11, MOST_DRAFTS
 COPIED = 1, 2, 4, 8, MOST_DRAFTS
 """Lengths of a copy: few, so that each is soon known."""
 
-COPY_GUESS = {0: 0.0, 3: 0.5, 5: 0.7, 8: 0.8, 16: 0.9, 32: 0.95}
-"""An untested copy's acceptance, by how many tokens agree before it."""
-
 SURE = 5
 """Tokens that must agree for a copy to be preferred, where the number of drafts is fixed."""
 
 FORCED_GUESS = 0.95
 """An untested forced token's acceptance: a model may write the same text in other tokens."""
-
-
-class Costs:
-    """Seconds of a round by its draft length; under `PLAIN`, of one token of plain decoding.
-
-    Args:
-        known: What was measured on this machine before. Its scale is that of now wherever both
-            are known: the machine may be busier, or the context longer.
-    """
-
-    def __init__(self, known: Mapping[int, float] | None = None):
-        self._before = dict(sorted((known or {}).items()))
-        self._now: dict[int, deque[float]] = {}
-        self._known: dict[int, float] | None = None
-
-    def add(self, k: int, seconds: float) -> None:
-        """Notes one measurement."""
-        self._known = None
-        self._now.setdefault(k, deque(maxlen=MEMORY)).append(seconds)
-
-    def know(self, k: int, seconds: float) -> None:
-        """Notes what was measured elsewhere."""
-        self._known = None
-        self._before = dict(sorted((self._before | {k: seconds}).items()))
-
-    def known(self) -> dict[int, float]:
-        """Returns what rounds take by their draft length, as far as enough was measured."""
-        if self._known is None:
-            self._known = self._sum_up()
-        return self._known
-
-    def _sum_up(self) -> dict[int, float]:
-        now = {k: _lower_median(v) for k, v in self._now.items() if len(v) >= ENOUGH}
-        lines = {k: estimate(k, self._before) for k in self._now}
-        scales = [_lower_median(self._now[k]) / line for k, line in lines.items() if line]
-        scale = _lower_median(scales) if scales else 1.0
-        before = {k: seconds * scale for k, seconds in self._before.items()}
-        return dict(sorted((before | now).items()))
-
-
-def estimate(k: int, known: Mapping[int, float]) -> float | None:
-    """Returns what a round of k drafts takes; None if there is nothing to go by.
-
-    Between two known lengths on the line through them; beyond the longest by part of the last slope
-    a draft.
-
-    Args:
-        k: Drafts a round.
-        known: What rounds of some lengths take, the shortest first.
-    """
-    if k in known:
-        return known[k]
-    shorter = [i for i in known if i < k][-2:]
-    longer = next((i for i in known if i > k), None)
-    if not shorter or (longer is None and len(shorter) < 2):
-        return None
-    i, j = (shorter[-1], longer) if longer is not None else shorter
-    low, high = known[i], known[j]
-    slope = max(0.0, high - low) / (j - i)
-    return low + (k - i) * slope if longer is not None else high + (k - j) * slope * OPTIMISM
-
-
-class Acceptance:
-    """How often each draft is accepted if all before it were, recent rounds counting most.
-
-    Args:
-        guess: What is believed of the first one before it was tested.
-    """
-
-    def __init__(self, guess: float = GUESS) -> None:
-        self._guess = guess
-        self._tested: list[float] = []
-        self._accepted: list[float] = []
-
-    def __len__(self) -> int:
-        """Returns how many drafts a round ever had tested."""
-        return len(self._tested)
-
-    def record(self, tested: int, accepted: int) -> None:
-        """Notes one round."""
-        while len(self._tested) < tested:
-            self._tested.append(0.0)
-            self._accepted.append(0.0)
-        for i in range(tested):
-            self._tested[i] += 1
-            self._accepted[i] += i < accepted
-
-    def fade(self, tokens: int, fading: float = FADING) -> None:
-        """Lets the past count for less: `tokens` tokens went by."""
-        kept = fading**tokens
-        self._tested = [x * kept for x in self._tested]
-        self._accepted = [x * kept for x in self._accepted]
-
-    def rates(self, k: int) -> list[float]:
-        """Returns the conditional acceptance of drafts 1 … k.
-
-        One that was hardly tested is believed to fare as the one before it.
-        """
-        rates, belief = [], self._guess
-        for i in range(k):
-            tested = self._tested[i] if i < len(self._tested) else 0.0
-            accepted = self._accepted[i] if i < len(self._accepted) else 0.0
-            belief = (accepted + GUESS_WEIGHT * belief) / (tested + GUESS_WEIGHT)
-            rates.append(belief)
-        return rates
-
-    def tokens(self, k: int) -> list[float]:
-        """Returns how many tokens rounds of 0 … k drafts commit on average."""
-        kept = itertools.accumulate(self.rates(k), operator.mul, initial=1.0)
-        return list(itertools.accumulate(kept))
 
 
 @dataclass(frozen=True)
@@ -215,7 +97,7 @@ class DraftLength:
         ranks: Ranks = ALONE,
     ):
         self.fixed, self.tree, self.ranks = fixed, tree, ranks
-        self.costs = costs if isinstance(costs, Costs) else Costs(costs)
+        self.costs = costs if isinstance(costs, Costs) else Costs(costs, COLD)
         self.copy_costs = Costs()
         self.acceptance = acceptance or Acceptance()
         self.tree_costs = Costs()
@@ -224,10 +106,13 @@ class DraftLength:
         self._of_forced = Acceptance(FORCED_GUESS)
         self.tuned = bool(costs)
         self.rounds = 0
-        self._copies = {match: Acceptance(guess) for match, guess in COPY_GUESS.items()}
+        self._copies = CopyAcceptance()
         self._sources: Sequence[Source] = (NETWORK,)
         self._source = NETWORK
         self._timed_at: dict[tuple[str, int], int] = {}
+        self._waiting = Costs()  # of plain tokens whose step was begun when all before were known
+        self._begun = Acceptance(0.0)  # how often a plain token is followed by a copy
+        self._is_followed = True
         self._catch_up_seconds = 0.0  # a row
         self._is_plain = False
 
@@ -261,6 +146,9 @@ class DraftLength:
             self._source = next(filter(self._is_preferred, sources), sources[-1])
         elif len(sources) > 1 and {PLAIN, 1} <= self.costs.known().keys():
             self._source = max(sources, key=lambda one: self._best(one).tokens_per_second)
+        if not self._is_followed:
+            self._is_followed = True
+            self._begun.record(1, int(self._source.is_free and self.choose() > PLAIN))
         return self._source
 
     def choose(self, pending: int = 0) -> int:
@@ -275,6 +163,8 @@ class DraftLength:
             return longest
         if self.fixed is not None:  # a copy beside a network may be as long as its match
             return max(self.fixed, longest * (not self._sources[-1].is_free))
+        if self.costs.is_cold:
+            return PLAIN if source.is_empty else 1
         known = self._known(source)
         for k in (PLAIN, 1):
             if k not in known:
@@ -283,21 +173,33 @@ class DraftLength:
         best = self._best(source)
         if best.num_draft_tokens == PLAIN:
             return PLAIN
-        if self._is_plain and self._is_overdue(source, PLAIN):
-            return PLAIN  # it was turned to for its time's sake
+        if self._is_worth_a_look(candidates[PLAIN], best, source):
+            return PLAIN
         if self._is_plain:
             a_token_saves = known[PLAIN] - 1 / best.tokens_per_second
             pays = a_token_saves * HORIZON >= pending * self._catch_up_seconds
             return best.num_draft_tokens if pays else PLAIN
         place = candidates.index(best)
         for candidate in candidates[max(1, place - 1) : place + 2]:
-            if (
-                candidate != best
-                and self._is_overdue(source, candidate.num_draft_tokens)
-                and candidate.tokens_per_second > NEAR_BEST * best.tokens_per_second
-            ):
+            if candidate != best and self._is_worth_a_look(candidate, best, source):
                 return candidate.num_draft_tokens
         return best.num_draft_tokens
+
+    def goes_on(self, pending: int) -> bool:
+        """Tells whether a plain token is to be followed by another before it is known.
+
+        The next step is then under way while the token is read. But where it turns out to be the
+        beginning of a copy that step is all but lost.
+
+        Args:
+            pending: As for `choose`.
+        """
+        if self.choose(pending) != PLAIN:
+            return False
+        ahead, waiting = self.costs.known().get(PLAIN), self._waiting.known().get(PLAIN)
+        if ahead is None or waiting is None or self._is_overdue(NETWORK, PLAIN):
+            return True
+        return waiting - ahead >= self._begun.rates(1)[0] * ahead
 
     def record_round(
         self,
@@ -326,7 +228,10 @@ class DraftLength:
         # However long a copy was, it says nothing of the network.
         self._fade(1 if source.is_free else accepted + 1)
         fell_short = drafted < asked and accepted == drafted and not source.is_tree
-        self._acceptance_of(source).record(tested + fell_short, accepted)
+        if source.kind == "copy":
+            self._copies.record(source.match, tested + fell_short, accepted)
+        else:
+            self._acceptance_of(source).record(tested + fell_short, accepted)
         if source.is_tree:  # along its first drafts it is a chain
             self._ranks.record(levels)
             first = [right == 1 for _, right in levels]
@@ -335,12 +240,19 @@ class DraftLength:
         if asked:  # not so at the end of the text
             self._time(source, asked, seconds)
 
-    def record_plain(self, seconds: float | None) -> None:
-        """Learns from a token of plain decoding; None if it was not timed."""
-        self._is_plain = True
+    def record_plain(self, seconds: float | None, *, waited: bool = False) -> None:
+        """Learns from a token of plain decoding.
+
+        Args:
+            seconds: What it took; None if it was not timed.
+            waited: Its step was begun only when the token before it was known.
+        """
+        self._is_plain, self._is_followed = True, False
         self.rounds += 1
         self._fade(1)
-        if seconds is not None:
+        if seconds is not None and waited:
+            self._waiting.add(PLAIN, seconds)
+        elif seconds is not None:
             self._time(NETWORK, PLAIN, seconds)
 
     def record_catch_up(self, rows: int, seconds: float) -> None:
@@ -355,11 +267,10 @@ class DraftLength:
         all.
         """
         known = self._known(source)
-        tokens = self._acceptance_of(source).tokens(MOST_DRAFTS)
+        tokens = self._tokens(source)
         longest = max(known, default=0)
         lengths: Sequence[int] = range(min(longest + 1, MOST_DRAFTS) + 1)
         if source.is_tree:
-            tokens = tokens_of_trees(self.acceptance.rates(MOST_DRAFTS), self._ranks.shares())
             lengths = PLAIN, *(k for i, k in enumerate(TREES) if not i or TREES[i - 1] <= longest)
         if source.is_free:
             lengths = (PLAIN,) if source.is_empty else (PLAIN, *COPIED)
@@ -400,9 +311,7 @@ class DraftLength:
             "tuned": self.tuned,
             "catch_up_seconds": self._catch_up_seconds,
             "conditional_acceptance": acceptance.rates(max(1, len(acceptance))),
-            "copy_acceptance": {
-                match: one.rates(len(one)) for match, one in self._copies.items() if len(one)
-            },
+            "copy_acceptance": self._copies.to_dict(),
             "candidates": [
                 asdict(c) | {"tokens_per_second": c.tokens_per_second}
                 for c in self.candidates(source)
@@ -425,21 +334,35 @@ class DraftLength:
     def _costs_of(self, source: Source) -> Costs:
         return {"network": self.costs, "tree": self.tree_costs}.get(source.kind, self.copy_costs)
 
-    def _acceptance_of(self, source: Source) -> Acceptance:
+    def _tokens(self, source: Source) -> list[float]:
+        """Returns how many tokens rounds of 0 … `MOST_DRAFTS` drafts commit on average."""
+        if source.is_tree:
+            return tokens_of_trees(self.acceptance.rates(MOST_DRAFTS), self._ranks.shares())
         if source.kind == "copy":
-            return self._copies[source.match]
+            return self._copies.tokens(source.match, MOST_DRAFTS)
+        return self._acceptance_of(source).tokens(MOST_DRAFTS)
+
+    def _acceptance_of(self, source: Source) -> Acceptance:
         of_kind = {"tree": self._of_trees, "forced": self._of_forced}
         return of_kind.get(source.kind, self.acceptance)
 
     def _fade(self, tokens: int) -> None:
         self.acceptance.fade(tokens)
         self._of_trees.fade(tokens)
+        self._begun.fade(tokens)
         self._ranks.fade(FADING**tokens)
-        for acceptance in (*self._copies.values(), self._of_forced):
-            acceptance.fade(tokens, COPY_FADING)
+        self._of_forced.fade(tokens, COPY_FADING)
+        self._copies.fade(tokens)
 
-    def _is_overdue(self, source: Source, k: int) -> bool:
-        return self.rounds - self._timed_at.get(_place(source, k), 0) > LOOK_AROUND
+    def _is_worth_a_look(self, one: Candidate, best: Candidate, source: Source) -> bool:
+        """Tells whether one that is near best has not been timed for long, so that it might be."""
+        is_near = one.tokens_per_second > NEAR_BEST * best.tokens_per_second
+        takes = one.seconds / best.seconds
+        return is_near and self._is_overdue(source, one.num_draft_tokens, takes)
+
+    def _is_overdue(self, source: Source, k: int, takes: float = 1.0) -> bool:
+        since = self.rounds - self._timed_at.get(_place(source, k), 0)
+        return since > LOOK_AROUND * max(1.0, takes)
 
     def _time(self, source: Source, k: int, seconds: float) -> None:
         costs = self.costs if k == PLAIN else self._costs_of(source)
@@ -452,8 +375,3 @@ def _place(source: Source, k: int) -> tuple[str, int]:
     if k == PLAIN:
         return "", k
     return "free" if source.is_free else source.kind, k
-
-
-def _lower_median(values: Any) -> float:
-    ordered = sorted(values)
-    return ordered[(len(ordered) - 1) // 2]

@@ -64,7 +64,7 @@ def decode_plain(
     unseen: list[int] = []  # the same tokens
     following: Step | None = None
     step = _step(target, text.last, target_cache)
-    is_first = True
+    waits = True  # the step was not under way
 
     def settle(target_cache: TargetCache, drafter_cache: DrafterCache) -> None:
         if following is not None:
@@ -77,7 +77,7 @@ def decode_plain(
             token, log_probabilities = _choose(text, step)
             target.rollback(target_cache, 0)  # the step's own row stays
             draft_length.pick([*text.sources(drafter, drafter_cache, unseen, under_way=1)])
-            more = text.remaining != 1 and draft_length.choose(len(missed) + 1) == PLAIN
+            more = text.remaining != 1 and draft_length.goes_on(len(missed) + 1)
             following = _step(target, token, target_cache) if more else None
             built = clock()
             tokens = target.ranks.read(token)
@@ -94,9 +94,8 @@ def decode_plain(
                 unseen.clear()
                 mx.async_eval(drafter_cache.state)
             seconds = clock() - start
-            # The first of a stretch waits for a step that was not under way, the last starts none.
-            draft_length.record_plain(seconds if more and not is_first else None)
-            is_first = False
+            # One that is ahead of nothing has not started the next step.
+            draft_length.record_plain(seconds if more or waits else None, waited=waits)
             start = clock()
             clock.stop()
             yield Round(
@@ -111,6 +110,11 @@ def decode_plain(
                 settle=settle,
             )
             clock.go()
+            waits = following is None
+            if waits and not text.finished:
+                draft_length.pick([*text.sources(drafter, drafter_cache, unseen)])
+                if draft_length.choose(len(missed)) == PLAIN:
+                    following = _step(target, text.last, target_cache)
             if following is None:
                 break
             if len(missed) % TOKENS_BETWEEN_CLEARS == 0:

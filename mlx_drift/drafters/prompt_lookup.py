@@ -35,7 +35,7 @@ WINDOW = 1 << 17
 TOKEN_BYTES = 192
 """What an index takes a token at most."""
 
-MATCHES = 32, 16, 8, 5, RUN
+MATCHES = 32, 24, 16, 12, 8, 6, 5, 4, RUN
 """Lengths of a match that are told apart: one counts as the longest of them that it reaches."""
 
 
