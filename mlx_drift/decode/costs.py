@@ -7,7 +7,7 @@ it. Costs are the lower medians of the last few rounds: other work on the machin
 from collections import deque
 from collections.abc import Iterable, Mapping
 
-COLD = 4  # rounds in which a process warms up
+COLD = 2  # rounds in which a process warms up
 MEMORY, ENOUGH = 9, 2  # measurements of a cost that are kept, and that make it known
 SETTLED = 4  # and that make it a figure to tell
 OPTIMISM = 0.7  # of the last known slope, for a length that was never tried

@@ -112,6 +112,7 @@ class DraftLength:
         self._timed_at: dict[tuple[str, int], int] = {}
         self._waiting = Costs()  # of plain tokens whose step was begun when all before were known
         self._begun = Acceptance(0.0)  # how often a plain token is followed by a copy
+        self._saves = 0.0  # a token of such a copy, of plain decoding's seconds
         self._is_followed = True
         self._catch_up_seconds = 0.0  # a row
         self._is_plain = False
@@ -147,8 +148,7 @@ class DraftLength:
         elif len(sources) > 1 and {PLAIN, 1} <= self.costs.known().keys():
             self._source = max(sources, key=lambda one: self._best(one).tokens_per_second)
         if not self._is_followed:
-            self._is_followed = True
-            self._begun.record(1, int(self._source.is_free and self.choose() > PLAIN))
+            self._note_what_follows()
         return self._source
 
     def choose(self, pending: int = 0) -> int:
@@ -185,21 +185,16 @@ class DraftLength:
                 return candidate.num_draft_tokens
         return best.num_draft_tokens
 
-    def goes_on(self, pending: int) -> bool:
-        """Tells whether a plain token is to be followed by another before it is known.
+    def is_ahead(self) -> bool:
+        """Tells whether a plain step is to be begun before the token that it follows is known.
 
-        The next step is then under way while the token is read. But where it turns out to be the
-        beginning of a copy that step is all but lost.
-
-        Args:
-            pending: As for `choose`.
+        It is then under way while that token is read. But where the token turns out to be the
+        beginning of a copy the step commits one token of what the copy had, all together.
         """
-        if self.choose(pending) != PLAIN:
-            return False
         ahead, waiting = self.costs.known().get(PLAIN), self._waiting.known().get(PLAIN)
         if ahead is None or waiting is None or self._is_overdue(NETWORK, PLAIN):
             return True
-        return waiting - ahead >= self._begun.rates(1)[0] * ahead
+        return self._begun.rates(1)[0] * self._saves <= max(0.0, waiting - ahead)
 
     def record_round(
         self,
@@ -353,6 +348,15 @@ class DraftLength:
         self._ranks.fade(FADING**tokens)
         self._of_forced.fade(tokens, COPY_FADING)
         self._copies.fade(tokens)
+
+    def _note_what_follows(self) -> None:
+        """Learns whether the plain token that was committed last is followed by a copy."""
+        self._is_followed = True
+        follows = self._source.is_free and self.choose() > PLAIN
+        self._begun.record(1, int(follows))
+        plain = self.costs.known().get(PLAIN)
+        if follows and plain is not None:
+            self._saves = max(0.0, plain - 1 / self._best(self._source).tokens_per_second)
 
     def _is_worth_a_look(self, one: Candidate, best: Candidate, source: Source) -> bool:
         """Tells whether one that is near best has not been timed for long, so that it might be."""

@@ -1,6 +1,7 @@
 """A stretch of plain decoding between rounds, for where no number of drafts pays.
 
-As in mlx-lm the next step is under way while a token is read; but its token is chosen only when
+As in mlx-lm the next step is under way while a token is read, unless that token may well be the
+beginning of a copy, of which the step would have no part. But its token is chosen only when
 that one is committed, so logits processors see no position that may yet be taken back. The taps of
 the stretch are kept, and the drafter catches up with them only when it is asked again, or when they
 become too many.
@@ -77,8 +78,9 @@ def decode_plain(
             token, log_probabilities = _choose(text, step)
             target.rollback(target_cache, 0)  # the step's own row stays
             draft_length.pick([*text.sources(drafter, drafter_cache, unseen, under_way=1)])
-            more = text.remaining != 1 and draft_length.goes_on(len(missed) + 1)
-            following = _step(target, token, target_cache) if more else None
+            more = text.remaining != 1 and draft_length.choose(len(missed) + 1) == PLAIN
+            ahead = more and draft_length.is_ahead()
+            following = _step(target, token, target_cache) if ahead else None
             built = clock()
             tokens = target.ranks.read(token)
             read = clock()
@@ -94,8 +96,8 @@ def decode_plain(
                 unseen.clear()
                 mx.async_eval(drafter_cache.state)
             seconds = clock() - start
-            # One that is ahead of nothing has not started the next step.
-            draft_length.record_plain(seconds if more or waits else None, waited=waits)
+            # One that neither waited nor started the next step did less than a token takes.
+            draft_length.record_plain(seconds if ahead or waits else None, waited=waits)
             start = clock()
             clock.stop()
             yield Round(
@@ -111,7 +113,7 @@ def decode_plain(
             )
             clock.go()
             waits = following is None
-            if waits and not text.finished:
+            if waits and more and not text.finished:
                 draft_length.pick([*text.sources(drafter, drafter_cache, unseen)])
                 if draft_length.choose(len(missed)) == PLAIN:
                     following = _step(target, text.last, target_cache)

@@ -176,11 +176,11 @@ def test_a_conversation_goes_on_though_an_old_answer_was_never_closed(
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_only_tokens_that_overlap_with_the_next_step_are_timed(model, count):
-    """The first of a stretch waits for its whole step, the last starts no other: neither is one."""
+    """The first of a stretch waits for its whole step, which is told; the last starts no other."""
 
     class Timed(Scripted):
-        def record_plain(self, seconds):
-            told.append(seconds)
+        def record_plain(self, seconds, *, waited):
+            told.append((seconds is not None, waited))
 
     told = []
     drafter = tiny_drafter(model)
@@ -188,13 +188,13 @@ def test_only_tokens_that_overlap_with_the_next_step_are_timed(model, count):
     cache.draft_length = Timed([0])
     keywords = {"drafter": drafter, "prompt_cache": cache, "num_draft_tokens": "auto"}
     assert len(list(stream_generate(model, NoText(), PROMPT, count, **keywords))) == count
-    assert [seconds is not None for seconds in told] == [0 < i < count - 1 for i in range(count)]
+    assert told == [(i < max(1, count - 1), not i) for i in range(count)]
 
 
 def test_after_a_short_answer_it_is_what_was_timed_and_not_one_tokens_time(model, monkeypatch):
     caches = import_module("mlx_drift.decode.prompt_cache")
     monkeypatch.setattr(caches, "time_plain_steps", lambda *_: 7.0)
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 6):
         drafter = tiny_drafter(model)
         keywords = {"drafter": drafter, "num_draft_tokens": "auto", "compare_plain": True}
         *_, last = stream_generate(model, NoText(), PROMPT, count, **keywords)
