@@ -75,6 +75,10 @@ class Candidate:
         return self.tokens / self.seconds
 
 
+BELIEVED = "acceptance", "_copies", "_of_forced", "_of_trees", "_ranks", "_begun", "_saves"
+"""What an answer takes over from another, and then learns on its own."""
+
+
 class DraftLength:
     """Says before every round how many tokens to draft, and learns from it after.
 
@@ -127,8 +131,9 @@ class DraftLength:
             tree: They branch, where there is a choice.
         """
         other = DraftLength(fixed, self.costs, tree=tree, ranks=self.ranks)
-        other.copy_costs, other.tree_costs = self.copy_costs, self.tree_costs
-        for believed in ("acceptance", "_copies", "_of_forced", "_of_trees", "_ranks"):
+        for measured in ("copy_costs", "tree_costs", "_waiting"):
+            setattr(other, measured, getattr(self, measured))
+        for believed in BELIEVED:
             setattr(other, believed, copy.deepcopy(getattr(self, believed)))
         return other
 
@@ -246,7 +251,7 @@ class DraftLength:
         self.rounds += 1
         self._fade(1)
         if seconds is not None and waited:
-            self._waiting.add(PLAIN, seconds)
+            self.ranks.share(seconds, partial(self._waiting.add, PLAIN))
         elif seconds is not None:
             self._time(NETWORK, PLAIN, seconds)
 
