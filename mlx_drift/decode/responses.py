@@ -134,11 +134,11 @@ def drafted_responses(
                     statistics=statistics,
                 )
         seconds = draft_length.costs.known().get(PLAIN)
-        if compare_plain and seconds is None:
-            timed = prompt_cache.time_plain(round.tokens[-1], number)
-            seconds = target.ranks.exchange(timed)[0]
-            if seconds is not None:
-                draft_length.costs.know(PLAIN, seconds)
+        if compare_plain and not draft_length.costs.is_settled(PLAIN):
+            timed = target.ranks.exchange(prompt_cache.time_plain(round.tokens[-1], number))[0]
+            if timed is not None:
+                draft_length.costs.know(PLAIN, timed)
+                seconds = timed
         statistics.plain_step_seconds = seconds
         if draft_length.fixed is None:
             remember(drafter, draft_length)
