@@ -16,7 +16,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_drift.decode.draft_length import COPIED, PLAIN, TREES, Costs, DraftLength, estimate
+from mlx_drift.decode.costs import Costs, estimate
+from mlx_drift.decode.draft_length import COPIED, PLAIN, TREES, DraftLength
 from mlx_drift.decode.prompt_cache import make_prompt_cache
 from mlx_drift.decode.speculate import speculate
 from mlx_drift.decode.statistics import Statistics
