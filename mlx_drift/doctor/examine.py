@@ -114,6 +114,11 @@ def doctor(
             f"context is {context} and prefill_step_size {prefill_step_size}; expected at least 1, "
             f"and a context of at most {MAX_CHUNKS} steps"
         )
+    if ranks < 1 + pipeline:
+        raise DriftError(
+            f"ranks is {ranks}; expected at least 1, and at least 2 for --pipeline, which spreads "
+            "layers over them"
+        )
     quantization = None
     if kv_bits is not None:
         quantization = KVQuantization(kv_bits, kv_group_size, quantized_kv_start)

@@ -7,6 +7,7 @@ import pytest
 
 from families import BASE, CONFIGS
 from mlx_drift.doctor import doctor
+from mlx_drift.errors import DriftError
 
 LLAMA_70B = {
     "model_type": "llama",
@@ -77,3 +78,9 @@ def test_collectives_are_mlx_own_afterwards(tmp_path):
     before = mx.distributed.all_sum
     doctor(write(tmp_path, "llama"), ranks=2)
     assert mx.distributed.all_sum is before
+
+
+@pytest.mark.parametrize(("ranks", "pipeline"), [(0, False), (1, True)])
+def test_a_number_of_ranks_that_makes_no_sense_is_refused(tmp_path, ranks, pipeline):
+    with pytest.raises(DriftError, match=f"ranks is {ranks}; expected at least 1"):
+        doctor(write(tmp_path, "llama"), ranks=ranks, pipeline=pipeline)
