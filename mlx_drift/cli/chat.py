@@ -86,8 +86,6 @@ def chat(
         )
         return Speaker(name or NAME, target, tokenizer, copying(drafter, lookup, k == "auto"))
 
-    speaker = load(model, drafter, draft_model)
-    newline = [*speaker.tokenizer.encode("\n"), *speaker.tokenizer.eos_token_ids]
     settings = Settings(
         max_tokens,
         k,
@@ -99,7 +97,6 @@ def chat(
             "top_k": top_k,
             "xtc_probability": xtc_probability,
             "xtc_threshold": xtc_threshold,
-            "xtc_special_tokens": newline,
             "prefill_step_size": prefill_step_size,
         },
         {
@@ -110,7 +107,8 @@ def chat(
         },
         parse_object(chat_template_config, "--chat-template-config"),
     )
-    conversation = Conversation(speaker, settings, system_prompt)
+    # Nothing here keeps who speaks, so that /model makes room.
+    conversation = Conversation(load(model, drafter, draft_model), settings, system_prompt)
     is_terminal = _is_terminal() and not as_json
     commands = Commands(conversation, load, console)
     view = View(console, is_terminal, show_drafts, hide_reasoning, as_json)
@@ -162,32 +160,38 @@ class View:
         self.shows_reasoning = is_terminal and not hide_reasoning
         self.as_json = as_json
         self._marks = DraftsShown(self.stdout)
+        self._dim, self._plain = (DIM, PLAIN) if self._marks.colours else ("", "")
 
     def answer(self, conversation: Conversation, text: str) -> None:
         """Has a message answered."""
         texts = {TEXT: "", REASONING: ""}
         kind_before: str | None = None
-        with interruptions(self.is_terminal) as interrupted, prompt_bar(self.console) as progress:
-            for kind, said in conversation.ask(text, interrupted, progress):
-                texts[kind] += said.text
-                if self.as_json or (kind == REASONING and not self.shows_reasoning):
-                    continue
-                if kind != kind_before and REASONING in (kind, kind_before):
-                    self._turn_to(kind)
-                kind_before = kind
-                self._write(kind, said)
+        try:
+            with (
+                interruptions(self.is_terminal) as interrupted,
+                prompt_bar(self.console) as progress,
+            ):
+                for kind, said in conversation.ask(text, interrupted, progress):
+                    texts[kind] += said.text
+                    if self.as_json or (kind == REASONING and not self.shows_reasoning):
+                        continue
+                    if kind != kind_before and REASONING in (kind, kind_before):
+                        self._turn_to(kind)
+                    kind_before = kind
+                    self._write(kind, said)
+        finally:
+            if kind_before == REASONING:
+                self.stdout.write(self._plain)
         if self.as_json:
             self._report(conversation, texts, interrupted())
             return
-        if kind_before == REASONING:
-            self.stdout.write(PLAIN)
         print(file=self.stdout, flush=True)
         self._remark(conversation, interrupted())
 
     def _turn_to(self, kind: str) -> None:
         """Begins reasoning, or the answer behind it."""
-        dim, plain = (DIM, PLAIN) if self._marks.colours else ("", "")
-        self.stdout.write(f"{dim}[reasoning] " if kind == REASONING else f"{plain}\n[answer] ")
+        to_answer = f"{self._plain}\n[answer] "
+        self.stdout.write(f"{self._dim}[reasoning] " if kind == REASONING else to_answer)
 
     def _write(self, kind: str, said: Said) -> None:
         if self.show_drafts and kind != REASONING:

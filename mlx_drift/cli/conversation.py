@@ -135,7 +135,8 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": check_text(text, "the message")}]
         rendered = self._lay_out(messages)
-        tokens = self.speaker.tokenizer.encode(rendered, add_special_tokens=False)
+        tokenizer = self.speaker.tokenizer
+        tokens = tokenizer.encode(rendered, add_special_tokens=False)
         room = self._room(len(tokens))
         most = self.settings.max_tokens
         seed = self.settings.seed
@@ -145,13 +146,13 @@ class Conversation:
             progress(done, total)
             _stop_if(is_stopped())
 
-        start = self.speaker.tokenizer.think_start  # some templates open reasoning themselves
+        start = tokenizer.think_start  # some templates open reasoning themselves
         opens = start is not None and rendered.rstrip().endswith(start)
-        wording = Wording(self.speaker.tokenizer, (), Speech(begins_in_reasoning=opens))
+        wording = Wording(tokenizer, (), Speech(begins_in_reasoning=opens))
         written = {TEXT: "", REASONING: ""}
         responses: Any = stream_generate(
             self.speaker.model,
-            self.speaker.tokenizer,
+            tokenizer,
             tokens,
             most if room is None else room if most < 0 else min(most, room),
             drafter=self.speaker.drafter,
@@ -160,6 +161,7 @@ class Conversation:
             prompt_cache=self._cache,
             compare_plain=self.statistics.plain_step_seconds is None,
             prompt_progress_callback=told,
+            xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
             **self.settings.sampling,
         )
         self._answers += 1

@@ -1,10 +1,12 @@
 """`chat`: turns in the caches, commands, Ctrl-C, lines through a pipe, and what is typed."""
 
+import gc
 import io
 import json
 import os
 import signal
 import sys
+import weakref
 from types import SimpleNamespace
 
 import mlx_lm
@@ -12,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from mlx_drift import DriftError, DriftWarning, load_demo
+from mlx_drift.cli import chat as chat_module
 from mlx_drift.cli import conversation as conversation_module
 from mlx_drift.cli.chat import View
 from mlx_drift.cli.chat_commands import Commands
@@ -301,6 +304,40 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(talk, monkeypatch):
     monkeypatch.setattr(view._marks, "write", write)
     view.answer(talk, SECOND)
     assert "tokens cached; cut off at --max-tokens" in err.getvalue()
+
+
+def test_another_model_takes_the_place_of_the_first(cli, monkeypatch):
+    kept, there = [], []
+
+    def load(*asked):
+        pair = load_demo()
+        kept.append(weakref.ref(pair[0]))
+        return pair
+
+    def count(self, argument):
+        """Counts the models in memory."""
+        gc.collect()
+        there.append([model() is not None for model in kept])
+
+    monkeypatch.setattr(chat_module, "load_pair", load)
+    monkeypatch.setattr(Commands, "do_count", count, raising=False)
+    typed(monkeypatch, QUESTION, "/model other prompt-lookup", "/count", SECOND)
+    code, _, err = cli("chat", "-m", 2)
+    assert code == 0, err
+    assert there == [[False, True]]
+
+
+def test_a_terminal_is_plain_again_when_reasoning_breaks_off(monkeypatch):
+    def ask(text, is_stopped, progress):
+        yield REASONING, conversation_module.Said("hm ", 0, conversation_module.Said)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    view = View(Console(file=io.StringIO()), True, False, False, False)
+    view._dim, view._plain = chat_module.DIM, chat_module.PLAIN
+    with pytest.raises(KeyboardInterrupt):
+        view.answer(SimpleNamespace(ask=ask), "?")
+    assert view.stdout.getvalue() == f"{chat_module.DIM}[reasoning] hm {chat_module.PLAIN}"
 
 
 def test_reasoning_is_dimmed_or_hidden(monkeypatch):
