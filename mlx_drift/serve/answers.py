@@ -43,7 +43,7 @@ class Answers:
         self.loaded = loaded
         self.asked = asked
         self.keepalive = keepalive
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()  # None: it left
 
     def submit(self) -> None:
         """Asks the engine.
@@ -67,28 +67,28 @@ class Answers:
 
     async def follow(self, receive: Receive) -> AsyncGenerator[tuple[int, Event] | None]:
         """Yields what happens; None after some silence. Ends early if the client leaves."""
-        gone = asyncio.create_task(_gone(receive))
+        listening = asyncio.create_task(self._wait_for_leaving(receive))
         left = len(self.tickets)
         try:
             while left:
-                happened = asyncio.create_task(self._events.get())
-                done, _ = await asyncio.wait(
-                    (gone, happened),
-                    timeout=self.keepalive,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                if happened not in done:
-                    happened.cancel()
-                    if gone in done:
-                        return
+                try:
+                    async with asyncio.timeout(self.keepalive):
+                        happened = await self._events.get()
+                except TimeoutError:
                     yield None
                     continue
-                index, event = happened.result()
-                left -= isinstance(event, Ended | Failed)
-                yield index, event
+                if happened is None:
+                    return
+                left -= isinstance(happened[1], Ended | Failed)
+                yield happened
         finally:
-            gone.cancel()
+            listening.cancel()
             self.engine.cancel(self.tickets)
+
+    async def _wait_for_leaving(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._events.put_nowait(None)
 
     async def whole(self, request: Request) -> Response:
         """Returns all answers at once."""
@@ -166,9 +166,3 @@ class Stream(Response):
 def _as_error(failed: Failed) -> BadRequest:
     retry_after = 30 if failed.kind == "shutdown" else None
     return BadRequest(failed.message, None, STATUS[failed.kind], failed.kind, retry_after)
-
-
-async def _gone(receive: Receive) -> None:
-    """Returns when the client leaves."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
