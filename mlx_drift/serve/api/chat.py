@@ -19,7 +19,7 @@ from mlx_drift.serve.api.events import DONE, KEEPALIVE, data
 from mlx_drift.serve.api.fields import BadRequest
 from mlx_drift.serve.api.formats import response_format
 from mlx_drift.serve.api.history import read_messages, texts_of
-from mlx_drift.serve.api.prompts import lay_out
+from mlx_drift.serve.api.prompts import effort, lay_out
 from mlx_drift.serve.api.served import Served
 from mlx_drift.serve.api.tables import CHAT
 from mlx_drift.serve.api.tools import check_tools, held_to, read_tools
@@ -91,13 +91,6 @@ def _expected(prediction: dict[str, Any] | None, served: Served) -> list[int]:
         return []
     text = "".join(texts_of(prediction["content"], "prediction.content"))
     return [*served.tokenizer.encode(text, add_special_tokens=False)] if text else []
-
-
-def effort(asked: str | None) -> dict[str, Any]:
-    """Returns the keywords of a template that an effort of reasoning comes to."""
-    if asked is None:
-        return {}
-    return {"enable_thinking": False} if asked == "none" else {"reasoning_effort": asked}
 
 
 class ChatReply:

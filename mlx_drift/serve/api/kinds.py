@@ -68,7 +68,6 @@ def choice(*values: Any) -> Kind:
 boolean = Kind("true or false", lambda value: isinstance(value, bool))
 mapping = Kind("an object", lambda value: isinstance(value, dict))
 anything = Kind("anything", lambda value: True)
-nothing = Kind("null", lambda value: value is None)
 
 
 def text(most: int) -> Kind:
@@ -123,3 +122,9 @@ def shape(keys: Mapping[str, Kind], optional: Mapping[str, Kind] | None = None) 
         )
 
     return Kind("an object of " + ", ".join(shown) if shown else "an empty object", passes)
+
+
+def flags(*names: str) -> Kind:
+    """An object of known keys, each true or false if it is there."""
+    passes = shape({}, dict.fromkeys(names, boolean)).passes
+    return Kind("an object: " + ", ".join(f"`{name}`" for name in names), passes)

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_drift.serve.api.asking import Answer, Asked, ask, speculative
-from mlx_drift.serve.api.chat import effort
 from mlx_drift.serve.api.events import event
 from mlx_drift.serve.api.fields import BadRequest
 from mlx_drift.serve.api.formats import text_format
 from mlx_drift.serve.api.messages_fields import COUNT_TOKENS, MESSAGES
 from mlx_drift.serve.api.messages_history import read_messages, read_system, read_tools
-from mlx_drift.serve.api.prompts import Prompt, lay_out
+from mlx_drift.serve.api.prompts import Prompt, effort, lay_out
 from mlx_drift.serve.api.served import Served
 from mlx_drift.serve.api.tools import check_tools, held_to
 from mlx_drift.serve.request import Ended, Piece, Usage

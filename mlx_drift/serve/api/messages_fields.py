@@ -19,7 +19,6 @@ from mlx_drift.serve.api.kinds import (
 from mlx_drift.serve.api.tables import (
     ABOUT_THE_CALLER,
     HINT,
-    MESSAGE,
     MOST_CHARACTERS,
     MOST_MESSAGES,
     MOST_STOPS,
@@ -63,7 +62,7 @@ def _forgets_thinking_alone(value: Any) -> bool:
 PROMPT: dict[str, Honoured] = {
     "model": SAMPLING["model"],
     "messages": Honoured(
-        list_of(MESSAGE, MOST_MESSAGES, 1),
+        list_of(mapping, MOST_MESSAGES, 1),
         "the conversation so far; if the assistant has the last word, the answer goes on from it",
         required=True,
     ),

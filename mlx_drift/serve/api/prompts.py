@@ -98,6 +98,13 @@ def lay_out(
     return Prompt(tokens, within, start is not None and text.rstrip().endswith(start))
 
 
+def effort(asked: str | None) -> dict[str, Any]:
+    """Returns the keywords of a template that an effort of reasoning comes to."""
+    if asked is None:
+        return {}
+    return {"enable_thinking": False} if asked == "none" else {"reasoning_effort": asked}
+
+
 def _render(
     served: Served, messages: list[Message], keywords: dict[str, Any], generation: bool
 ) -> str:

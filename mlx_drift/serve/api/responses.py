@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_drift.serve.api.asking import Answer, Asked, ask, openai_error, speculative
-from mlx_drift.serve.api.chat import effort
 from mlx_drift.serve.api.events import KEEPALIVE, event
 from mlx_drift.serve.api.fields import BadRequest
 from mlx_drift.serve.api.formats import text_format
-from mlx_drift.serve.api.prompts import lay_out
+from mlx_drift.serve.api.prompts import effort, lay_out
 from mlx_drift.serve.api.responses_fields import RESPONSES
 from mlx_drift.serve.api.responses_input import Origin, read_input, read_tools
 from mlx_drift.serve.api.served import Served

@@ -1,7 +1,5 @@
 """The three tables of OpenAI's Responses API."""
 
-from typing import Any
-
 from mlx_drift.serve.api.fields import Accepted, Fields, Honoured
 from mlx_drift.serve.api.kinds import (
     Kind,
@@ -9,6 +7,7 @@ from mlx_drift.serve.api.kinds import (
     boolean,
     choice,
     either,
+    flags,
     integer,
     list_of,
     mapping,
@@ -20,7 +19,7 @@ from mlx_drift.serve.api.tables import (
     ACCEPTED,
     EFFORT,
     EFFORT_DOES,
-    FORMATS,
+    FORMAT,
     MOST_CHARACTERS,
     MOST_MESSAGES,
     MOST_TOKENS,
@@ -30,20 +29,12 @@ from mlx_drift.serve.api.tables import (
     TOOLS,
 )
 
-FORMAT = Kind(
-    "an object whose `type` is " + ", ".join(f'"{name}"' for name in FORMATS),
-    lambda value: isinstance(value, dict) and value.get("type") in FORMATS,
-)
 NOTHING_KEPT = Kind(
     "null: nothing is kept, send the whole conversation as `input`", lambda value: value is None
 )
 CHOICE = either(
     choice("none", "auto", "required"), shape({"type": choice("function", "custom"), "name": NAME})
 )
-
-
-def _is_stream_options(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() <= {"include_obfuscation"}
 
 
 RESPONSES = Fields(
@@ -94,9 +85,7 @@ RESPONSES = Fields(
             list_of(choice("reasoning.encrypted_content"), 8),
             "reasoning is given as it is, not encrypted",
         ),
-        "stream_options": Accepted(
-            Kind("an object: `include_obfuscation`", _is_stream_options), "nothing is obfuscated"
-        ),
+        "stream_options": Accepted(flags("include_obfuscation"), "nothing is obfuscated"),
         "background": Accepted(choice(False), "`true` is refused"),
         "truncation": Accepted(choice("disabled"), "`auto` is refused"),
         "max_tool_calls": Accepted(integer(1, MOST_TOKENS), "about tools that the server calls"),

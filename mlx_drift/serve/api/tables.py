@@ -10,10 +10,12 @@ from mlx_drift.serve.api.kinds import (
     boolean,
     choice,
     either,
+    flags,
     integer,
     list_of,
     mapping,
     number,
+    shape,
     text,
 )
 
@@ -39,42 +41,6 @@ def _is_bias(value: Any) -> bool:
     )
 
 
-def _is_speculative(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        key in {"tokens", "drift"} and (item is None or isinstance(item, bool))
-        for key, item in value.items()
-    )
-
-
-def _is_stream_options(value: Any) -> bool:
-    known = {"include_usage", "include_obfuscation"}
-    return isinstance(value, dict) and all(
-        key in known and (item is None or isinstance(item, bool)) for key, item in value.items()
-    )
-
-
-def _is_prediction(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"type", "content"}
-        and value["type"] == "content"
-        and isinstance(value["content"], str | list)
-    )
-
-
-def _is_tool_choice(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return isinstance(value, str) and value in ("none", "auto", "required")
-    function = value.get("function")
-    return (
-        value.keys() == {"type", "function"}
-        and value["type"] == "function"
-        and isinstance(function, dict)
-        and function.keys() == {"name"}
-        and NAME.passes(function["name"])
-    )
-
-
 FORMATS = "text", "json_object", "json_schema", "regex", "grammar"
 FORMAT = Kind(
     "an object whose `type` is " + ", ".join(f'"{name}"' for name in FORMATS),
@@ -92,6 +58,22 @@ EFFORT_DOES = (
     "to false"
 )
 TOOLS = list_of(mapping, MOST_TOOLS)
+TOOL_CHOICE = Kind(
+    '"none", "auto", "required", or an object that names a function',
+    either(
+        choice("none", "auto", "required"),
+        shape({"type": choice("function"), "function": shape({"name": NAME})}),
+    ).passes,
+)
+PREDICTION = Kind(
+    '{"type": "content", "content": a text, or a list of parts}',
+    shape(
+        {
+            "type": choice("content"),
+            "content": either(text(MOST_CHARACTERS), list_of(mapping, MOST_MESSAGES)),
+        }
+    ).passes,
+)
 
 CONTEXT_SIZE = integer(1, MOST_TOKENS)
 
@@ -114,7 +96,7 @@ SAMPLING: dict[str, Honoured] = {
     "stop": Honoured(either(STOP, list_of(STOP, MOST_STOPS)), "texts before which the answer ends"),
     "stream": Honoured(boolean, "send the answer in pieces, as it is accepted"),
     "stream_options": Honoured(
-        Kind("an object: `include_usage`, `include_obfuscation`", _is_stream_options),
+        flags("include_usage", "include_obfuscation"),
         "`include_usage`: a last piece that holds the usage; `include_obfuscation`: accepted",
     ),
     "presence_penalty": Honoured(number(-2, 2), "as mlx-lm's"),
@@ -147,8 +129,6 @@ ACCEPTED: dict[str, Accepted] = {
     "prompt_cache_options": Accepted(mapping, HINT),
 }
 
-MESSAGE = Kind("an object", lambda value: isinstance(value, dict))
-
 NOT_LOADED = "models are loaded by the server's operator alone"
 
 REFUSED: dict[str, str] = {
@@ -160,7 +140,7 @@ CHAT = Fields(
     "/v1/chat/completions",
     {
         "messages": Honoured(
-            list_of(MESSAGE, MOST_MESSAGES, 1), "the conversation so far", required=True
+            list_of(mapping, MOST_MESSAGES, 1), "the conversation so far", required=True
         ),
         **SAMPLING,
         "max_completion_tokens": Honoured(integer(1, MOST_TOKENS), "the same as `max_tokens`"),
@@ -170,7 +150,7 @@ CHAT = Fields(
         "response_format": Honoured(FORMAT, FORMAT_DOES),
         "reasoning_effort": Honoured(EFFORT, EFFORT_DOES),
         "speculative": Honoured(
-            Kind("an object: `tokens`, `drift`", _is_speculative),
+            flags("tokens", "drift"),
             "`tokens`: tell of every round who said its tokens, in `choices[].speculative`; "
             "`drift`: and what its drafter's chain recycled and attended to, which takes longer",
         ),
@@ -183,20 +163,18 @@ CHAT = Fields(
             "calls are JSON between marks",
         ),
         "tool_choice": Honoured(
-            Kind('"none", "auto", "required", or an object that names a function', _is_tool_choice),
+            TOOL_CHOICE,
             "whether and which; with `none` the model is not told of the tools",
         ),
         "parallel_tool_calls": Honoured(boolean, "`false`: the answer ends after one call"),
         "prediction": Honoured(
-            Kind('{"type": "content", "content": a text, or a list of parts}', _is_prediction),
+            PREDICTION,
             "what the answer may be: drafts are copied from it as long as they are right",
         ),
     },
     {
         **ACCEPTED,
-        "modalities": Accepted(
-            Kind('["text"]', lambda value: value == ["text"]), "text is what there is"
-        ),
+        "modalities": Accepted(choice(["text"]), "text is what there is"),
     },
     {
         **REFUSED,
@@ -243,7 +221,7 @@ TOKENIZE = Fields(
     {
         "model": SAMPLING["model"],
         "prompt": Honoured(PROMPT, "a text"),
-        "messages": Honoured(list_of(MESSAGE, MOST_MESSAGES, 1), "or a conversation"),
+        "messages": Honoured(list_of(mapping, MOST_MESSAGES, 1), "or a conversation"),
         "chat_template_kwargs": CHAT.honoured["chat_template_kwargs"],
         "add_generation_prompt": Honoured(boolean, "end where the answer begins; default true"),
         "add_special_tokens": Honoured(boolean, "of a text: as the tokenizer does; default true"),
