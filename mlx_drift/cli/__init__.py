@@ -22,7 +22,7 @@ COMMANDS = {
     "generate": "Generate text through a drafter, losing nothing by it.",
     "chat": "Chat with a model: the conversation stays in the caches from turn to turn.",
     "demo": "Ask a small real model, SmolLM2-135M-Instruct, through the head that comes with it.",
-    "serve": "Serve OpenAI's API: conversations that take turns, caches that are found again.",
+    "serve": "Serve OpenAI's and Anthropic's APIs: conversations take turns, caches are kept.",
     "cache-prompt": "Process how prompts begin, once: generate --prompt-cache-file goes on from "
     "there.",
     "convert": "Convert a PyTorch drafter checkpoint, or a model's MTP head, to MLX.",

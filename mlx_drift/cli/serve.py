@@ -1,4 +1,4 @@
-"""`mlx-drift serve`: an HTTP server that speaks OpenAI's API."""
+"""`mlx-drift serve`: an HTTP server that speaks OpenAI's API, and Anthropic's."""
 
 import json
 import logging
@@ -109,7 +109,7 @@ def serve_command(
         bool, typer.Option("--json", help="One JSON object on stdout once it listens.")
     ] = False,
 ) -> None:
-    """Serve OpenAI's API: conversations that take turns, caches that are found again.
+    """Serve OpenAI's and Anthropic's APIs: conversations take turns, caches are kept.
 
     One conversation's rounds take turns with the others'; what was read of a prompt is kept and
     found again. The embedded pair by default. The keys of requests: mlx_drift/serve/README.md.
