@@ -11,10 +11,12 @@ Notable:
   another try. No timer is needed for that, and where a round is too dear there is no further try.
 - A length that was never tried is taken for cheaper than the line through the costs known, so that
   it is tried if it might be best: lengths are climbed one by one while that pays.
-- Costs are the lower medians of the last few rounds: other work on the machine only ever adds.
-- What is copied has an acceptance of its own for every length of the match, and costs of its own:
-  no chain is run for it. Of the sources that a round may draft from the one that is expected to
-  give most tokens a second is picked.
+- What is copied has an acceptance of its own, by how many tokens agree, and costs of its own: no
+  chain is run for it. Of the sources that a round may draft from the one that is expected to give
+  most tokens a second is picked.
+- A plain step that is begun ahead of its token loses the copy which that token may begin. So where
+  copies often begin, and waiting for the token costs less than that, it waits.
+- A length that is near best is timed again now and then, the less often the more it takes.
 """
 
 import copy
@@ -175,7 +177,7 @@ class DraftLength:
             if k not in known:
                 return PLAIN if source.is_empty else k
         candidates = self.candidates(source)
-        best = self._best(source)
+        best = _fastest(candidates)
         if best.num_draft_tokens == PLAIN:
             return PLAIN
         if self._is_worth_a_look(candidates[PLAIN], best, source):
@@ -325,7 +327,7 @@ class DraftLength:
         return source.kind == "copy" and source.match >= SURE
 
     def _best(self, source: Source) -> Candidate:
-        return max(self.candidates(source), key=lambda c: c.tokens_per_second)
+        return _fastest(self.candidates(source))
 
     def _known(self, source: Source) -> dict[int, float]:
         """Returns what rounds from a source take; of others a chain's, where theirs is unknown."""
@@ -377,6 +379,10 @@ class DraftLength:
         costs = self.costs if k == PLAIN else self._costs_of(source)
         self.ranks.share(seconds, partial(costs.add, k))
         self._timed_at[_place(source, k)] = self.rounds
+
+
+def _fastest(candidates: Sequence[Candidate]) -> Candidate:
+    return max(candidates, key=lambda one: one.tokens_per_second)
 
 
 def _place(source: Source, k: int) -> tuple[str, int]:
