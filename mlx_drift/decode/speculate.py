@@ -4,8 +4,8 @@ Between rounds one invariant holds. Of the committed tokens t₀ … t_p the tar
 but the last, and the drafter's holds rows 1 … p (row s: token s with the taps of position s − 1).
 So every round is alike, the first after the prompt included, and each has one host
 synchronisation: the `tolist` that brings the number of accepted drafts and the tokens. (One a
-token where a logits processor keeps a state, `mlx_drift.decode.fork`; one a draft that a network
-chooses under a grammar, `mlx_drift.decode.sources`.)
+token where a logits processor keeps a state, `mlx_drift.decode.fork`; one a draft, or a level of a
+tree, that a network chooses under a grammar, `mlx_drift.decode.ahead`.)
 """
 
 import itertools

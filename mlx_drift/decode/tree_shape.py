@@ -7,6 +7,8 @@ depth by depth. What it misses, those beside it catch: that share is learned her
 import heapq
 from collections.abc import Sequence
 
+from mlx_drift.drafters.tree import DEPTH
+
 CAUGHT = 0.19, 0.14, 0.07
 """The shares that are believed of the second, third and fourth at first: an EAGLE-3 head's."""
 
@@ -42,7 +44,9 @@ class Ranks:
         return [(c + CAUGHT_WEIGHT * g) / (m + CAUGHT_WEIGHT) for c, m, g in seen]
 
 
-def tokens_of_trees(rates: Sequence[float], shares: Sequence[float]) -> list[float]:
+def tokens_of_trees(
+    rates: Sequence[float], shares: Sequence[float], levels: int = DEPTH
+) -> list[float]:
     """Returns how many tokens rounds of trees commit on average, of 0 … k drafts.
 
     Each is of the likeliest nodes, one after another: a node is not likelier than what it follows.
@@ -50,16 +54,20 @@ def tokens_of_trees(rates: Sequence[float], shares: Sequence[float]) -> list[flo
     Args:
         rates: How often the first of a level's drafts is accepted if the path before it is: k.
         shares: Which share of its misses those beside it catch.
+        levels: Levels at most.
     """
     by_rank = [[rate, *((1 - rate) * share for share in shares)] for rate in rates]
     tokens = [1.0]
     following = [(-by_rank[0][0], 0, 0, 1.0)] if by_rank else []
-    while len(tokens) <= len(rates) and following:
+    while len(tokens) <= len(rates):
+        if not following:  # no further draft has a place
+            tokens.append(tokens[-1])
+            continue
         chance, depth, rank, before = heapq.heappop(following)
         tokens.append(tokens[-1] - chance)
         if rank + 1 < len(by_rank[depth]):
             beside = before * by_rank[depth][rank + 1]
             heapq.heappush(following, (-beside, depth, rank + 1, before))
-        if depth + 1 < len(by_rank):
+        if depth + 1 < min(levels, len(by_rank)):
             heapq.heappush(following, (chance * by_rank[depth + 1][0], depth + 1, 0, -chance))
     return tokens

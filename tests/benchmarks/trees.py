@@ -3,20 +3,23 @@
 The rounds are replayed (`mlx-drift bench --replay`), over what rounds may cost: tables, so that no
 clock is in it. Acceptance is that of the drafter on the answers.
 
+    python tests/benchmarks/trees.py ANSWERS.jsonl --record       # of held-out questions, first
     python tests/benchmarks/trees.py ANSWERS.jsonl --drafter eagle3
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import mlx_lm
 
-from mlx_drift import load_drafter
+from mlx_drift import load_drafter, stream_generate
 from mlx_drift.cli.transcripts import read_transcripts
 from mlx_drift.decode.draft_length import COPIED, TREES
 from mlx_drift.demo import DEMO, TARGET
 from mlx_drift.measure.speed.replay import ReplayCosts, replay
 
+QUESTIONS = Path(__file__).parents[2] / "examples/train_demo_pair/heldout.jsonl"
 CHAINS, ROWS = (1, 2, 3, 4, 6), (3, 5, 8)
 
 REGIMES = {  # seconds a row and a draft, in plain steps; and what a tree's level takes more
@@ -34,13 +37,30 @@ def costs_of(row: float, draft: float, level: float) -> ReplayCosts:
     return ReplayCosts(chains, {k: 1 + row * k for k in COPIED}, draft / 2, trees)
 
 
+def record(model, tokenizer, answers: Path, every: int) -> None:
+    """Writes the target's greedy answers to the held-out questions, for `bench --replay`."""
+    drafter = load_drafter(DEMO / "mtp", model)  # which answers sooner, and alike
+    with answers.open("w") as file:
+        for line in QUESTIONS.read_text().splitlines()[::every]:
+            messages = json.loads(line)["messages"]
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            said = stream_generate(model, tokenizer, prompt, 128, drafter=drafter)
+            answer = {"role": "assistant", "content": "".join(r.text for r in said)}
+            file.write(json.dumps({"messages": [*messages, answer]}) + "\n")
+
+
 def main() -> None:
     """Prints a line a regime."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("answers", type=Path)
     parser.add_argument("--drafter", default="eagle3.1", help="of the embedded pair")
+    parser.add_argument("--record", action="store_true", help="write ANSWERS.jsonl instead")
+    parser.add_argument("--every", type=int, default=2, help="of the questions, with --record")
     options = parser.parse_args()
     model, tokenizer = mlx_lm.load(str(TARGET))
+    if options.record:
+        record(model, tokenizer, options.answers, options.every)
+        return
     drafter = load_drafter(DEMO / options.drafter, model)
     recorded = read_transcripts(options.answers, tokenizer, {})
     for name, regime in REGIMES.items():

@@ -7,6 +7,7 @@ import pytest
 from mlx_drift.decode.draft_length import PLAIN, TREES, DraftLength
 from mlx_drift.decode.tree_shape import CAUGHT, CAUGHT_WEIGHT, Ranks, tokens_of_trees
 from mlx_drift.drafters.protocol import NETWORK, TREE
+from mlx_drift.drafters.tree import DEPTH
 
 TEXT = 4000  # tokens
 
@@ -17,15 +18,18 @@ def test_a_tree_is_of_the_likeliest_nodes():
     tokens = tokens_of_trees([0.6] * 5, [0.5])
     assert tokens == pytest.approx([1, 1.6, 1.96, 2.176, 2.376, 2.376 + 0.1296])
     assert tokens_of_trees([], [0.5]) == [1.0]
+    # No more levels than a drafter grows: then a sure drafter's further drafts go beside.
+    assert tokens_of_trees([1.0] * 12, [0.5])[-1] == 1 + DEPTH
+    assert tokens_of_trees([0.5] * 4, [], levels=2) == [1, 1.5, 1.75, 1.75, 1.75]
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_a_tree_gives_no_less_than_a_chain(rate):
     chain = [sum(rate**i for i in range(k + 1)) for k in range(9)]
-    trees = tokens_of_trees([rate] * 8, CAUGHT)
+    trees = tokens_of_trees([rate] * 8, CAUGHT, levels=8)
     assert len(trees) == 9
     assert all(a >= b - 1e-12 for a, b in zip(trees, chain, strict=True))
-    assert tokens_of_trees([rate] * 8, [0.0]) == pytest.approx(chain)
+    assert tokens_of_trees([rate] * 8, [0.0], levels=8) == pytest.approx(chain)
 
 
 def test_shares_are_of_what_the_first_missed():
@@ -56,7 +60,7 @@ class World:
             best = max(pool, key=pool.get)
             chance = pool.pop(best)
             nodes.append(best)
-            for rank, rate in enumerate(self.by_rank[len(best)]):
+            for rank, rate in enumerate(self.by_rank[len(best)] if len(best) < DEPTH else ()):
                 pool[*best, rank] = chance * rate
         return nodes
 
