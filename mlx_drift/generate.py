@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import generation_stream
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.arguments import (
@@ -296,10 +297,22 @@ def _same_start(ranks: Ranks, tokens: list[int], seed: int | None) -> int:
     """Checks that all ranks were given the same tokens; returns the seed of rank 0 for all."""
     digest = hashlib.sha256(repr(tokens).encode()).hexdigest()[:12]
     prompt = {"its tokens": f"{len(tokens)}, digest {digest}"}
+    wait_for_streams(ranks)
     ranks.check_same("the prompt", prompt, "Give all ranks the same files")
     drawn: Any = mx.random.randint(0, 2**31 - 1).item() if seed is None else seed
     shared: int = ranks.exchange(drawn)[0]
     return shared
+
+
+def wait_for_streams(ranks: Ranks) -> None:
+    """Waits for what an answer left under way, before others make collectives.
+
+    mlx-lm computes on a stream of its own, and its last step, which nobody reads, is still under
+    way there when an answer ends: those of two streams would meet in another order on each rank.
+    """
+    if ranks.size > 1:
+        mx.synchronize(generation_stream)
+        mx.synchronize()
 
 
 def _random_key(seed: int | None) -> mx.array:

@@ -48,8 +48,12 @@ def start(
 
 
 def outcome(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Waits for all; exit code, stdout and stderr of each."""
-    told = [process.communicate(timeout=SECONDS) for process in processes]
+    """Waits for all; exit code, stdout and stderr of each. None is left behind."""
+    try:
+        told = [process.communicate(timeout=SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [(one.returncode, *said) for one, said in zip(processes, told, strict=True)]
 
 

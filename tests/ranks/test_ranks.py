@@ -72,10 +72,10 @@ def test_all_ranks_decide_by_one_clock(tmp_path):
         if "temp=0.0" in way:  # what is drawn depends on how many drafts there are
             prompt = [*PROMPT, int(way[-1])]
             assert_same_tokens(model, prompt, tokens, alone[way][0], rounding, False)
-    assert len(lengths) > 2, "it tries several"
+    assert {0, 1} <= lengths  # it tries both; which pays is the clock's to say
 
 
-@pytest.mark.long
+@pytest.mark.hours
 def test_bench_on_two_ranks(tmp_path):
     lengths = [word for k in ("2", "auto") for word in ("--num-draft-tokens", k)]
     arguments = "bench", *lengths, "--repeats", "1", "-m", "12", "-p", "def", "--json"

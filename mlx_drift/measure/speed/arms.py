@@ -22,7 +22,8 @@ from mlx_drift.decode.statistics import Statistics
 from mlx_drift.decode.trees import Rows
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
-from mlx_drift.generate import stream_generate
+from mlx_drift.generate import stream_generate, wait_for_streams
+from mlx_drift.ranks.world import ranks_of
 
 Length = int | Literal["auto"]
 """A draft length: how many drafts a round, or mlx-drift's own choice."""
@@ -174,6 +175,7 @@ def _answer_of_mlx_lm(
     assert isinstance(k, int)
     assert draft_model is not None
     caches = []
+    wait_for_streams(ranks_of(model))
     for network in model, draft_model:
         cache = make_caches(network)
         if len(prompt) > 1:

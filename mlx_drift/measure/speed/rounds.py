@@ -31,6 +31,7 @@ from mlx_drift.decode.sampling import Sampling
 from mlx_drift.decode.speculate import speculate
 from mlx_drift.decode.text import Round
 from mlx_drift.drafters.protocol import Branches, Drafter, Propose
+from mlx_drift.generate import wait_for_streams
 from mlx_drift.ranks.world import ranks_of
 from mlx_drift.target.caches import TargetCache
 from mlx_drift.target.model import Target
@@ -168,13 +169,15 @@ def round_costs(
     Returns:
         The cost of each kind, and the seconds of a plain step.
     """
+    ranks = ranks_of(model)
+    wait_for_streams(ranks)
     conversation = Conversation(model, drafter, prompt)
     plain: list[float] = []
     start = time.perf_counter()
     with wired_limit([model, drafter.network]):
         for turn in range(turns + 1):
             is_late = turn > LEAST_TURNS and time.perf_counter() - start > SECONDS
-            if ranks_of(model).exchange(is_late)[0]:
+            if ranks.exchange(is_late)[0]:
                 break
             if turn < 2:  # the first turn warmed up
                 times = [Times() for _ in plans]
