@@ -1,6 +1,7 @@
 """Stretches of plain decoding between the rounds: the same tokens, the same caches after them."""
 
 from importlib import import_module
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -199,6 +200,16 @@ def test_after_a_short_answer_it_is_what_was_timed_and_not_one_tokens_time(model
         keywords = {"drafter": drafter, "num_draft_tokens": "auto", "compare_plain": True}
         *_, last = stream_generate(model, NoText(), PROMPT, count, **keywords)
         assert last.statistics.plain_step_seconds == 7.0
+
+
+def test_what_other_work_adds_to_most_runs_does_not_count(model, monkeypatch):
+    """Nor what the first takes, in which a process warms up."""
+    ticks = iter([second for took in (90, 3, 30, 60, 6, 45) for second in (0.0, took)])
+    monkeypatch.setattr(plain, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    target = Target(model)
+    cache = target.make_cache()
+    target(mx.array(PROMPT), cache)
+    assert plain.time_plain_steps(target, mx.array([1]), cache) == 6 / plain.PLAIN_STEPS
 
 
 def test_a_cache_that_went_on_to_another_prompt_is_not_timed(model):
