@@ -217,12 +217,18 @@ class Adaptation:
             if not progress.finished:
                 raise Stopped(run.path, progress.step)
             seconds = time.perf_counter() - started
+
+            def heed_stop() -> None:
+                if stop():
+                    raise Stopped(run.path, progress.step)
+
             measured = compare(
                 self.model,
                 {BEFORE: folder, AFTER: run.best},
                 {HELD_OUT: tested, CONTROL: unrelated},
                 self.recipe.num_draft_tokens,
                 self.layout.stops,
+                heed_stop,
             )
             notes = list(gathering.notes)
             if self.drafter is not None and (q := read_config(folder).quantization) is not None:
@@ -331,7 +337,7 @@ def adapt_drafter(
         mlx_path: The folder to write; it must not exist.
         name: What the card calls the target.
         upload_repo: A Hub repository to upload the result to.
-        stop: Asked after each answer and step whether to stop.
+        stop: Asked after each answer, step and text that is measured on whether to stop.
         tell: Told of `answers`, `train` and `valid`, with figures under mlx-lm's names.
         options: Further keywords of `Adaptation`: `answers, recipe, asking, wordings, limit,
             control, from_scratch, draft_vocab_size, revision`.

@@ -54,6 +54,7 @@ def save_checkpoint(path: Path, arrays: dict[str, mx.array], progress: Progress)
         mx.save_safetensors(str(partial), arrays, {FORMAT: json.dumps(asdict(progress))})
         partial.replace(path)
     except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)  # a full disk has room again
         raise DriftError(f"{path}: cannot be written ({error})") from None
 
 

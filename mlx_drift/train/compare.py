@@ -3,7 +3,7 @@
 Beside them stands prompt lookup over the same texts, which says how much of it is repetition.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import mlx.nn as nn
@@ -26,6 +26,7 @@ def compare(
     parts: Mapping[str, Sequence[Held]],
     steps: int,
     stops: Collection[int],
+    progress: Callable[[], None] = lambda: None,
 ) -> list[Condition]:
     """Measures acceptance.
 
@@ -35,6 +36,7 @@ def compare(
         parts: What they are measured on.
         steps: Drafts a round.
         stops: Tokens that end an answer.
+        progress: Called after each conversation; may raise to stop.
     """
     by_head: dict[str, dict[str, list[Answer]]] = {}
     for name, folder in heads.items():
@@ -42,7 +44,8 @@ def compare(
         assert isinstance(drafter, ChainDrafter)
         target = Target(model, drafter.taps)
         by_head[name] = {
-            part: replay_all(target, drafter, held, steps, stops) for part, held in parts.items()
+            part: replay_all(target, drafter, held, steps, stops, progress)
+            for part, held in parts.items()
         }
     by_head[LOOKUP] = {
         part: [replay_lookup(one, steps, stops) for one in held] for part, held in parts.items()

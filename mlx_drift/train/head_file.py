@@ -82,4 +82,5 @@ def write_head(folder: Path, weights: Mapping[str, mx.array], original: Path) ->
         text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
     except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
         raise DriftError(f"{folder}: cannot be written ({error})") from None

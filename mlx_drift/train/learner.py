@@ -195,16 +195,13 @@ class Learner:
         tokens = mx.array(text.tokens, dtype=mx.int32)
         return see(self.target, self.drafter, tokens, mx.array(text.learned))
 
-    def loss(self, texts: Sequence[Text]) -> float:
-        """Returns the loss of texts that are not learned from; 0 if nothing counts."""
-        loss, counted = 0.0, 0
-        for text in texts:
-            row = self.see(text)
-            weight = int(row.counted[1:].sum().item())  # type: ignore[arg-type]
-            loss += weight * float(self.objective(self.drafter, row).item())  # type: ignore[arg-type]
-            counted += weight
-            mx.clear_cache()
-        return loss / counted if counted else 0.0
+    def loss(self, text: Text) -> tuple[float, int]:
+        """Returns the loss of a text that is not learned from, and how many positions counted."""
+        row = self.see(text)
+        counted = int(row.counted[1:].sum().item())  # type: ignore[arg-type]
+        loss = float(self.objective(self.drafter, row).item())  # type: ignore[arg-type]
+        mx.clear_cache()
+        return loss, counted
 
     @property
     def state(self) -> dict[str, mx.array]:

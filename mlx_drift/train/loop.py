@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_drift.errors import DriftError
+from mlx_drift.measure.acceptance.asking import Answer
 from mlx_drift.train.checkpoint import Progress, load_checkpoint, order, save_checkpoint
 from mlx_drift.train.head_file import write_head
 from mlx_drift.train.held_out import Held, acceptance_length, replay_all
@@ -54,17 +55,24 @@ class Loop:
             learner.state, self.progress = load_checkpoint(run.checkpoint, learner.state)
 
     def train(self, stop: Callable[[], bool] = lambda: False) -> Progress:
-        """Trains to the end, or until `stop` says so after a step; either is saved.
+        """Trains to the end, or until `stop` says so, after a step or while it measures.
+
+        Either is saved; what was being measured is measured anew.
 
         Raises:
             DriftError: If the loss is no number; the last checkpoint and the best head are kept.
         """
         recipe, progress = self.learner.recipe, self.progress
-        if not progress.history:
-            self._measure()
         losses: list[float] = []
         since, tokens = time.perf_counter(), progress.tokens
-        while not progress.finished and not stop():
+        while True:
+            if self._is_due():
+                started = time.perf_counter()
+                if not self._measure(stop):
+                    break
+                since += time.perf_counter() - started
+            if progress.finished or stop():
+                break
             drawn = order(progress.step, recipe.batch_size, len(self.texts), recipe.seed)
             try:
                 learned = self.learner.learn([self.texts[i] for i in drawn], progress.step)
@@ -90,29 +98,34 @@ class Loop:
                     peak_memory=mx.get_peak_memory() / 1e9,
                 )
                 losses, since, tokens = [], time.perf_counter(), progress.tokens
-            if progress.step % recipe.steps_per_eval == 0 or progress.step == recipe.iters:
-                started = time.perf_counter()
-                self._measure()
-                since += time.perf_counter() - started
-            elif progress.step % recipe.save_every == 0:
+            if progress.step % recipe.save_every == 0:
                 self._save()
         if not progress.finished:
             self._save()
         return progress
 
-    def _measure(self) -> None:
-        """Measures acceptance, keeps the head if it is the best, and saves."""
-        progress, recipe = self.progress, self.learner.recipe
+    def _is_due(self) -> bool:
+        """Tells whether acceptance is to be measured before the next step."""
+        recipe, step = self.learner.recipe, self.progress.step
+        measured = self.progress.history and self.progress.history[-1]["step"] == step
+        return not measured and (step % recipe.steps_per_eval == 0 or step == recipe.iters)
+
+    def _measure(self, stop: Callable[[], bool]) -> bool:
+        """Measures acceptance, keeps the head if it is the best, and saves; False if stopped."""
+        progress, recipe, learner = self.progress, self.learner.recipe, self.learner
         started, before = time.perf_counter(), progress.best
-        answers = replay_all(
-            self.learner.target,
-            self.learner.drafter,
-            self.held,
-            recipe.num_draft_tokens,
-            self.stops,
-        )
+        answers: list[Answer] = []
+        losses: list[tuple[float, int]] = []
+        for held in self.held:
+            if stop():
+                return False
+            answers += replay_all(
+                learner.target, learner.drafter, [held], recipe.num_draft_tokens, self.stops
+            )
+            losses += [learner.loss(text) for text in held.texts]
         found = acceptance_length(answers)
-        loss = self.learner.loss([text for held in self.held for text in held.texts])
+        counted = sum(count for _, count in losses)
+        loss = sum(one * count for one, count in losses) / max(1, counted)
         progress.history.append(
             {"step": progress.step, "acceptance_length": found, "val_loss": loss}
         )
@@ -131,6 +144,7 @@ class Loop:
             acceptance_length=found,
             best_iteration=progress.best_step,
         )
+        return True
 
     def _save(self) -> None:
         save_checkpoint(self.run.checkpoint, self.learner.state, self.progress)

@@ -82,7 +82,7 @@ def make_plan(
         held = Held("", "", "", tuple(tried[:1]))
         stops = answerer.layout.stops
         replay(learner.target, learner.drafter, held, recipe.num_draft_tokens, stops)
-        learner.loss(tried[:1])
+        learner.loss(tried[0])
     counts = {part: len(found) for part, found in conversations.items()}
     measured = sum(counts.values()) - len(train)
     asked = measured + (0 if given else len(train))

@@ -85,7 +85,7 @@ def test_a_random_head_learns(pair, folder, unbroken):
     report = json.loads((unbroken.path / "adapted.json").read_text())
     assert report["best_step"] == unbroken.progress.best_step > 0
     assert "after ÷ before" in (unbroken.path / "README.md").read_text()
-    load_drafter(str(unbroken.path), pair[0])
+    assert_lossless(pair[0], unbroken.path)
 
 
 def test_stopped_after_any_step_it_goes_on(pair, folder, unbroken):
