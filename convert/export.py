@@ -22,7 +22,7 @@ from mlx_drift.convert.read.stored import StoredTensor, from_mlx
 from mlx_drift.convert.understand import understand
 from mlx_drift.convert.vocabulary import read_d2t
 from mlx_drift.convert.write import Output, Progress, free_path, write_weights, written_whole
-from mlx_drift.drafters.chain_config import Eagle3Config
+from mlx_drift.drafters.chain_config import Eagle3Config, MTPConfig
 from mlx_drift.drafters.load import (
     WEIGHTS,
     build_network,
@@ -32,6 +32,9 @@ from mlx_drift.drafters.load import (
 )
 from mlx_drift.errors import DriftError, printable
 from mlx_drift.files.hub import split_repository, upload_folder
+
+Said = Eagle3Config | MTPConfig
+"""What formats have words for."""
 
 UNNAMED = "TARGET"
 """What stands for a target whose name nobody knows."""
@@ -69,7 +72,8 @@ def export_drafter(
     Args:
         drafter: A folder that `convert_drafter` wrote, or a Hub repository with such a one.
         path: The folder to write; it must not exist.
-        format: `specforge` (SpecForge, SGLang, vLLM) or `speculators` (speculators, vLLM).
+        format: `specforge` (SpecForge, SGLang, vLLM) or `speculators` (speculators, vLLM; it
+            has MTP heads, too).
         target: The name of the target, for tools that load it by what the drafter says; None for
             the one that the drafter names, if it names one.
         revision: Branch, tag or commit on the Hub.
@@ -81,7 +85,7 @@ def export_drafter(
             cannot say. Nothing is written then.
     """
     out = free_path(path, "--path")
-    form = find_format(format)
+    kinds = find_format(format)
     if upload_repo is not None and split_repository(upload_repo) != (upload_repo, ""):
         raise DriftError(f"{upload_repo}: expected a Hub repository as owner/name to upload to")
     checkpoint = read_checkpoint(str(drafter), revision).fetched()
@@ -91,7 +95,9 @@ def export_drafter(
             "(mlx-drift convert) if it is to be said in another format"
         )
     resolved = understand(checkpoint, None, Overrides())
-    config = check_said(resolved.config(resolved.origin), form, str(drafter))
+    config = resolved.config(resolved.origin)
+    form = check_said(config, kinds, str(drafter))
+    assert isinstance(config, Eagle3Config | MTPConfig)
     weights = Path(checkpoint.weights)
     d2t = read_d2t(resolved, checkpoint.weights)
     target_ids(config, d2t, weights)
@@ -129,7 +135,7 @@ def export_drafter(
     return Export(format, said, notes, url)
 
 
-def _vocabulary(config: Eagle3Config, d2t: mx.array | None) -> Mapping[str, StoredTensor]:
+def _vocabulary(config: Said, d2t: mx.array | None) -> Mapping[str, StoredTensor]:
     """Makes `d2t`, offsets, and `t2d`, which marks the target's ids that the drafter has."""
     if d2t is None:
         return {}
@@ -144,7 +150,7 @@ def _stored(row: mx.array, dtype: str) -> StoredTensor:
     return StoredTensor(row.shape, dtype, lambda start, stop: values[start:stop])
 
 
-def _notes(config: Eagle3Config, format: str, target: str) -> list[str]:
+def _notes(config: Said, format: str, target: str) -> list[str]:
     """Says what the tools that read the format must be told, or take from the target."""
     notes = []
     if format == "specforge" and config.feedback == "post":

@@ -1,6 +1,7 @@
 """What PyTorch tools read: a resolved config in SpecForge's words, or in speculators'.
 
-Both say most of what an EAGLE-3 drafter can be, neither all of it. What a format cannot say is
+Both say most of what an EAGLE-3 drafter can be, neither all of it; speculators' has MTP heads, too.
+What a format cannot say is
 refused by name, since a tool that ignores a switch runs another drafter.
 
 Tap ids are the trap (`mlx_drift.convert.conventions`): SpecForge counts outputs of layers, vLLM and
@@ -8,13 +9,14 @@ speculators inputs. So SpecForge's format leaves the default ids out, which ever
 for the same three states.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_drift.convert.conventions import TAPS_KEY
+from mlx_drift.convert.mtp import export as mtp
 from mlx_drift.convert.rope import attention_factor
-from mlx_drift.drafters.chain_config import Eagle3Config
+from mlx_drift.drafters.chain_config import Eagle3Config, MTPConfig
 from mlx_drift.drafters.schema import DrafterConfig
 from mlx_drift.errors import DriftError
 
@@ -30,25 +32,19 @@ class Written:
 
     Attributes:
         title: What the user sees.
-        unsaid: What an EAGLE-3 config has that the format cannot say.
+        unsaid: What a config has that the format cannot say.
         config: Writes the config, given the target's name.
-        first_layer: What stands before the names of the first layer's tensors.
+        name: Returns the format's name of a tensor, given the canonical one.
     """
 
     title: str
-    unsaid: Callable[[Eagle3Config], Iterator[str]]
-    config: Callable[[Eagle3Config, str], dict[str, Any]]
-    first_layer: str = "layers.0."
-
-    def name(self, canonical: str) -> str:
-        """Returns the format's name of a tensor."""
-        if canonical.startswith("layers.0."):
-            return self.first_layer + canonical.removeprefix("layers.0.")
-        return canonical
+    unsaid: Callable[[Any], Iterator[str]]
+    config: Callable[[Any, str], dict[str, Any]]
+    name: Callable[[str], str] = str
 
 
-def find_format(name: str) -> Written:
-    """Finds a format by its name.
+def find_format(name: str) -> Mapping[str, Written]:
+    """Finds a format by its name: for each type of drafter that it has, how it is written.
 
     Raises:
         DriftError: If there is none.
@@ -58,20 +54,23 @@ def find_format(name: str) -> Written:
     return FORMATS[name]
 
 
-def check_said(config: DrafterConfig, form: Written, where: str) -> Eagle3Config:
-    """Checks that a format can say all of a config.
+def check_said(config: DrafterConfig, form: Mapping[str, Written], where: str) -> Written:
+    """Checks that a format can say all of a config, and returns how it is written.
 
     Raises:
         DriftError: Naming the first thing that it cannot.
     """
-    if not isinstance(config, Eagle3Config) or config.drafter_type != "eagle3":
+    written = form.get(config.drafter_type)
+    if written is None:
+        title = next(iter(form.values())).title
+        kinds = " and ".join(KINDS[kind] for kind in form)
         raise DriftError(
-            f"{where}: the format of {form.title} is written for EAGLE-3 drafters, and this is "
-            f"one of the type {config.drafter_type!r}"
+            f"{where}: the format of {title} is written for {kinds}, and this is a drafter of the "
+            f"type {config.drafter_type!r}"
         )
-    for what in (*_unsaid_by_any(config), *form.unsaid(config)):
-        raise DriftError(f"{where}: {what}, which the format of {form.title} cannot say")
-    return config
+    for what in written.unsaid(config):
+        raise DriftError(f"{where}: {what}, which the format of {written.title} cannot say")
+    return written
 
 
 def _unsaid_by_any(config: Eagle3Config) -> Iterator[str]:
@@ -91,6 +90,7 @@ def _unsaid_by_any(config: Eagle3Config) -> Iterator[str]:
 
 def _unsaid_by_specforge(config: Eagle3Config) -> Iterator[str]:
     """What SpecForge's `llama3_eagle.py` has no place for."""
+    yield from _unsaid_by_any(config)
     for switch in (
         *("norm_before_residual", "norm_before_fc", "qk_norm"),
         *("attention_bias", "mlp_bias"),
@@ -109,6 +109,7 @@ def _unsaid_by_specforge(config: Eagle3Config) -> Iterator[str]:
 
 
 def _unsaid_by_speculators(config: Eagle3Config) -> Iterator[str]:
+    yield from _unsaid_by_any(config)
     if config.qk_norm and config.mlp_bias:
         yield "it has both qk_norm and mlp_bias"
     if config.partial_rotary_factor != 1 and _rope(config)["rope_type"] in ("default", "mrope"):
@@ -143,34 +144,50 @@ def _specforge(config: Eagle3Config, target: str) -> dict[str, Any]:
 
 def _speculators(config: Eagle3Config, target: str) -> dict[str, Any]:
     wider = config.target.hidden_size != config.hidden_size
+    layer = _layers(config) | {
+        "model_type": "qwen3" if config.qk_norm else "llama",
+        "rope_parameters": _rope(config),
+    }
+    return (
+        _head(config)
+        | _speculator("eagle3", "Eagle3DraftModel", target, layer)
+        | {
+            "norm_before_residual": config.norm_before_residual,
+            "norm_before_fc": config.norm_before_fc,
+            "fc_norm": config.fc_norm,
+            "norm_output": config.feedback == "post",
+            "eagle_aux_hidden_state_layer_ids": list(config.taps),
+            "target_hidden_size": config.target.hidden_size if wider else None,
+            "embed_requires_grad": config.own_embedding,
+        }
+    )
+
+
+def _speculators_mtp(config: MTPConfig, target: str) -> dict[str, Any]:
+    layer = mtp.layer_config(config)
+    said = _speculator("mtp", "MTPDraftModel", target, layer)
+    return said | {"num_nextn_predict_layers": 1, "tie_word_embeddings": False}
+
+
+def _speculator(algorithm: str, model: str, target: str, layer: dict[str, Any]) -> dict[str, Any]:
+    """What every config of speculators begins with."""
     proposal = {
         "proposal_type": "greedy",
         "speculative_tokens": 3,
         "verifier_accept_k": 1,
         "accept_tolerance": 0.0,
     }
-    layer = _layers(config) | {
-        "model_type": "qwen3" if config.qk_norm else "llama",
-        "rope_parameters": _rope(config),
-    }
-    return _head(config) | {
-        "architectures": ["Eagle3DraftModel"],
-        "speculators_model_type": "eagle3",
+    return {
+        "architectures": [model],
+        "speculators_model_type": algorithm,
         "speculators_version": SPECULATORS_VERSION,
         "speculators_config": {
-            "algorithm": "eagle3",
+            "algorithm": algorithm,
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal],
             "verifier": {"name_or_path": target, "architectures": []},
         },
         "transformer_layer_config": layer,
-        "norm_before_residual": config.norm_before_residual,
-        "norm_before_fc": config.norm_before_fc,
-        "fc_norm": config.fc_norm,
-        "norm_output": config.feedback == "post",
-        "eagle_aux_hidden_state_layer_ids": list(config.taps),
-        "target_hidden_size": config.target.hidden_size if wider else None,
-        "embed_requires_grad": config.own_embedding,
     }
 
 
@@ -215,7 +232,17 @@ def _rope(config: Eagle3Config) -> dict[str, Any]:
     return rope
 
 
-FORMATS: dict[str, Written] = {
-    "specforge": Written("SpecForge", _unsaid_by_specforge, _specforge, "midlayer."),
-    "speculators": Written("speculators", _unsaid_by_speculators, _speculators),
+def _midlayer(canonical: str) -> str:
+    """SpecForge's name of a tensor: its only layer has no number."""
+    return canonical.replace("layers.0.", "midlayer.", 1)
+
+
+KINDS = {"eagle3": "EAGLE-3 drafters", "mtp": "MTP heads"}
+
+FORMATS: dict[str, dict[str, Written]] = {
+    "specforge": {"eagle3": Written("SpecForge", _unsaid_by_specforge, _specforge, _midlayer)},
+    "speculators": {
+        "eagle3": Written("speculators", _unsaid_by_speculators, _speculators),
+        "mtp": Written("speculators", mtp.unsaid, _speculators_mtp, mtp.name_of),
+    },
 }

@@ -18,7 +18,9 @@ def export(
     ],
     format: Annotated[
         Literal["specforge", "speculators"],
-        typer.Option(help="Whose layout: specforge for SGLang, SpecForge; speculators for vLLM."),
+        typer.Option(
+            help="Whose layout: specforge for SGLang, SpecForge; speculators for vLLM, MTP heads."
+        ),
     ],
     path: Annotated[Path, typer.Option(help="The folder to write.")],
     target: Annotated[

@@ -15,6 +15,7 @@ from dialects import HIDDEN, LAYERS, Head, head, speculators
 from mlx_drift import DriftError, convert_drafter, export_drafter
 from mlx_drift.convert.convert import Conversion
 from mlx_drift.demo import DEMO
+from mlx_drift.drafters.config import read_config
 from mlx_drift.files.tensors import read_safetensors
 from mlx_drift.target.model import TargetShape
 from tiny import VOCAB
@@ -140,10 +141,79 @@ def test_what_a_format_cannot_say_is_refused_by_name(form, made, message, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("form", ["specforge", "speculators"])
-def test_other_kinds_are_refused(form, tmp_path):
-    with pytest.raises(DriftError, match="one of the type 'mtp'"):
-        export_drafter(DEMO / "mtp", tmp_path / "out", format=form)
+@pytest.mark.parametrize(
+    ("form", "kind", "message"),
+    [
+        ("specforge", "mtp", "is written for EAGLE-3 drafters, and this is .* type 'mtp'"),
+        ("specforge", "dflash", "type 'dflash'"),
+        ("speculators", "medusa", "is written for EAGLE-3 drafters and MTP heads.* 'medusa'"),
+    ],
+)
+def test_other_kinds_are_refused(form, kind, message, tmp_path):
+    with pytest.raises(DriftError, match=message):
+        export_drafter(DEMO / kind, tmp_path / "out", format=form)
+    assert not (tmp_path / "out").exists()
+
+
+MTP_REFERENCES = REFERENCES.with_name("mtp_reference")
+
+
+@pytest.mark.parametrize(
+    "head", [DEMO / "mtp", MTP_REFERENCES / "speculators_qwen3", MTP_REFERENCES / "llama"]
+)
+def test_an_mtp_head_comes_home_bit_for_bit(head, tmp_path):
+    """The second is as the package wrote it: what is given back has its tensors, by its names."""
+    convert_drafter(str(head), tmp_path / "first", mtp=head.parent == MTP_REFERENCES)
+    export_drafter(tmp_path / "first", tmp_path / "out", format="speculators", target="me/target")
+    convert_drafter(str(tmp_path / "out"), tmp_path / "again", mtp=True, strict=True)
+    first, again = (read_config(tmp_path / name) for name in ("first", "again"))
+    blocks = [c.block | {"rope_parameters": None} for c in (first, again)]
+    assert blocks[0] == blocks[1]
+    bare = [replace(c, source={}, provenance={}, block={}) for c in (first, again)]
+    assert bare[0] == bare[1]
+    tensors = [(tmp_path / f / "model.safetensors").read_bytes() for f in ("first", "again")]
+    assert tensors[0] == tensors[1]
+    if "speculators" in head.name:
+        written = {k: v for k, v in load_tensors(head).items() if "verifier" not in k}
+        got = load_tensors(tmp_path / "out")
+        assert got.keys() == written.keys()
+        assert all(mx.array_equal(got[name], written[name]) for name in got)
+        ours, theirs = (
+            json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", head)
+        )
+        assert ours.keys() <= theirs.keys()
+        ours, theirs = (one["transformer_layer_config"] for one in (ours, theirs))
+        assert ours == {key: theirs[key] for key in ours}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mimo", "its block is one of mimo"),
+        ("qwen3_next", "its block is one of qwen3_next, and llama or qwen3 is what is written"),
+        ("deepseek_v3", "its block is one of deepseek_v3"),
+    ],
+)
+def test_an_mtp_head_that_cannot_be_said_is_refused_by_name(name, message, tmp_path):
+    convert_drafter(str(MTP_REFERENCES / name), tmp_path / "first", mtp=True)
+    with pytest.raises(DriftError, match=message):
+        export_drafter(tmp_path / "first", tmp_path / "out", format="speculators")
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({"feedback": "pre"}, "it recycles the state before its norm"),
+        ({"taps": "output"}, "it reads another state of the target"),
+        ({"window": 8}, "it has a sliding window of 8"),
+    ],
+)
+def test_switches_of_an_mtp_head_are_refused_by_name(switches, message, tmp_path):
+    convert_drafter(
+        str(MTP_REFERENCES / "speculators_qwen3"), tmp_path / "first", mtp=True, **switches
+    )
+    with pytest.raises(DriftError, match=message):
+        export_drafter(tmp_path / "first", tmp_path / "out", format="speculators")
 
 
 @pytest.mark.parametrize("name", ["~nosuchuser/out", "a" * 300, "a\0b", "/dev/null/out"])

@@ -80,7 +80,7 @@ def test_a_random_head_learns(pair, folder, unbroken):
     history = unbroken.progress.history
     assert [one["step"] for one in history] == [0, 8, 16, 24]
     assert history[-1]["val_loss"] < history[0]["val_loss"]
-    before, after = unbroken.measured[0].acceptance.values()
+    before, after, _ = unbroken.measured[0].acceptance.values()
     assert after["all"].acceptance_length.value > before["all"].acceptance_length.value
     report = json.loads((unbroken.path / "adapted.json").read_text())
     assert report["best_step"] == unbroken.progress.best_step > 0
