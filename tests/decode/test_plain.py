@@ -99,6 +99,29 @@ def test_a_stop_token_takes_back_what_is_under_way(model, text, script, position
     decoding.check_caches(text[:end])
 
 
+class Waiting(Scripted):
+    """Begins no plain step before the token that it follows is known."""
+
+    def is_ahead(self):
+        return False
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("after", [1, 2, 3, 7, LENGTH])
+def test_a_step_that_waits_gives_the_same_tokens_and_caches(
+    model, text, script, after, monkeypatch
+):
+    monkeypatch.setitem(globals(), "Scripted", Waiting)
+    decoding = Decoding(model, text, script)
+    said = []
+    while len(said) < after:
+        round = next(decoding.rounds)
+        said += round.tokens
+    decoding.rounds.close()
+    assert said == text[len(PROMPT) :][: len(said)]
+    decoding.check_caches(PROMPT + said)
+
+
 def test_no_more_taps_are_kept_than_the_bound(model, text, monkeypatch):
     monkeypatch.setattr(plain, "MOST_PENDING", 5)
     decoding = Decoding(model, text, [0])

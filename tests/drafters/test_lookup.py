@@ -223,3 +223,18 @@ def test_nothing_to_copy_is_plain_decoding():
     assert length.choose() == 0
     length.pick([LONG])
     assert length.choose() > 1
+
+
+def test_a_plain_step_waits_for_its_token_where_copies_often_begin():
+    length = DraftLength(costs={0: 1.0, 1: 1.1})
+    for _ in range(2):
+        length.record_plain(1.05, waited=True)
+    assert length.is_ahead()  # nothing was ever copied
+    for _ in range(10):
+        length.record_plain(None)
+        length.pick([LONG, NETWORK])
+    assert not length.is_ahead()
+    for _ in range(200):
+        length.record_plain(None)
+        length.pick([NETWORK])
+    assert length.is_ahead()
