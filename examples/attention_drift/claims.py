@@ -21,7 +21,7 @@ from attention_drift.findings import (
     to_the,
 )
 from attention_drift.measure_all import DEEP, DRAFTS, deep
-from attention_drift.texts import EVERY_LONG, EVERY_PERTURBED, HELD_OUT, LENGTHS
+from attention_drift.texts import HELD_OUT
 from mlx_drift.measure.acceptance.context import condition
 
 PRE, BOTH = "neither", "both"
@@ -108,9 +108,15 @@ class Claim:
             return "a difference"
         return "replicates" if self.found.direction == self.expected else "the opposite"
 
+    @property
+    def says_what(self) -> str:
+        """What it is a claim about, whatever the target: its words and its figure."""
+        return f"{self.says}\n{self.figure}"
+
 
 def claims(study: Study, wordings: Sequence[str]) -> Iterator[Claim]:
     """Yields the claims, those of one kind together; with those of other wordings."""
+    setting = study.setting
     pre, both = study.arm(PRE, DEPTH), study.arm(BOTH, DEPTH)
     over = f"`{BOTH}` ÷ `{PRE}`"
     grown = f"its RMS at step {DEEP} ÷ at step 1"
@@ -145,15 +151,15 @@ def claims(study: Study, wordings: Sequence[str]) -> Iterator[Claim]:
         yield Claim(
             f"another wording costs less (2×): {wording}",
             f"share of acceptance_length that is kept, {over}",
-            compare(ratio(partial(kept, wording, EVERY_PERTURBED)), both, pre),
+            compare(ratio(partial(kept, wording, setting.every_perturbed)), both, pre),
             1,
         )
     for attention in ("full", "window + first token"):
-        name = condition(max(LENGTHS), attention)
+        name = condition(max(setting.lengths), attention)
         yield Claim(
             f"a long context costs less (1.18×): {name}",
             f"share of acceptance_length that is kept, {over}",
-            compare(ratio(partial(kept, name, EVERY_LONG)), both, pre),
+            compare(ratio(partial(kept, name, setting.every_long)), both, pre),
             1,
         )
     yield Claim(
@@ -173,11 +179,14 @@ def claims(study: Study, wordings: Sequence[str]) -> Iterator[Claim]:
         ("but not without the norms", (PRE, DEPTH), (PRE, 8), -1),
         ("half the depth with them beats the whole without", (BOTH, DEPTH), (PRE, 8), 1),
     ):
+        arms = study.arm(*above), study.arm(*below)
+        if not all(arm.drafters for arm in arms):
+            continue
         yield Claim(
             says,
             f"acceptance_length of {DEEP} drafts, `{above[0]}` at depth {above[1]} ÷ `{below[0]}` "
             f"at depth {below[1]}",
-            compare(ratio(partial(length, deep(HELD_OUT))), study.arm(*above), study.arm(*below)),
+            compare(ratio(partial(length, deep(HELD_OUT))), *arms),
             expected,
         )
 

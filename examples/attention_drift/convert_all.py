@@ -14,7 +14,7 @@ def finished(study: Path) -> Iterator[Run]:
     return (run for run in runs() if (study / run.name / "train.json").exists())
 
 
-def convert_finished(study: Path) -> Iterator[Path]:
+def convert_finished(study: Path, target: Path = TARGET) -> Iterator[Path]:
     """Yields the folder of each finished drafter, converted unless it was already.
 
     Only those that are missing are written, so that it may run again while training goes on.
@@ -23,7 +23,7 @@ def convert_finished(study: Path) -> Iterator[Path]:
         folder = study / "mlx" / run.name
         if not folder.exists():
             mtp = run.arm in MTP_ARMS
-            convert_drafter(str(study / run.name), folder, target=str(TARGET), strict=True, mtp=mtp)
+            convert_drafter(str(study / run.name), folder, target=str(target), strict=True, mtp=mtp)
         yield folder
 
 

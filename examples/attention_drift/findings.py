@@ -10,18 +10,24 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from attention_drift.settings import Setting
 from mlx_drift.measure.bootstrap import DRAWS, LEVEL, Interval
 
 Array = npt.NDArray[np.float64]
 
 Sums = tuple[Array, Array]
 """What is divided by what, a row a prompt."""
+
+TEXTS = "texts.json"
+About = dict[str, dict[str, list[int]]]
+"""Of each condition, the tokens of its prompts and answers."""
 
 CLOSE = 0.1
 """Ratios this near to 1 are as good as 1."""
@@ -71,15 +77,18 @@ class Arm:
 
 
 class Study:
-    """All that was measured.
+    """All that was measured in one setting.
 
     Args:
         folder: Of the JSON files.
+        setting: What was asked.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, setting: Setting):
         files = sorted(folder.glob("*-ttt*-seed*.json"))
         self.drafters = [json.loads(file.read_text()) for file in files]
+        self.about: About = json.loads((folder / TEXTS).read_text())
+        self.setting = setting
 
     def arm(self, name: str, depth: int) -> Arm:
         """Returns the drafters of one kind, seeds in the order of their files."""
@@ -154,10 +163,12 @@ class Compared:
     Attributes:
         all: Of all seeds together.
         seeds: Of each seed.
+        prompts: How many prompts they are of.
     """
 
     all: Interval
     seeds: tuple[float, ...]
+    prompts: int = 0
 
     @property
     def direction(self) -> int:
@@ -175,6 +186,24 @@ class Compared:
         """Whether it is 1 for all that matters: interval and seeds differ by `CLOSE` at most."""
         return all(abs(value - 1) <= CLOSE for value in (*self.all[1:], *self.seeds))
 
+    @property
+    def half_width(self) -> float:
+        """Of the interval."""
+        return (self.all.high - self.all.low) / 2
+
+    @property
+    def prompts_to_settle(self) -> int | None:
+        """How many prompts would bring the interval clear of 1, or within `CLOSE` of it.
+
+        If the figure stays what it is: an interval is as wide as one over the root of the prompts.
+        None where seeds contradict each other, which prompts do not mend.
+        """
+        off, values = abs(self.all.value - 1), (self.all.value, *self.seeds)
+        rooms = [off] if len({value > 1 for value in values}) == 1 else []
+        if all(abs(value - 1) < CLOSE for value in values):
+            rooms.append(CLOSE - off)
+        return ceil(self.prompts * (self.half_width / max(rooms)) ** 2) if rooms else None
+
 
 def every(nth: int, sums: Sums) -> Sums:
     """Returns the sums of every nth prompt."""
@@ -189,7 +218,9 @@ def compare(figure: Figure, *arms: Arm) -> Compared:
     """Computes a figure of arms over the seeds that all of them have, and for each alone."""
     seeds = [seed for seed in arms[0].drafters if all(seed in arm.drafters for arm in arms)]
     alone = [product(figure(*(arm.of([seed]) for arm in arms))).value for seed in seeds]
-    return Compared(product(figure(*(arm.of(seeds) for arm in arms))), tuple(alone))
+    factors = figure(*(arm.of(seeds) for arm in arms))
+    prompts = len(factors[0][0][0]) if seeds else 0
+    return Compared(product(factors), tuple(alone), prompts)
 
 
 def ratio(figure: Figure) -> Figure:

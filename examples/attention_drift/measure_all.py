@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,12 +22,14 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+import mlx_drift
 from attention_drift import texts
 from attention_drift.arms import DEPTH, DEPTH_ARMS, MTP_ARMS, Run
 from attention_drift.convert_all import convert_finished, finished
+from attention_drift.findings import TEXTS
 from attention_drift.replay import Rounds, add_up_rows, replay, rounds, unroll
+from attention_drift.settings import EMBEDDED, SMOLLM2, Setting
 from attention_drift.texts import HELD_OUT, Text
-from mlx_drift.demo import load_demo
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.load import load_converted
 from mlx_drift.measure.acceptance.context import condition, windows
@@ -34,14 +37,8 @@ from mlx_drift.measure.inside.intervene import intervention
 from mlx_drift.watch.around import root_mean_square
 from mlx_drift.watch.sums import CLASSES, Sums
 
-RESULTS = Path(__file__).parent / "results"
-TEXTS = "texts.json"
-
 DRAFTS, DEEP = 8, 16
 """Drafts a round; and where chains are deep, which is also where drift is measured."""
-
-WINDOW = 256
-"""Tokens that a drafter with a window sees of a long context."""
 
 SEEN = "full", "window + first token"
 """Of the paper's four ways, those that it compares drafters by."""
@@ -70,7 +67,7 @@ def at_once(drafter: ChainDrafter, text: Text, k: int = DRAFTS) -> Rounds:
 
 
 def conditions(
-    said: dict[str, list[Text]], run: Run
+    said: dict[str, list[Text]], run: Run, setting: Setting
 ) -> Iterator[tuple[str, list[Text], Asked, int]]:
     """Yields all that acceptance is measured under: name, texts, rounds and drafts a round.
 
@@ -79,20 +76,20 @@ def conditions(
     held_out = said[HELD_OUT]
     yield HELD_OUT, held_out, at_once, DRAFTS
     yield deep(HELD_OUT), held_out, partial(at_once, k=DEEP), DEEP
-    for wording in texts.WORDINGS:
+    for wording in setting.others:
         yield wording, said[wording], at_once, DRAFTS
 
     def treated(name: str, drafter: ChainDrafter, text: Text) -> Rounds:
         return at_once(intervention(name)(drafter, len(text.tokens)), text)
 
     for name in INTERVENTIONS:
-        yield name, held_out[:: texts.EVERY_PERTURBED], partial(treated, name), DRAFTS
+        yield name, held_out[:: setting.every_perturbed], partial(treated, name), DRAFTS
 
     def seeing(attention: str, drafter: ChainDrafter, text: Text) -> Rounds:
-        return list(replay(windows(drafter, WINDOW, text.head)[attention], text, DRAFTS))
+        return list(replay(windows(drafter, setting.window, text.head)[attention], text, DRAFTS))
 
     two_ends = run.depth == DEPTH and run.arm in DEPTH_ARMS
-    for length in texts.LENGTHS if two_ends else ():
+    for length in setting.lengths if two_ends else ():
         for attention in SEEN:
             name = condition(length, attention)
             yield name, said[texts.context(length)], partial(seeing, attention), DRAFTS
@@ -179,9 +176,9 @@ def rounded(values: Any) -> Any:
     return float(f"{values:.{DIGITS}g}")
 
 
-def measure(run: Run, study: Path, results: Path) -> str:
+def measure(run: Run, study: Path, setting: Setting) -> str:
     """Measures what is not in a drafter's file yet; returns a line about it."""
-    path = results / f"{run.name}.json"
+    path = setting.results / f"{run.name}.json"
     started = time.monotonic()
     if path.exists():
         told = json.loads(path.read_text())
@@ -189,11 +186,11 @@ def measure(run: Run, study: Path, results: Path) -> str:
         told = json.loads((study / run.name / "train.json").read_text())
         told["loss"] = rounded(np.mean(told.pop("losses")[-LAST:], axis=0))
         told["acceptance"] = {}
-    said = texts.recorded(study / "texts")
-    drafter = load_converted(study / "mlx" / run.name, target())
+    said = texts.recorded(study / "texts", setting)
+    drafter = load_converted(study / "mlx" / run.name, target(setting.target))
     if run.arm in MTP_ARMS:
         drafter = with_float_head(drafter)
-    for name, asked, of, k in conditions(said, run):
+    for name, asked, of, k in conditions(said, run, setting):
         if name not in told["acceptance"]:
             told["acceptance"][name] = counts((of(drafter, text) for text in asked), k)
     if "drift" not in told:
@@ -218,32 +215,41 @@ def with_float_head(drafter: ChainDrafter) -> ChainDrafter:
 
 
 @cache
-def target() -> nn.Module:
+def target(folder: Path) -> nn.Module:
     """Loads the target, once a process."""
-    return load_demo()[0]
+    return mlx_drift.load(str(folder))[0]
 
 
 def main() -> None:
     """Measures all that is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--study", type=Path, default=Path("study"), help="where drafters are")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where figures go")
+    parser.add_argument("--results", type=Path, help="where figures go")
+    parser.add_argument("--smollm2", type=Path, metavar="FOLDER", help="that target, in float32")
+    parser.add_argument("--questions", type=Path, nargs="+", help="what it is asked")
+    parser.add_argument("--limit", type=int, help="questions of each file")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()
-    texts.record(args.study / "texts")
-    args.results.mkdir(parents=True, exist_ok=True)
+    setting = EMBEDDED
+    if args.smollm2:
+        asked = tuple(args.questions or ())
+        setting = replace(SMOLLM2, target=args.smollm2, questions=asked, limit=args.limit)
+    if args.results:
+        setting = replace(setting, results=args.results)
+    texts.record(args.study / "texts", setting)
+    setting.results.mkdir(parents=True, exist_ok=True)
     about = {
         name: {
             "prompt_tokens": [text.prompt for text in said],
             "answer_tokens": [len(text.tokens) - text.prompt for text in said],
         }
-        for name, said in texts.recorded(args.study / "texts").items()
+        for name, said in texts.recorded(args.study / "texts", setting).items()
     }
-    (args.results / TEXTS).write_text(json.dumps(about) + "\n")
-    for _ in convert_finished(args.study):
+    (setting.results / TEXTS).write_text(json.dumps(about) + "\n")
+    for _ in convert_finished(args.study, setting.target):
         pass
     with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
-        one = partial(measure, study=args.study, results=args.results)
+        one = partial(measure, study=args.study, setting=setting)
         for line in pool.map(one, finished(args.study)):
             print(time.strftime("%H:%M:%S"), line, flush=True)
 

@@ -11,7 +11,8 @@ from matplotlib.patches import Patch
 
 from attention_drift.findings import Arm, share
 from attention_drift.measure_all import DEEP, DRAFTS, SEEN, deep
-from attention_drift.texts import HELD_OUT, LENGTHS
+from attention_drift.settings import EMBEDDED
+from attention_drift.texts import HELD_OUT
 from mlx_drift.measure.acceptance.context import condition
 from mlx_drift.measure.bootstrap import Interval
 from mlx_drift.measure.inside.drift import RECENT
@@ -20,6 +21,8 @@ from mlx_drift.watch.sums import CLASSES
 
 STEPS = range(1, DEEP + 1)
 TICKS = (1, *range(4, DEEP + 1, 4))
+
+LENGTHS = EMBEDDED.lengths
 
 
 def growth(arms: Sequence[Arm]) -> Figure:

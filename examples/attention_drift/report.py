@@ -5,11 +5,8 @@ computed, and so is every word that judges one.
 """
 
 import argparse
-import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from math import isnan
 from pathlib import Path
 
 from attention_drift import pictures
@@ -17,7 +14,6 @@ from attention_drift.arms import ARMS, DEPTH, DEPTH_ARMS, MTP_ARMS, OTHER_DEPTHS
 from attention_drift.claims import (
     BOTH,
     PRE,
-    Claim,
     beyond,
     claims,
     forced,
@@ -30,7 +26,6 @@ from attention_drift.claims import (
 from attention_drift.findings import (
     CLOSE,
     Arm,
-    Compared,
     Factors,
     Figure,
     Study,
@@ -40,19 +35,21 @@ from attention_drift.findings import (
     share,
     to_the,
 )
-from attention_drift.measure_all import (
-    DEEP,
-    DRAFTS,
-    INTERVENTIONS,
-    RESULTS,
-    SEEN,
-    TEXTS,
-    WINDOW,
-    deep,
+from attention_drift.measure_all import DEEP, DRAFTS, INTERVENTIONS, SEEN, deep
+from attention_drift.settings import EMBEDDED, SMOLLM2
+from attention_drift.tables import (
+    beside,
+    bounded,
+    judged,
+    listed,
+    seen,
+    table,
+    tallied,
+    times,
+    told,
 )
-from attention_drift.texts import EVERY_PERTURBED, HELD_OUT, LENGTHS, ROW, WORDINGS
+from attention_drift.texts import HELD_OUT
 from mlx_drift.measure.acceptance.context import condition
-from mlx_drift.measure.bootstrap import Interval
 from mlx_drift.measure.inside.drift import RECENT
 from mlx_drift.watch.sums import CLASSES
 
@@ -66,9 +63,6 @@ LEAST_SAID = 10
 """Tokens of an answer, on average, below which a wording tells nothing of drafts."""
 
 DPI = 100
-
-About = dict[str, dict[str, list[int]]]
-"""Of each condition, the tokens of its prompts and answers."""
 
 COMPARED: dict[str, Figure] = {
     f"growth: RMS {DEEP} ÷ 1": growth,
@@ -95,58 +89,44 @@ lie on the same side of 1; ratios within {close:.0%} of 1, interval and seeds, c
 
 LIMITS = """## What this scale cannot tell
 
-- The target is tiny and knows a part of Python's documentation by heart; its drafters saw
+- The embedded target is tiny and knows a part of Python's documentation by heart; its drafters saw
   {tokens:,} tokens each. That an effect is missing here does not say that it is at another size.
-- Seeds vary a drafter's first weights and the order of its rows. There is one target, one text.
+- Seeds vary a drafter's first weights and the order of its rows. There is one text.
+- For {real} there is one training of each of two arms, {real_tokens:,} answer tokens each, at one
+  depth: its intervals say nothing of how much another training would differ.
 - Intervals are of prompts. How much another training would differ is only seen in the small
   figures; nothing is said that one of them contradicts.
-- Other wordings make the target say other things, and without a chat template it says next to
-  nothing: the paper's strongest perturbation cannot be tried.
+- Other wordings make the target say other things, and without a chat template the embedded one says
+  next to nothing: the paper's strongest perturbation is tried on {real} alone.
 - Contexts are at most {times:.0f} times the rows of training.
 - The paper's figures are known from transcriptions, and how it counts (the target's own token,
   heads, what is recent) is partly not known."""
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lays out a Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
-
-
-def bounded(found: Interval) -> str:
-    """Writes a figure with its bounds."""
-    if isnan(found.value):
-        return "–"
-    value, low, high = (f"{bound:.3g}" if bound < 1 else f"{bound:.2f}" for bound in found)
-    return f"{value} ({low}–{high})"
-
-
-def seen(found: Compared) -> str:
-    """Writes a figure with its bounds and what each seed alone gives."""
-    seeds = " ".join("–" if isnan(one) else f"{one:.2f}" for one in found.seeds)
-    return f"{bounded(found.all)} <sub>{seeds}</sub>"
-
-
-def judged(found: Compared) -> str:
-    """Writes a ratio of arms, bold where it may be said to differ from 1."""
-    return f"**{seen(found)}**" if found.direction else seen(found)
-
-
-def of_claims(study: Study, wordings: Sequence[str]) -> str:
-    """The claims of the abstract beside what was found."""
-    found = list(claims(study, wordings))
-    verdicts = Counter(one.verdict for one in found)
-    counted = ", ".join(f"{count} × {verdict}" for verdict, count in verdicts.items())
+def of_claims(*studies: Study) -> str:
+    """The claims of the abstract beside what was found, a column for each target."""
+    found = [{one.says_what: one for one in claims(study, spoken(study))} for study in studies]
+    asked = dict.fromkeys(what for claims_ in found for what in claims_)
+    counted = "\n".join(
+        f"- {study.setting.name}: {len(of)} figures, {tallied(of.values())}"
+        for study, of in zip(studies, found, strict=True)
+    )
+    columns = [part for study in studies for part in (study.setting.name, "verdict")]
+    rows = []
+    for what in asked:
+        cells = []
+        for of in found:
+            cells += told(of[what]) if what in of else ("–", "–")
+        rows.append((*what.split("\n"), *cells))
     return f"""## The abstract's claims
 
-What the paper reports is in brackets behind a claim. Of {len(found)} figures: {counted}.
+What the paper reports is in brackets behind a claim. Behind *not settled* stands half the width of
+the interval, and how many prompts would settle it if the figure stays what it is; where trainings
+disagree no number would.
 
-{beside(found)}"""
+{counted}
 
-
-def beside(found: Iterable[Claim]) -> str:
-    """Lays out claims beside what was found."""
-    rows = [(one.says, one.figure, seen(one.found), f"**{one.verdict}**") for one in found]
-    return table(("claim", "figure here", "found", "verdict"), rows)
+{table(("claim", "figure", *columns), rows)}"""
 
 
 def of_figure_7(study: Study) -> str:
@@ -181,16 +161,6 @@ def in_short(study: Study) -> str:
         lines.append(f"*{what}*, in parts of `{PRE}`: more with {more}; less with {less}; not ")
         lines[-1] += f"settled for {open_}."
     return "## In short\n\n" + "\n".join(f"- {line}" for line in lines)
-
-
-def times(name: str, found: Compared) -> str:
-    """Writes a factor."""
-    return f"{name} ×{found.all.value:.2f}"
-
-
-def listed(names: Iterable[str]) -> str:
-    """Writes a list."""
-    return ", ".join(names) or "none"
 
 
 def of_group(study: Study, title: str) -> str:
@@ -237,8 +207,8 @@ def effect(figure: Figure, *signs: int) -> Figure:
     return factors
 
 
-def of_steps(study: Study, names: Sequence[str]) -> str:
-    """Each arm step by step."""
+def step_table(study: Study, names: Sequence[str]) -> str:
+    """Lays out each arm step by step."""
     rows = []
     for name in names:
         arm = study.arm(name, DEPTH)
@@ -249,13 +219,19 @@ def of_steps(study: Study, names: Sequence[str]) -> str:
         for step in SHOWN:
             figures = (f"{column[step - 1].value:.2f}" for column in columns)
             rows.append((f"`{name}`", str(step), *figures))
-    head = ["arm", "step", "RMS", "cosine", "entropy", *CLASSES, "forced: RMS", "right"]
+    return table(
+        ["arm", "step", "RMS", "cosine", "entropy", *CLASSES, "forced: RMS", "right"], rows
+    )
+
+
+def of_steps(study: Study, names: Sequence[str]) -> str:
+    """Each arm step by step."""
     return f"""## Step by step
 
 *Cosine* is that of the recycled state to the one before, *entropy* that of attention, in nats; the
 classes of keys are those of `mlx-drift drift`, *recent* the last {RECENT} committed tokens.
 
-{table(head, rows)}
+{step_table(study, names)}
 
 ![growth of the recycled state](figures/growth.png)
 
@@ -297,34 +273,37 @@ def of_depths(study: Study) -> str:
 ![teacher-forced drafts that are right, by step](figures/depth.png)"""
 
 
-def said(about: About, name: str, nth: int = 1) -> float:
+def said(study: Study, name: str, nth: int = 1) -> float:
     """How many tokens the target says to every nth prompt, on average."""
-    tokens = about[name]["answer_tokens"][::nth]
+    tokens = study.about[name]["answer_tokens"][::nth]
     return sum(tokens) / len(tokens)
 
 
-def of_wordings(study: Study, about: About, names: Sequence[str]) -> str:
+def spoken(study: Study) -> list[str]:
+    """The wordings to which the target says enough to tell of drafts."""
+    return [name for name in study.setting.others if said(study, name) >= LEAST_SAID]
+
+
+def of_wordings(study: Study, names: Sequence[str]) -> str:
     """Acceptance under other wordings."""
+    nth, wordings = study.setting.every_perturbed, study.setting.others
     arms = [study.arm(name, DEPTH) for name in names]
-    usual = partial(length, HELD_OUT, nth=EVERY_PERTURBED)
-    rows = [("as usual", said(about, HELD_OUT, EVERY_PERTURBED), usual)]
-    rows += [(name, said(about, name), partial(length, name)) for name in WORDINGS]
+    usual = partial(length, HELD_OUT, nth=nth)
+    rows = [("as usual", said(study, HELD_OUT, nth), usual)]
+    rows += [(name, said(study, name), partial(length, name)) for name in wordings]
     pre, *others = arms
     of_pre = [
         (
             name,
-            *(
-                judged(compare(ratio(partial(kept, name, EVERY_PERTURBED)), arm, pre))
-                for arm in others
-            ),
+            *(judged(compare(ratio(partial(kept, name, nth)), arm, pre)) for arm in others),
         )
-        for name in WORDINGS
-        if said(about, name) >= LEAST_SAID
+        for name in spoken(study)
     ]
+    asked = len(study.about[wordings[0]]["answer_tokens"])
     return f"""## Other wordings
 
-τ at {DRAFTS} drafts, {len(about[WORDINGS[0]]["answer_tokens"])} questions. *Tokens* is how many the
-target says, on average; where that is less than {LEAST_SAID}, nothing is made of it.
+τ at {DRAFTS} drafts, {asked} questions. *Tokens* is how many the target says,
+on average; where that is less than {LEAST_SAID}, nothing is made of it.
 
 {
         table(
@@ -345,9 +324,9 @@ What share of its usual τ an arm keeps, in parts of what `{pre.name}` keeps:
 
 def of_contexts(study: Study, names: Sequence[str]) -> str:
     """Acceptance in long contexts."""
-    pre = study.arm(PRE, DEPTH)
+    pre, setting = study.arm(PRE, DEPTH), study.setting
     rows = []
-    for tokens in LENGTHS:
+    for tokens in setting.lengths:
         for attention in SEEN:
             name = condition(tokens, attention)
             arms = [study.arm(one, DEPTH) for one in names]
@@ -362,12 +341,12 @@ def of_contexts(study: Study, names: Sequence[str]) -> str:
                 for one in SEEN
             ),
         )
-        for tokens in LENGTHS
+        for tokens in setting.lengths
     ]
     return f"""## Long contexts
 
-τ at {DRAFTS} drafts behind long dialogues; drafters were trained on rows of {ROW} tokens. A window
-has {WINDOW} tokens.
+τ at {DRAFTS} drafts behind long dialogues; drafters were trained on rows of {setting.row} tokens. A
+window has {setting.window} tokens.
 
 {table(["tokens", "the drafter sees", *(f"`{name}`" for name in names)], rows)}
 
@@ -378,13 +357,46 @@ has {WINDOW} tokens.
 ![acceptance by context](figures/contexts.png)"""
 
 
+def of_real(study: Study) -> str:
+    """The real target's drafters, in every condition."""
+    pre, both = study.arm(PRE, DEPTH), study.arm(BOTH, DEPTH)
+    setting, asked = study.setting, len(study.about[HELD_OUT]["answer_tokens"])
+    tokens = study.drafters[0]["tokens"]
+    nth = dict.fromkeys((*setting.others, *INTERVENTIONS), setting.every_perturbed)
+    nth |= {
+        condition(length_, attention): setting.every_long
+        for length_ in setting.lengths
+        for attention in SEEN
+    }
+    rows = []
+    for one, prompts in ((HELD_OUT, 1), (deep(HELD_OUT), 1), *nth.items()):
+        figure = partial(length, one)
+        own = [bounded(compare(figure, arm).all) for arm in (pre, both)]
+        ratios = [judged(compare(ratio(figure), both, pre))]
+        if prompts > 1:
+            ratios.append(judged(compare(ratio(partial(kept, one, prompts)), both, pre)))
+        rows.append((one, *own, *ratios, *["–"] * (2 - len(ratios))))
+    over = f"`{BOTH}` ÷ `{PRE}`"
+    return f"""## {setting.name}
+
+A real target: the first turns of {asked} questions of MT-Bench and GSM8K, and the two heads of
+[`../smollm2`](../smollm2), one training each, of the same {tokens:,} answer tokens.
+τ at {DRAFTS} drafts; one question in {setting.every_perturbed} in other wordings, one in
+{setting.every_long} behind long dialogues. Its own template is ChatML.
+
+{table(["asked", f"`{PRE}`", f"`{BOTH}`", over, f"share that is kept, {over}"], rows)}
+
+{step_table(study, DEPTH_ARMS)}"""
+
+
 def of_interventions(study: Study, names: Sequence[str]) -> str:
     """What is left when the recycled state is meddled with."""
+    nth = study.setting.every_perturbed
     rows = [
         (
             f"`{name}`",
             *(
-                judged(compare(partial(kept, one, EVERY_PERTURBED), study.arm(name, DEPTH)))
+                judged(compare(partial(kept, one, nth), study.arm(name, DEPTH)))
                 for one in INTERVENTIONS
             ),
         )
@@ -434,26 +446,31 @@ def draw(study: Study, names: Sequence[str], wordings: Sequence[str], folder: Pa
 
 def write(results: Path, folder: Path) -> Path:
     """Writes the report and its pictures into a folder; returns its file."""
-    study = Study(results)
-    about = json.loads((results / TEXTS).read_text())
+    study = Study(results, EMBEDDED)
+    real = Study(results / SMOLLM2.results.name, SMOLLM2)
     names = tuple(ARMS)
     measured = {one["arm"] for one in study.drafters}
-    spoken = [name for name in WORDINGS if said(about, name) >= LEAST_SAID]
-    draw(study, names, spoken, folder / "figures")
+    draw(study, names, spoken(study), folder / "figures")
     parts = [
         INTRODUCTION.format(close=CLOSE),
         in_short(study),
-        of_claims(study, spoken),
+        of_claims(study, real),
+        of_real(real),
         *(of_group(study, title) for title, (base, _) in GROUPS.items() if base in measured),
         *([of_figure_7(study)] if measured & MTP_ARMS.keys() else []),
         "![acceptance](figures/acceptance.png)",
         of_two_norms(study),
         of_steps(study, names),
         of_depths(study),
-        of_wordings(study, about, names),
+        of_wordings(study, names),
         of_contexts(study, DEPTH_ARMS),
         of_interventions(study, names),
-        LIMITS.format(tokens=study.drafters[0]["tokens"], times=max(LENGTHS) / ROW),
+        LIMITS.format(
+            tokens=study.drafters[0]["tokens"],
+            times=max(EMBEDDED.lengths) / EMBEDDED.row,
+            real=SMOLLM2.name,
+            real_tokens=real.drafters[0]["tokens"],
+        ),
         of_all(study),
     ]
     path = folder / "REPORT.md"
@@ -464,7 +481,9 @@ def write(results: Path, folder: Path) -> Path:
 def main() -> None:
     """Writes the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the figures are")
+    parser.add_argument(
+        "--results", type=Path, default=EMBEDDED.results, help="where the figures are"
+    )
     parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="where it goes")
     args = parser.parse_args()
     print(write(args.results, args.to))

@@ -5,9 +5,6 @@ many tokens agree before the copy.
 
     python tests/benchmarks/copied.py > tests/copied.json
 
-The texts that are kept there were recorded in two parts and drawn by other seeds, their quotes are
-of other modules: a new recording has others of the same kinds.
-
 *edits* are pieces of the standard library with two changes, *lists* tables written as sorted JSON,
 *tools* an agent's calls that differ in their arguments, *quotes* comments on code that quote it,
 *recited* and *stories* the target's own answers: to what it knows by heart, and at temperature 1.

@@ -165,10 +165,12 @@ def said(demo):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(STUDY.parent), *sys.path])
         from attention_drift import texts
+        from attention_drift.settings import EMBEDDED
 
         model, tokenizer, _ = demo
-        target = Target(model, texts.TAPS)
-        prompts = [texts.REGULAR.encode(tokenizer, [question]) for question in QUESTIONS]
+        target = Target(model, EMBEDDED.taps)
+        regular = EMBEDDED.wordings[0]
+        prompts = [regular.encode(tokenizer, [question]) for question in QUESTIONS]
         stop = tokenizer.eos_token_ids
         return [texts.answer(target, prompt, 2, ROOM, stop) for prompt in prompts]
 
@@ -260,12 +262,14 @@ def a_drafter(arm, seed, accepted, tested=10, rms=(1.0, 2.0)):
 
 
 def write_study(folder, *drafters):
-    from attention_drift.findings import Study
+    from attention_drift.findings import TEXTS, Study
+    from attention_drift.settings import EMBEDDED
 
+    (folder / TEXTS).write_text("{}")
     for one in drafters:
         name = f"{one['arm']}-ttt{one['depth']}-seed{one['seed']}"
         (folder / f"{name}.json").write_text(json.dumps(one))
-    return Study(folder)
+    return Study(folder, EMBEDDED)
 
 
 def test_figures_of_seeds_are_ratios_of_sums(tmp_path):
@@ -346,9 +350,30 @@ def test_verdicts(value, expected, verdict):
     assert Claim("", "", found, expected).verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "seeds", "prompts"),
+    [
+        (1.0, 1.4, (1.2, 1.2), 100),  # ±0.2 of 100 prompts, 0.2 off
+        (0.8, 1.6, (1.2, 1.2), 400),
+        (0.9, 1.1, (1.05, 0.95), 100),  # seeds disagree, but all are close
+        (0.7, 1.3, (1.05, 0.95), 900),
+        (0.9, 1.1, (1.2, 0.8), None),
+    ],
+)
+def test_how_many_prompts_would_settle_it(low, high, seeds, prompts):
+    from attention_drift.findings import Compared
+    from mlx_drift.measure.bootstrap import Interval
+
+    found = Compared(Interval((low + high) / 2, low, high), seeds, 100)
+    assert found.prompts_to_settle == pytest.approx(prompts, abs=1)
+
+
 def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
+    from dataclasses import replace
+
     from attention_drift import measure_all
     from attention_drift.arms import Run
+    from attention_drift.settings import EMBEDDED
 
     asked = []
 
@@ -362,15 +387,16 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
     (tmp_path / run.name / "train.json").write_text(json.dumps(trained))
     monkeypatch.setattr(measure_all, "drift", lambda drafter, said: {"rms": 1})
     monkeypatch.setattr(measure_all, "load_converted", lambda folder, model: None)
-    monkeypatch.setattr(measure_all.texts, "recorded", lambda folder: {"held out": []})
+    monkeypatch.setattr(measure_all.texts, "recorded", lambda folder, setting: {"held out": []})
     conditions = [("one", [1, 2], rounds_of, 3)]
-    monkeypatch.setattr(measure_all, "conditions", lambda said, run: conditions)
+    monkeypatch.setattr(measure_all, "conditions", lambda said, run, setting: conditions)
     results = tmp_path / "results"
     results.mkdir()
-    measure_all.measure(run, tmp_path, results)
+    setting = replace(EMBEDDED, results=results)
+    measure_all.measure(run, tmp_path, setting)
     conditions.append(("two", [3], rounds_of, 3))
     for _ in range(2):
-        measure_all.measure(run, tmp_path, results)
+        measure_all.measure(run, tmp_path, setting)
     assert asked == [1, 2, 3]
     told = json.loads((results / f"{run.name}.json").read_text())
     assert told["loss"] == [2.0, 3.0]
@@ -386,7 +412,8 @@ def test_the_report_is_what_the_figures_say(tmp_path):
     """As committed, word for word, with every picture it shows."""
     import re
 
-    from attention_drift.report import RESULTS, write
+    from attention_drift.report import write
+    from attention_drift.settings import RESULTS
 
     path = write(RESULTS, tmp_path)
     report = path.read_text()
@@ -398,8 +425,8 @@ def test_the_report_is_what_the_figures_say(tmp_path):
 
 def test_all_drafters_are_measured():
     from attention_drift.arms import ARMS, runs
-    from attention_drift.measure_all import RESULTS
+    from attention_drift.settings import RESULTS
 
     measured = {path.stem for path in RESULTS.glob("*-seed*.json")}
     assert measured >= {run.name for run in runs() if run.arm in ARMS}
-    assert sum(path.stat().st_size for path in RESULTS.iterdir()) < 2e6
+    assert sum(path.stat().st_size for path in RESULTS.rglob("*.json")) < 2e6
