@@ -86,7 +86,7 @@ def test_a_rank_that_dies_ends_the_server(tmp_path):
     ranks[1].kill()
     (code, _, err), _ = outcome(ranks)
     assert code == 1
-    assert err.endswith("error: rank 1: ended before the answer was whole\n")
+    assert "error: rank 1: ended before the answer was whole\n" in err  # MLX's ring may add to it
 
 
 @pytest.mark.long
