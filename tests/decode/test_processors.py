@@ -102,7 +102,7 @@ def scripted(monkeypatch):
     module = import_module("mlx_drift.generate")  # the package has a function of that name
     own = module.DraftLength
 
-    def draft_length(fixed=None, costs=None):
+    def draft_length(fixed=None, **learned):
         return Scripted(AUTO) if fixed is None else own(fixed)
 
     monkeypatch.setattr(module, "DraftLength", draft_length)

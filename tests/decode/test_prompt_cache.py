@@ -3,6 +3,7 @@
 import json
 import random
 from functools import partial
+from importlib import import_module
 
 import mlx.core as mx
 import pytest
@@ -22,7 +23,7 @@ from mlx_drift import (
 )
 from mlx_drift.decode.draft_length import DraftLength
 from mlx_drift.target.model import Target
-from tiny import VOCAB, NoText, tiny_drafter, tiny_llama
+from tiny import VOCAB, NoText, Scripted, tiny_drafter, tiny_llama
 
 ANSWER = 12
 TURNS = 10
@@ -242,10 +243,10 @@ def test_an_abandoned_answer_leaves_the_cache_whole():
 def test_an_end_that_fails_half_way_leaves_it_interrupted(monkeypatch, tmp_path):
     model = tiny_llama()
     drafter = tiny_drafter(model)
+    module = import_module("mlx_drift.generate")  # the package has a function of that name
+    monkeypatch.setattr(module, "DraftLength", lambda fixed: Scripted([0]))
     cache = make_prompt_cache(model, drafter)
-    responses = stream_generate(
-        model, NoText(), [1, 2, 3], drafter=drafter, prompt_cache=cache, num_draft_tokens="auto"
-    )
+    responses = stream_generate(model, NoText(), [1, 2, 3], drafter=drafter, prompt_cache=cache)
     spoken = [next(responses).token]
     assert cache.is_ahead
 
