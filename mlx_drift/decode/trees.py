@@ -23,6 +23,11 @@ def prepare_trees(drafter: Drafter, target: Target) -> None:
     if not isinstance(own, Branches):
         kind = getattr(getattr(own, "config", None), "drafter_type", type(own).__name__)
         raise DriftError(f"the drafter ({kind}) drafts no trees. {INSTEAD}")
+    if not getattr(own, "follows_trees", True):
+        raise DriftError(
+            "the drafter drafts no trees: the base of its RoPE (dynamic) hangs on how many rows "
+            f"there are. {INSTEAD}"
+        )
     check_trees(target)
 
 

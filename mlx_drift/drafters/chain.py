@@ -68,6 +68,7 @@ class ChainDrafter(LayersDrafter):
 
     Attributes:
         recycles: Whether it does so in drafting, too: a state that is fed back may drift.
+        follows_trees: Whether its rows can be rotated by their depth in a tree.
     """
 
     recycles = True
@@ -77,7 +78,7 @@ class ChainDrafter(LayersDrafter):
         self, config: LayersConfig, network: Any, target: Target, d2t: mx.array | None = None
     ):
         super().__init__(config, network, target, d2t)
-        follow_trees(network)
+        self.follows_trees = follow_trees(network)
 
     def make_cache(self) -> ChainState:
         """Makes the empty state of one conversation."""
@@ -123,8 +124,11 @@ class ChainDrafter(LayersDrafter):
         return replace(draft, finite=finite)
 
     def propose_tree(self, k: int, cache: ChainState, chooser: Choose | None = None) -> Draft:
-        """Drafts a tree of k tokens (`mlx_drift.drafters.tree`); arguments as in `propose`."""
-        if k < 2 or cache.draft_logits is None or cache.recycled is None:
+        """Drafts a tree of k tokens (`mlx_drift.drafters.tree`); arguments as in `propose`.
+
+        A chain where its rows cannot branch.
+        """
+        if k < 2 or not self.follows_trees or cache.draft_logits is None or cache.recycled is None:
             return self.propose(k, cache, chooser)
         committed = cache.layers[0].offset
         depths: list[int] = []

@@ -22,6 +22,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
 
 from mlx_drift.target.sliding import SlidingKVCache
 
@@ -112,13 +113,20 @@ def on_tree(caches: Iterable[Any], tree: Tree | None) -> Iterator[None]:
                 part.branched = 0
 
 
-def follow_trees(model: nn.Module) -> None:
-    """Has the RoPE modules of a model rotate the rows of a tree by their depth, from now on."""
+def follow_trees(model: nn.Module) -> bool:
+    """Has the RoPE modules of a model rotate the rows of a tree by their depth, from now on.
+
+    Returns:
+        Whether all can: the base of a dynamic one hangs on how many rows there are.
+    """
+    can = True
     for module in model.modules():
         cls = type(module)
+        can = can and not isinstance(module, DynamicNTKScalingRoPE)
         if re.search("RoPE|Rotary", cls.__name__) and not hasattr(cls, "by_depth"):
             members = {"__call__": _by_depth(cls.__call__), "by_depth": True, "tapped_as": None}
             module.__class__ = type(cls.__name__, (cls,), members)
+    return can
 
 
 def compact(part: Any, start: int, path: Sequence[int]) -> None:

@@ -14,7 +14,9 @@ from mlx_drift.decode.draft_length import DraftLength
 from mlx_drift.decode.sampling import GREEDY, Sampling
 from mlx_drift.decode.speculate import every, prefill, speculate
 from mlx_drift.decode.statistics import Statistics
+from mlx_drift.decode.trees import prepare_trees
 from mlx_drift.drafters.protocol import Draft
+from mlx_drift.errors import DriftError
 from mlx_drift.target.model import Target
 from mlx_drift.target.taps import remove_taps
 from mlx_drift.target.tree import Tree, follow_trees
@@ -293,3 +295,17 @@ def test_a_chain_takes_no_more_primitives_for_there_being_trees(tmp_path):
     follow_trees(drafter.network)
     assert any(hasattr(type(module), "by_depth") for module in drafter.network.modules())
     assert count() == before
+
+
+def test_a_head_whose_rope_hangs_on_the_length_drafts_no_trees():
+    """mlx-lm's dynamic RoPE has one base for all rows, by how many there are."""
+    model = tiny_llama()
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    drafter = tiny_drafter(model, rope_scaling=scaling, max_position_embeddings=32)
+    with pytest.raises(DriftError, match=r"no trees: the base of its RoPE \(dynamic\)"):
+        prepare_trees(drafter, Target(model))
+    cache = drafter.make_cache()
+    drafter.ingest(
+        mx.array([1, 2]), mx.zeros((2, len(drafter.taps), model.args.hidden_size)), cache
+    )
+    assert drafter.propose_tree(5, cache).parents is None
