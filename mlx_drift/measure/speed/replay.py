@@ -263,10 +263,10 @@ def replay(
         costs: What rounds take.
         lengths: The draft lengths, each alone and beside lookup; `auto` has both.
         trees: Rows of trees, in place of lookup; `auto` chooses between them and chains.
+        progress: Told after each answer.
 
     Raises:
         DriftError: If the drafter drafts no trees, or the target cannot verify them.
-        progress: Told after each answer.
     """
     both = CopyingDrafter(drafter)
     lookup = PromptLookupDrafter(model)
