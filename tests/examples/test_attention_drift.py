@@ -316,7 +316,7 @@ def test_an_interval_is_of_prompts(tmp_path):
 def test_effects_of_two_switches(tmp_path):
     from attention_drift.claims import length
     from attention_drift.findings import compare
-    from attention_drift.report import effect
+    from attention_drift.sections import effect
 
     accepted = {"none": 2, "first": 4, "second": 6, "both": 24}
     study = write_study(tmp_path, *(a_drafter(arm, 0, n) for arm, n in accepted.items()))
