@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+from mlx_drift.decode.thread_end import clear_streams_at_thread_end
 from mlx_drift.errors import DriftError
 
 P = ParamSpec("P")
@@ -26,6 +27,7 @@ class _Guarded(Generator[T, Any, Any]):
         self._generator = generator
 
     def send(self, value: Any) -> T:
+        clear_streams_at_thread_end()
         with _told():
             return self._generator.send(value)
 
