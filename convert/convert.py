@@ -35,7 +35,7 @@ from mlx_drift.drafters.load import (
 )
 from mlx_drift.drafters.schema import DrafterConfig, Quantization
 from mlx_drift.errors import DriftError, printable
-from mlx_drift.files.hub import HubFolder, split_repository, upload_folder
+from mlx_drift.files.hub import HubFolder, check_upload_repo, upload_folder
 from mlx_drift.target.model import TargetShape
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -178,8 +178,9 @@ def convert_drafter(
     path = free_path(mlx_path)
     if dtype is not None and dtype not in DTYPES:
         raise DriftError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    if upload_repo is not None and split_repository(upload_repo) != (upload_repo, ""):
-        raise DriftError(f"{upload_repo}: expected a Hub repository as owner/name to upload to")
+    check_upload_repo(upload_repo)
+    if (q_bits, q_group_size, q_mode) != (None, None, "affine") and not quantize:
+        raise DriftError("q_bits, q_group_size and q_mode say how to quantize; add --quantize")
     if window is not None and window < 0:
         raise DriftError(f"window is {window}; expected at least 1, or 0 for none")
     shape = read_target_shape(target) if isinstance(target, str) else target

@@ -31,7 +31,7 @@ from mlx_drift.drafters.load import (
     target_ids,
 )
 from mlx_drift.errors import DriftError, printable
-from mlx_drift.files.hub import split_repository, upload_folder
+from mlx_drift.files.hub import check_upload_repo, upload_folder
 
 Said = Eagle3Config | MTPConfig
 """What formats have words for."""
@@ -86,8 +86,7 @@ def export_drafter(
     """
     out = free_path(path, "--path")
     kinds = find_format(format)
-    if upload_repo is not None and split_repository(upload_repo) != (upload_repo, ""):
-        raise DriftError(f"{upload_repo}: expected a Hub repository as owner/name to upload to")
+    check_upload_repo(upload_repo)
     checkpoint = read_checkpoint(str(drafter), revision).fetched()
     if "drafter_type" not in checkpoint.config:
         raise DriftError(

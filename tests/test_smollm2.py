@@ -93,12 +93,12 @@ def test_a_fine_tune_is_told_as_one(alike, recwarn):
     assert not recwarn.list
 
 
-def test_the_folder_is_made_once_and_whole(tmp_path, monkeypatch, capsys):
+def test_the_folder_is_made_once_and_whole(alike, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_DRIFT_CACHE", str(tmp_path / "cache"))
     said, written = [], []
 
     def write(folder):
-        (folder / "config.json").write_text("{}")
+        shutil.copytree(alike, folder, dirs_exist_ok=True)
         written.append(folder)
         if len(written) == 1:
             raise DriftError("no such model")
@@ -109,7 +109,13 @@ def test_the_folder_is_made_once_and_whole(tmp_path, monkeypatch, capsys):
     folder = command._made_once("a", write, said.append)
     assert [path.name for path in folder.parent.iterdir()] == ["a"]
     assert command._made_once("a", write, said.append) == folder
+    assert command._from_cache() == folder
     assert len(written) == len(said) == 2
+    for name in ("config.json", "model.safetensors"):  # somebody tidied up
+        (folder / name).unlink()
+        assert command._from_cache() is None
+        assert command._made_once("a", write, said.append) == command._from_cache() == folder
+    assert len(written) == len(said) == 4
 
 
 def test_without_the_hub_it_says_what_to_do(tmp_path, monkeypatch, capsys):

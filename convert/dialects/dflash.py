@@ -52,7 +52,7 @@ def _dialects(name: str, kind: str) -> tuple[Dialect, Dialect]:
         Dialect(
             f"{name} of speculators",
             lambda config, names: of_speculators(config, names) and has_markov(names) == spark,
-            kind="dspark" if spark else "dflash",
+            kind=kind,
             renames=RENAMES,
             flatten=by_speculators.flatten,
             tap_ids="input",
@@ -61,7 +61,7 @@ def _dialects(name: str, kind: str) -> tuple[Dialect, Dialect]:
         Dialect(
             name,
             lambda config, names: is_dflash(config, names) and has_markov(names) == spark,
-            kind="dspark" if spark else "dflash",
+            kind=kind,
             renames=RENAMES,
             flatten=flatten,
             tap_ids="output",

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from mlx_drift.decode.tuned import device_name
 from mlx_drift.measure.bootstrap import Interval
-from mlx_drift.measure.speed.arithmetic import device_name
 from mlx_drift.measure.speed.bench import Arm, Bench
 from mlx_drift.measure.speed.replay import Replay
 from mlx_drift.measure.speed.shape_costs import SAMPLED, LengthCost, ShapeCosts

@@ -74,8 +74,6 @@ def convert(
 ) -> None:
     """Convert a PyTorch drafter checkpoint, or a model's MTP head, to MLX."""
     console = Console(stderr=True)
-    if (q_bits, q_group_size, q_mode) != (None, None, "affine") and not quantize:
-        raise typer.BadParameter("--q-bits, --q-group-size and --q-mode need --quantize")
     probe = _probe(target, probe_conventions, probe_on, trust_remote_code)
     with conversion_bar(console, f"converting {source}") as progress:
         done = convert_drafter(

@@ -81,9 +81,17 @@ def _home() -> Path:
 def _from_cache() -> Path | None:
     """Returns the folder of an earlier call, if there is one."""
     for folder in sorted(_home().glob("[!.]*/")):
-        if smollm2.is_like(folder):
+        if _is_whole(folder):
             return folder
     return None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Tells whether a folder of the cache can be used; one that somebody emptied is made anew."""
+    try:
+        return smollm2.is_like(folder) and any(folder.glob("*.safetensors"))
+    except DriftError:
+        return False
 
 
 def _from_gguf(path: Path, say: Callable[[str], None]) -> Path:
@@ -138,7 +146,7 @@ def _made_once(name: str, write: Callable[[Path], None], say: Callable[[str], No
         DriftError: If it cannot be written.
     """
     folder = _home() / name
-    if folder.is_dir():
+    if _is_whole(folder):
         return folder
     say(f"making the model's folder, once: {folder}")
     try:
@@ -146,11 +154,13 @@ def _made_once(name: str, write: Callable[[Path], None], say: Callable[[str], No
         made = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=_home()))
         try:
             write(made)
+            if folder.is_dir() and not _is_whole(folder):
+                shutil.rmtree(folder)
             made.rename(folder)
         finally:
             shutil.rmtree(made, ignore_errors=True)
     except OSError as error:
-        if folder.is_dir():  # another process was faster
+        if _is_whole(folder):  # another process was faster
             return folder
         raise DriftError(f"{folder}: cannot be written ({error.strerror or error})") from None
     return folder

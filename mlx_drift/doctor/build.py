@@ -22,7 +22,7 @@ from mlx_lm.utils import _get_classes, load_model
 from mlx_drift.convert.convert import DTYPES
 from mlx_drift.doctor.diagnosis import Source
 from mlx_drift.errors import DriftError, brief
-from mlx_drift.files.hub import find_hub_folder, resolve, split_repository
+from mlx_drift.files.hub import find_hub_folder, is_repository, resolve
 from mlx_drift.files.paths import existing
 from mlx_drift.files.tensors import read_safetensors
 from mlx_drift.target.load import code_on_trust
@@ -66,7 +66,7 @@ def find_model(model: str) -> Place:
     Raises:
         DriftError: If there is none.
     """
-    if existing(model) is not None or split_repository(model) != (model, ""):
+    if existing(model) is not None or not is_repository(model):
         folder = resolve(model, "model", None, ["config.json"])
         try:
             weights = {path.name: path.stat().st_size for path in sorted(folder.glob(WEIGHTS))}

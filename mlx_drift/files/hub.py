@@ -60,7 +60,7 @@ def resolve(
         if path.is_dir():
             return path
         raise DriftError(f"{path} is a file; expected the folder of a {what}")
-    if split_repository(path_or_hf_repo) != (path_or_hf_repo, ""):
+    if not is_repository(path_or_hf_repo):
         raise DriftError(
             f"{path_or_hf_repo}: no such folder. Expected the folder of a {what}, or a Hub "
             "repository as organisation/name"
@@ -69,6 +69,21 @@ def resolve(
         return Path(
             snapshot_download(path_or_hf_repo, revision=revision, allow_patterns=allow_patterns)
         )
+
+
+def is_repository(text: str) -> bool:
+    """Tells whether a text can name a repository, `owner/name`."""
+    return split_repository(text) == (text, "")
+
+
+def check_upload_repo(repo: str | None) -> None:
+    """Checks the name of a repository to upload to, before there is anything to upload.
+
+    Raises:
+        DriftError: If it is none.
+    """
+    if repo is not None and not is_repository(repo):
+        raise DriftError(f"{repo}: expected a Hub repository as owner/name to upload to")
 
 
 def split_repository(text: str) -> tuple[str, str] | None:
@@ -234,7 +249,7 @@ def dataset_file(repo: str, path: str, revision: str | None, most_bytes: int) ->
         DriftError: If there is no such file, it is too large, or it cannot be had.
     """
     subject = f"{repo}:{path}"
-    if split_repository(repo) != (repo, "") or not _is_path(path):
+    if not is_repository(repo) or not _is_path(path):
         raise DriftError(f"{subject}: expected a file of a data set, owner/name:path")
     with one_line(subject, repo, revision):
         try:
@@ -260,8 +275,7 @@ def upload_folder(folder: Path, repo: str) -> str:
     Raises:
         DriftError: If the name is none or the Hub does not take it.
     """
-    if split_repository(repo) != (repo, ""):
-        raise DriftError(f"{repo}: expected the name of a Hub repository, organisation/name")
+    check_upload_repo(repo)
     api = HfApi()
     with one_line(repo, repo, access="write"):
         api.create_repo(repo, exist_ok=True)

@@ -16,7 +16,7 @@ from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.config import read_config
 from mlx_drift.drafters.load import WEIGHTS, load_converted
 from mlx_drift.errors import DriftError, printable
-from mlx_drift.files.hub import split_repository, upload_folder
+from mlx_drift.files.hub import check_upload_repo, upload_folder
 from mlx_drift.loading import find_drafter
 from mlx_drift.measure.acceptance.count import ALL, Condition
 from mlx_drift.measure.acceptance.wording import Wording
@@ -195,8 +195,7 @@ class Adaptation:
     ) -> Adapted:
         """Trains; arguments and errors are those of `adapt_drafter`."""
         out = free_path(mlx_path)
-        if upload_repo is not None and split_repository(upload_repo) != (upload_repo, ""):
-            raise DriftError(f"{upload_repo}: expected a Hub repository as owner/name to upload to")
+        check_upload_repo(upload_repo)
         settings = self._settings()
         with Run(run_folder(out), settings) as run:
             gathering = Gathering(self.answerer, run.answers, stop, tell)

@@ -23,7 +23,7 @@ import numpy as np
 from huggingface_hub import HfApi
 
 from mlx_drift.errors import DriftError, brief
-from mlx_drift.files.hub import dataset_file, split_repository
+from mlx_drift.files.hub import dataset_file, is_repository
 from mlx_drift.files.hub_errors import one_line
 from mlx_drift.files.paths import existing
 from mlx_drift.measure.acceptance.questions import (
@@ -135,7 +135,7 @@ def _files(path: str) -> dict[str, str | None]:
         if not files["train"].is_file():
             raise DriftError(f"{path}: has no train.jsonl; expected one, as for mlx_lm.lora")
         return {name: str(file) if file.is_file() else None for name, file in files.items()}
-    if folder is None and split_repository(path) == (path, ""):
+    if folder is None and is_repository(path):
         return _files_on_hub(path)
     return {"train": path}
 

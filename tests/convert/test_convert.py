@@ -418,6 +418,13 @@ def test_an_embedding_and_head_that_equal_the_targets_are_left_out(tmp_path):
     assert (config.own_embedding, config.own_head) == (True, True)
 
 
+@pytest.mark.parametrize("how", [{"q_bits": 4}, {"q_group_size": 32}, {"q_mode": "mxfp4"}])
+def test_how_to_quantize_needs_quantize(how, source, tmp_path):
+    with pytest.raises(DriftError, match="add --quantize"):
+        convert(source, tmp_path / "out", **how)
+    assert not (tmp_path / "out").exists()
+
+
 def test_quantized_as_mlx_does_it(source, tmp_path):
     """Blocks of rows, quantized one by one, are the whole quantized at once."""
     convert(source, tmp_path / "plain", dtype="bfloat16")

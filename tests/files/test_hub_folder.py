@@ -337,7 +337,7 @@ def test_uploads_that_are_refused(hub, monkeypatch, offline, tmp_path):
     def upload(repo="someone/new"):
         return refusal(upload_folder, tmp_path, repo)
 
-    assert upload("name") == "name: expected the name of a Hub repository, organisation/name"
+    assert upload("name") == "name: expected a Hub repository as owner/name to upload to"
     assert upload("someone/new/sub").startswith("someone/new/sub: expected")
     line = upload()
     assert "does not let you write it (HTTP 401: Invalid username or password.): log in" in line

@@ -3,8 +3,6 @@
 import statistics
 from collections.abc import Sequence
 
-import mlx.core as mx
-
 
 def tokens_per_round(k: int, acceptance: float) -> float:
     """Returns how many tokens a round of k drafts commits, the target's own included.
@@ -44,10 +42,3 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
-
-
-def device_name() -> str:
-    """Names what mlx computes on."""
-    if mx.default_device() == mx.Device(mx.cpu):
-        return "CPU"
-    return str(mx.device_info().get("device_name", "GPU"))

@@ -15,9 +15,10 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.decode.trees import Rows, check_tree, prepare_trees
+from mlx_drift.decode.tuned import device_name
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.generate import check_num_draft_tokens
-from mlx_drift.measure.speed.arithmetic import break_even, device_name, quartiles
+from mlx_drift.measure.speed.arithmetic import break_even, quartiles
 from mlx_drift.measure.speed.arms import Answer, Length, Way, answer, check_baseline
 from mlx_drift.measure.speed.rounds import TURNS, Plan, RoundCost, round_costs
 from mlx_drift.measure.speed.shape_costs import SAMPLED

@@ -11,9 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_drift.decode.tuned import device_name
 from mlx_drift.errors import DriftError
 from mlx_drift.generate import check_num_draft_tokens
-from mlx_drift.measure.speed.arithmetic import break_even, device_name, tokens_per_round
+from mlx_drift.measure.speed.arithmetic import break_even, tokens_per_round
 from mlx_drift.measure.speed.rounds import TURNS, Plan, RoundCost, round_costs
 from mlx_drift.measure.speed.shapes import RandomPair
 from mlx_drift.target.model import Target
