@@ -90,8 +90,9 @@ def stream_generate(
         tree: Rows the target verifies a round, the last token and drafts that branch; or `"auto"`:
             a tree or a chain, whichever pays. In place of `num_draft_tokens`; None for a chain.
             More is accepted a row where a drafter's likeliest token is often wrong and its second
-            right. At a temperature above 0 a tree's drafts are the likeliest ones, while a chain's
-            are drawn, which may be accepted more often. A logits processor has drafts be a chain.
+            right. A target with recurrent layers gains less: they run each path by itself. At a
+            temperature above 0 a tree's drafts are the likeliest ones, while a chain's are drawn,
+            which may be accepted more often.
         temp: Temperature; 0 for greedy decoding. This and the next seven are the keywords of
             mlx-lm's `make_sampler`, and mean the same.
         top_p: Keep the likeliest tokens that make up this mass; 0 or 1 for all.

@@ -20,14 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_drift.errors import DriftError, DriftWarning, brief
 from mlx_drift.ranks.cut import stage_of
 from mlx_drift.ranks.world import ranks_of
-from mlx_drift.target.caches import (
-    INSTEAD,
-    NOT_EXACT,
-    KVQuantization,
-    TargetCache,
-    exact,
-    recurrent,
-)
+from mlx_drift.target.caches import NOT_EXACT, KVQuantization, TargetCache, exact
 from mlx_drift.target.parts import (
     EMBEDDINGS,
     HEADS,
@@ -36,6 +29,7 @@ from mlx_drift.target.parts import (
     find_layers,
     find_part,
 )
+from mlx_drift.target.recurrent import INSTEAD, recurrent
 from mlx_drift.target.rewind import parts
 from mlx_drift.target.sliding import SlidingKVCache
 from mlx_drift.target.taps import Captured, capture, note_consumed, report
@@ -184,7 +178,7 @@ class Target:
             Logits `[M, vocabulary]` and the captured states `[M, len(taps), hidden_size]`,
             both lazy and in the model's own dtype.
         """
-        cache.rows, cache.consumed = 0, []
+        cache.rows, cache.branched, cache.consumed = 0, False, []
         cache.let_sinks_fade(True)
         with capture() as captured:
             logits = self.model(tokens[None], cache=cache)
@@ -210,7 +204,8 @@ class Target:
         cache.let_sinks_fade(False)
         with capture() as captured, on_tree(cache.parts(), tree):
             logits = self.model(tokens[None], cache=cache)
-        cache.rows, cache.consumed = tokens.size, captured.consumed
+        cache.rows, cache.branched = tokens.size, tree is not None
+        cache.consumed = captured.consumed
         noted = {id(state) for note in captured.consumed for state, _ in note.states}
         if any(id(state) not in noted for one in cache for state in recurrent(one)):
             raise DriftError(

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_drift.errors import DriftError
-from mlx_drift.target.caches import INSTEAD
+from mlx_drift.target.recurrent import INSTEAD
 
 EMBEDDINGS = (
     "embed_tokens wte word_embeddings embeddings embedding tok_embeddings token_embeddings "

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import mlx.nn as nn
 
-from mlx_drift.target.caches import Consumed
-from mlx_drift.target.tree import VERIFIES_TREES
+from mlx_drift.target.recurrent import Consumed
+from mlx_drift.target.tree import VERIFIES_TREES, tree_of_pass
 
 CONSUMES = -1
 """In place of a tap: the class notes what its layer consumes."""
@@ -113,6 +113,8 @@ def _call_that_notes(inner: Call) -> Call:
             note = Consumed.of(inner, (self, *args), kwargs)
             if note is not None:
                 captured.consumed.append(note)
+                if (tree := tree_of_pass()) is not None:
+                    return note.branch(tree)
         return inner(self, *args, **kwargs)
 
     return call

@@ -1,12 +1,13 @@
 """Rows that branch: a tree of drafts in one forward pass of an unmodified mlx-lm model.
 
-A row sees the text and the rows it follows, at the position that its depth gives it. Two things of
-a model's know of rows, and both are told for the length of one pass:
+A row sees the text and the rows it follows, at the position that its depth gives it. Three things
+of a model's know of rows, and all are told for the length of one pass:
 
 - The mask: mlx-lm's models ask their cache for it, so the cache *instances* answer.
 - Positions: `mx.fast.rope` takes an offset for each row of a batch. RoPE modules get a subclass
   that turns rows into a batch, as taps get one (`mlx_drift.target.taps`); without a tree it looks
   up a context variable, and that is all.
+- Recurrent layers are called with the tree's paths as a batch (`mlx_drift.target.recurrent`).
 
 Whether a model asks is found out, not assumed: `mlx_drift.target.tree_check`.
 """
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -59,6 +60,14 @@ class Tree:
             sees = mx.minimum(sees @ sees, 1)
         return cls(sees.sum(axis=1).astype(mx.int32) - 1, sees > 0)
 
+    @cached_property
+    def paths(self) -> list[list[int]]:
+        """Its rows from the first to each that none follows; reads its shape, once."""
+        sees: Any = self.sees.tolist()
+        paths = [[row for row, seen in enumerate(one) if seen] for one in sees]
+        inner = {path[-2] for path in paths[1:]}
+        return [path for row, path in enumerate(paths) if row not in inner]
+
     @property
     def before(self) -> int:
         """How many of its rows are in the caches already."""
@@ -91,13 +100,13 @@ def on_tree(caches: Iterable[Any], tree: Tree | None) -> Iterator[None]:
     """Has the rows of one forward pass branch.
 
     Args:
-        caches: The parts of the model's caches, of the kinds in `BRANCHING`.
+        caches: The parts of the model's caches. Those of recurrent layers have nothing to be told.
         tree: How they do; None if they follow one another.
     """
     if tree is None:
         yield
         return
-    parts = list(caches)
+    parts = [part for part in caches if isinstance(part, BRANCHING)]
     token = _tree.set(tree)
     try:
         for part in parts:
@@ -111,6 +120,21 @@ def on_tree(caches: Iterable[Any], tree: Tree | None) -> Iterator[None]:
             vars(part).pop("make_mask", None)
             if isinstance(part, SlidingKVCache):
                 part.branched = 0
+
+
+def tree_of_pass() -> Tree | None:
+    """Returns how the rows branch of the forward pass that is under way in this thread."""
+    return _tree.get()
+
+
+@contextmanager
+def in_a_row() -> Iterator[None]:
+    """Has rows follow one another again, for a part of a forward pass."""
+    token = _tree.set(None)
+    try:
+        yield
+    finally:
+        _tree.reset(token)
 
 
 def follow_trees(model: nn.Module) -> bool:

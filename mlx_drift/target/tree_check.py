@@ -8,10 +8,12 @@ it has on its own path, and go on from there as if the other branch had never be
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache
 
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.target.caches import TargetCache
 from mlx_drift.target.model import Target
+from mlx_drift.target.recurrent import recurrent
 from mlx_drift.target.tree import BRANCHING, VERIFIES_TREES, Tree, follow_trees
 
 INSTEAD = "Draft chains instead: leave out --tree (in Python tree=)"
@@ -39,13 +41,17 @@ def check_trees(target: Target) -> None:
     if getattr(target.model, VERIFIES_TREES, False):
         return
     cache, kind = target.make_cache(), target.model.model_type
-    others = sorted({type(part).__name__ for part in cache.parts() if type(part) not in BRANCHING})
+    known = (*BRANCHING, ArraysCache)
+    others = sorted({type(part).__name__ for part in cache.parts() if type(part) not in known})
+    both = [one for one in cache if recurrent(one) and not isinstance(one, ArraysCache)]
     follow_trees(target.model)
     kinds = [getattr(module, "model_type", kind) for module in target.model.modules()]
     if named := [NO_TREES[one] for one in kinds if one in NO_TREES]:
         why: str | None = named[0]
     elif others:
         why = f"it keeps its state in {', '.join(others)}, whose rows cannot branch"
+    elif both:
+        why = "one layer of its has both keys and values and a recurrent state"
     else:
         why = _try(target)
     if why:
@@ -91,6 +97,8 @@ def _try(target: Target) -> str | None:
         return f"mlx-lm cannot run it on one ({brief(str(error))})"
     off, noise, is_misplaced = values
     rounding = ROUNDING * mx.finfo(target.dtype).eps + NOISE * noise
+    if any(recurrent(one) for one in cache):  # then what attends may well know no positions
+        is_misplaced = False
     if off <= rounding and not (off and is_misplaced):
         return None
     return f"on a branch its logits are off by {off:.1%} of the largest"
