@@ -106,7 +106,7 @@ def on_tree(caches: Iterable[Any], tree: Tree | None) -> Iterator[None]:
     if tree is None:
         yield
         return
-    parts = [part for part in caches if isinstance(part, BRANCHING)]
+    parts: list[Any] = [part for part in caches if isinstance(part, BRANCHING)]
     token = _tree.set(tree)
     try:
         for part in parts:
