@@ -18,10 +18,12 @@ def figures(condition: Condition) -> Table:
     table.add_row("questions", *(str(one.questions) for one in found))
     table.add_row("rounds", *(str(one.rounds) for one in found))
     table.add_row("acceptance_length", *(_show(one.acceptance_length, count) for one in found))
+    _, *ratios = condition.ratio.values()
+    below = f"÷ that of {next(iter(drafters))}"
+    if ratios:
+        shares = (_show(by_group[ALL], count) for by_group in ratios)
+        table.add_row(as_is(f"  {below}"), "1", *shares)
     table.add_row("tokens_per_round", *(_show(one.tokens_per_round, count) for one in found))
-    if len(drafters) > 1:
-        shares = (_show(ratio, count) for ratio in [*condition.ratio.values()][1:])
-        table.add_row(as_is(f"  ÷ that of {next(iter(drafters))}"), "1", *shares)
     for name in ("conditional_acceptance", "unconditional_acceptance"):
         by_position = [getattr(one, name) for one in found]
         table.add_row()
@@ -54,6 +56,9 @@ def figures(condition: Condition) -> Table:
             as_is(f"  {group} ({asked})"),
             *(_show(one.acceptance_length, asked) for one in of_group),
         )
+        if ratios:
+            shares = (_show(by_group[group], asked) for by_group in ratios)
+            table.add_row(as_is(f"    {below}"), "1", *shares)
     return table
 
 
@@ -78,7 +83,7 @@ def comparison(conditions: Sequence[Condition], what: str) -> Table:
             _show(found[name][ALL].acceptance_length, count) if name in found else "–"
             for name in (first, *others)
         )
-        shares = (_show(condition.ratio.get(other), count) for other in others)
+        shares = (_show(condition.ratio.get(other, {}).get(ALL), count) for other in others)
         table.add_row(as_is(condition.name), str(rounds), *lengths, *shares)
     return table
 
@@ -104,9 +109,4 @@ def _table(*names: str) -> Table:
 
 
 def _show(interval: Interval | None, questions: int) -> str:
-    """Shows a figure with its bounds; of a single question there are none."""
-    if interval is None:
-        return "–"
-    if questions < 2:
-        return f"{interval.value:.2f}"
-    return f"{interval.value:.2f} ({interval.low:.2f}–{interval.high:.2f})"
+    return "–" if interval is None else interval.shown(questions)

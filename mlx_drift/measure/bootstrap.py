@@ -20,6 +20,11 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def shown(self, prompts: int) -> str:
+        """Shows it with its bounds; of a single prompt there are none."""
+        value = f"{self.value:.2f}"
+        return value if prompts < 2 else f"{value} ({self.low:.2f}–{self.high:.2f})"
+
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Interval:
     """Returns a ratio of sums over prompts with its percentile bootstrap interval.

@@ -1,6 +1,7 @@
 """The model card of an adapted head: what it was, what it learned from, what that changed."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,8 @@ whose answers {whose}.
 mlx-drift generate --model {model} --drafter {name} -p "…"
 ```
 
-Accepted drafts a round (of {k}), greedily, over the target's own answers, with 95 % bootstrap
-intervals:
+Accepted drafts a round (of {k}), greedily, over the target's own answers (so many questions), with
+95 % bootstrap intervals:
 
 | | before | after | after ÷ before | prompt lookup |
 |---|---|---|---|---|
@@ -91,22 +92,20 @@ def adapted_card(
 def _rows(condition: Condition) -> list[str]:
     """Lays out a condition: its acceptance_length, then what is accepted at each position."""
     before, after, lookup = condition.acceptance.values()
-    _, ratio, _ = condition.ratio.values()
-    rows: list[tuple[str, list[Interval | None]]] = []
+    _, ratios, _ = condition.ratio.values()
+    rows = []
     for group in before:
         name = condition.name if group == ALL else f"{condition.name}: {group}"
         was, became, copied = (one[group].acceptance_length for one in (before, after, lookup))
-        rows.append((name, [was, became, ratio if group == ALL else None, copied]))
+        count = before[group].questions
+        rows.append(_row(f"{name} ({count})", [was, became, ratios[group], copied], count))
     positions = zip(*(one[ALL].conditional_acceptance for one in (before, after)), strict=False)
     for number, shares in enumerate(positions, 1):
         name = f"{condition.name}: draft {number}, if all before are right"
-        rows.append((name, [*shares, None, None]))
-    return [
-        f"| {name} | " + " | ".join(_shown(one) for one in figures) + " |" for name, figures in rows
-    ]
+        rows.append(_row(name, [*shares, None, None], condition.questions))
+    return rows
 
 
-def _shown(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    return f"{interval.value:.2f} ({interval.low:.2f}–{interval.high:.2f})"
+def _row(name: str, figures: Sequence[Interval | None], questions: int) -> str:
+    shown = ("" if one is None else one.shown(questions) for one in figures)
+    return f"| {name} | {' | '.join(shown)} |"

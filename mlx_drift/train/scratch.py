@@ -28,6 +28,9 @@ Kind = Literal["eagle3.1", "eagle3"]
 DRAFT_VOCABULARY = 32_000
 """SafeAILab/EAGLE's, for targets of 128k and more."""
 
+LEAST_LAYERS = 7
+"""With fewer, two of the taps are the same."""
+
 ROWS = 256
 """Rows of the target's head that are read off at a time."""
 
@@ -47,8 +50,11 @@ def scratch_config(
         DriftError: If the target has too few layers to tap, or the vocabulary is none.
     """
     shape, layers = target.shape, target.shape.num_layers or 0
-    if layers < 6:
-        raise DriftError(f"the target has {layers} layers; a head from scratch taps three of six")
+    if layers < LEAST_LAYERS:
+        raise DriftError(
+            f"the target has {layers} layers; a head from scratch taps 2, n // 2 and n − 3 of at "
+            f"least {LEAST_LAYERS}"
+        )
     wanted = draft_vocab_size or min(DRAFT_VOCABULARY, shape.vocab_size)
     if not 1 <= wanted <= shape.vocab_size:
         raise DriftError(

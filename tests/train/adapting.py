@@ -50,6 +50,7 @@ LAYER = {
     "head_dim": 8,
     "rope_theta": 500.0,
 }
+EAGLE3 = {"eagle3.1": {}, "eagle3": {"feedback": "pre", "fc_norm": False}}
 BLOCK = LAYER | {"model_type": "llama", "hidden_size": 32, "rms_norm_eps": 1e-5}
 KINDS = {
     "eagle": LAYER | {"drafter_type": "eagle", "num_layers": 1, "fc_bias": True},
@@ -62,18 +63,18 @@ KINDS = {
 ASKING = {"max_tokens": 24, "max_seq_length": 96}
 
 
-def tiny_pair():
+def tiny_pair(**overrides):
     """A target that speaks the embedded tokenizer's language, and that tokenizer."""
-    model = tiny_llama(vocab_size=VOCABULARY)
+    model = tiny_llama(vocab_size=VOCABULARY, **overrides)
     model.lm_head.weight[SPOKEN:] = 0
     mx.eval(model.parameters())
     return model, load_tokenizer(TARGET)
 
 
-def write_tiny_head(folder: Path, model, kind: str = "eagle3") -> Path:
+def write_tiny_head(folder: Path, model, kind: str = "eagle3.1") -> Path:
     """Writes a random head of a kind for it."""
-    if kind == "eagle3":
-        drafter = tiny_drafter(model, draft_vocab_size=SPOKEN, own_head=True)
+    if kind in EAGLE3:
+        drafter = tiny_drafter(model, draft_vocab_size=SPOKEN, own_head=True, **EAGLE3[kind])
         config, network = drafter.config, drafter.network
     else:
         config = config_from_dict(KINDS[kind] | SIZES | {"target": vars(Target(model).shape)})
@@ -81,7 +82,7 @@ def write_tiny_head(folder: Path, model, kind: str = "eagle3") -> Path:
         network = build_network(config, folder / "model.safetensors")
     folder.mkdir()
     weights = dict(tree_flatten(network.parameters()))
-    if kind == "eagle3":
+    if kind in EAGLE3:
         weights["d2t"] = mx.zeros(SPOKEN, mx.int64)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config.to_dict()))

@@ -18,6 +18,7 @@ from adapting import (
     ASKING,
     KINDS,
     RECIPE,
+    SPOKEN,
     adapt,
     tiny_pair,
     write_data,
@@ -31,7 +32,7 @@ from mlx_drift.target.model import Target
 from mlx_drift.train.adapt import Adaptation, Stopped
 from mlx_drift.train.head import load_trainable
 from mlx_drift.train.scratch import scratch_config, write_scratch_head
-from tiny import NoText, plain_greedy
+from tiny import NoText, plain_greedy, tiny_llama
 
 CHILD = Path(__file__).with_name("adapting.py")
 
@@ -84,7 +85,10 @@ def test_a_random_head_learns(pair, folder, unbroken):
     assert after["all"].acceptance_length.value > before["all"].acceptance_length.value
     report = json.loads((unbroken.path / "adapted.json").read_text())
     assert report["best_step"] == unbroken.progress.best_step > 0
-    assert "after ÷ before" in (unbroken.path / "README.md").read_text()
+    card = (unbroken.path / "README.md").read_text()
+    assert "| before | after | after ÷ before | prompt lookup |" in card
+    lengths = [one["all"].acceptance_length.value for one in (before, after)]
+    assert "| held out (1) | {:.2f} | {:.2f} |".format(*lengths) in card
     assert_lossless(pair[0], unbroken.path)
 
 
@@ -171,7 +175,7 @@ def test_what_does_not_fit_is_refused_before_it_begins(pair, folder, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["eagle3", *KINDS])
 def test_the_other_kinds(kind, pair, folder, tmp_path):
     write_tiny_head(tmp_path / "head", pair[0], kind)
     shutil.copy(folder / "questions.jsonl", tmp_path)
@@ -179,7 +183,8 @@ def test_the_other_kinds(kind, pair, folder, tmp_path):
     done = adapt(tmp_path, tmp_path / "out", *pair, limit=4, recipe=recipe)
     start, end = done.progress.history
     assert end["val_loss"] < start["val_loss"]
-    assert_lossless(pair[0], tmp_path / "out.run" / "best")
+    assert done.progress.best_step == 8
+    assert_lossless(pair[0], done.path)
 
 
 def test_from_nothing_on_questions_of_its_own(tmp_path):
@@ -205,6 +210,28 @@ def test_from_nothing_on_questions_of_its_own(tmp_path):
     assert_lossless(model, tmp_path / "out")
     with pytest.raises(DriftError, match="a head to adapt, or a kind to train from scratch"):
         Adaptation(model, tokenizer, None, "x")
+
+
+def test_from_nothing_without_its_norms(folder, tmp_path):
+    pair = tiny_pair(num_hidden_layers=7)
+    shutil.copy(folder / "questions.jsonl", tmp_path)
+    done = adapt(
+        tmp_path,
+        tmp_path / "out",
+        *pair,
+        drafter=None,
+        from_scratch="eagle3",
+        draft_vocab_size=SPOKEN,
+        recipe={"iters": 16},
+    )
+    start, *_, end = done.progress.history
+    assert end["val_loss"] < start["val_loss"]
+    assert done.progress.best_step > 0
+    config = json.loads((done.path / "config.json").read_text())
+    assert (config["taps"], config["feedback"], config["fc_norm"]) == ([2, 3, 4], "pre", False)
+    assert_lossless(pair[0], done.path)
+    with pytest.raises(DriftError, match="the target has 6 layers; a head from scratch taps 2, n"):
+        scratch_config("eagle3", Target(tiny_llama(num_hidden_layers=6)), None, 64)
 
 
 def test_a_head_from_nothing_is_a_logit_lens(tmp_path):

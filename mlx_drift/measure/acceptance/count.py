@@ -103,7 +103,7 @@ class Condition:
     Attributes:
         name: The condition.
         acceptance: By drafter, by group of questions; `ALL` comes first.
-        ratio: By drafter, its acceptance_length over the first drafter's; None if that is 0, or
+        ratio: As `acceptance`, acceptance_length over the first drafter's; None if that is 0, or
             was not asked under this condition.
         kept: By drafter, its acceptance_length over its own under the first condition.
         same_as: The condition whose prompts are the same, token for token, and whose figures these
@@ -112,7 +112,7 @@ class Condition:
 
     name: str
     acceptance: dict[str, dict[str, Acceptance]]
-    ratio: dict[str, Interval | None]
+    ratio: dict[str, dict[str, Interval | None]]
     kept: dict[str, Interval | None]
     same_as: str | None = None
 
@@ -128,7 +128,10 @@ class Condition:
             "same_as": self.same_as,
             "drafters": {
                 name: {
-                    "ratio_to_first_drafter": _bounded(self.ratio[name], self.questions),
+                    "ratio_to_first_drafter": {
+                        group: _bounded(ratio, self.acceptance[name][group].questions)
+                        for group, ratio in self.ratio[name].items()
+                    },
                     "ratio_to_first_condition": _bounded(self.kept[name], self.questions),
                     "acceptance": {group: found.to_dict() for group, found in groups.items()},
                 }
@@ -168,11 +171,14 @@ def conditions(
                     for drafter, answers in answers_of.items()
                 },
                 {
-                    drafter: _compared(answers, answers_of.get(base))
+                    drafter: {
+                        group: _compared(answers, answers_of.get(base), members)
+                        for group, members in groups.items()
+                    }
                     for drafter, answers in answers_of.items()
                 },
                 {
-                    drafter: _compared(answers, [by[drafter] for _, by in first])
+                    drafter: _compared(answers, [by[drafter] for _, by in first], groups[ALL])
                     for drafter, answers in answers_of.items()
                 },
             )
@@ -184,12 +190,14 @@ def conditions(
     return reported
 
 
-def _compared(above: Sequence[Answer], below: Sequence[Answer] | None) -> Interval | None:
+def _compared(
+    above: Sequence[Answer], below: Sequence[Answer] | None, members: Sequence[int]
+) -> Interval | None:
     """Returns the ratio of two acceptance_lengths over the same questions, if there is one."""
     if below is None:
         return None
     of_above, of_below = (
-        ([_accepted(answer) for answer in answers], [len(answer.rounds) for answer in answers])
+        ([_accepted(answers[i]) for i in members], [len(answers[i].rounds) for i in members])
         for answers in (above, below)
     )
     return ratio_of_ratios(of_above, of_below)

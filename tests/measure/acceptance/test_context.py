@@ -15,7 +15,7 @@ from mlx_drift.measure.acceptance.context import (
     read_document,
     windows,
 )
-from mlx_drift.measure.acceptance.count import conditions
+from mlx_drift.measure.acceptance.count import ALL, conditions
 from mlx_drift.measure.acceptance.questions import Question
 from mlx_drift.measure.acceptance.wording import Wording
 from tiny import Letters, NoText, tiny_drafter, tiny_llama
@@ -147,7 +147,7 @@ class TestContexts:
         backwards = {"B": drafters["B"], "A": drafter}
         found = Contexts(tiny, Letters(), backwards, LONG, Wording(), settings, window=16)
         reported = conditions([(LONG[0], found.ask(0, 80))])
-        assert reported[1].ratio == {"A": None}
+        assert reported[1].ratio == {"A": {ALL: None}}
 
     @pytest.mark.parametrize(
         ("text", "lengths"), [("1k,2K, 512", [512, 1024, 2048]), ("1000,1000", [1000])]

@@ -89,18 +89,35 @@ class TestByHand:
         assert list(first.acceptance["A"]) == [ALL, "a", "a/x", "a/y", "b"]  # b/z is b
         assert [one.questions for one in first.acceptance["A"].values()] == [3, 2, 1, 1, 1]
         assert first.acceptance["A"][ALL].acceptance_length.value == 1.5
-        assert first.ratio == {"A": (1, 1, 1), "B": (1 / 3, 1 / 3, 1 / 3)}
+        third = (1 / 3, 1 / 3, 1 / 3)
+        assert first.ratio == {
+            name: dict.fromkeys(first.acceptance[name], ratio)
+            for name, ratio in {"A": (1, 1, 1), "B": third}.items()
+        }
         assert first.kept == {"A": (1, 1, 1), "B": (1, 1, 1)}
-        assert second.kept == {"A": (1 / 3, 1 / 3, 1 / 3), "B": (1, 1, 1)}
+        assert second.kept == {"A": third, "B": (1, 1, 1)}
         assert (same.name, same.same_as, same.acceptance) == ("third", "second", second.acceptance)
         one_source = conditions(found[:2])
         assert list(one_source[0].acceptance["A"]) == [ALL, "x", "y"]
 
+    def test_a_ratio_is_of_its_group(self):
+        """What all questions together hide: one group gains and the other loses."""
+        some, more = Answer((1,), ((1, 1), (1, 0))), Answer((1,), ((1, 1), (1, 1)))
+        questions = [Question(str(n), "a", "xy"[n % 2], ("?",)) for n in range(4)]
+        of_each = [{"c": {"A": some, "B": more}}, {"c": {"A": more, "B": some}}]
+        (found,) = conditions([(one, of_each[n % 2]) for n, one in enumerate(questions)])
+        assert found.ratio["B"]["x"] == (2, 2, 2)
+        assert found.ratio["B"]["y"] == (0.5, 0.5, 0.5)
+        value, low, high = found.ratio["B"][ALL]
+        assert (value, low, high) == (1, 0.5, 2)
+        told = found.to_dict()["drafters"]["B"]["ratio_to_first_drafter"]
+        assert told == {ALL: [value, low, high], "x": [2, 2, 2], "y": [0.5, 0.5, 0.5]}
+
     def test_a_ratio_to_nothing(self):
         nothing, some = Answer((1,), ((1, 0),)), Answer((1,), ((1, 1),))
         (found,) = conditions([(QUESTIONS[0], {"c": {"A": nothing, "B": some}})])
-        assert found.ratio == {"A": None, "B": None}
-        assert found.to_dict()["drafters"]["B"]["ratio_to_first_drafter"] is None
+        assert found.ratio == {"A": {ALL: None}, "B": {ALL: None}}
+        assert found.to_dict()["drafters"]["B"]["ratio_to_first_drafter"] == {ALL: None}
 
 
 class TestBootstrap:
