@@ -148,7 +148,21 @@ class Models:
         if loaded is not None:
             future.set_result(loaded)
         else:
-            future.set_exception(failure)
+            for one in (future, *self._waiting_for(known)):
+                one.set_exception(failure)
+
+    def _waiting_for(self, known: Known) -> "list[Future[LoadedModel]]":
+        """Takes out of the queue who waits for a model; the others stay in their order."""
+        futures, others = [], []
+        while not self._wanted.empty():
+            one = self._wanted.get()
+            if one[0] is not known:
+                others.append(one)
+            elif one[1].set_running_or_notify_cancel():
+                futures.append(one[1])
+        for one in others:
+            self._wanted.put(one)
+        return futures
 
     def _load(self, known: Known) -> LoadedModel:
         if (loaded := known.loaded) is not None:

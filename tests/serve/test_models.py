@@ -102,6 +102,27 @@ def test_a_model_that_cannot_be_loaded_says_so_and_is_tried_again():
         assert not models.is_loading
 
 
+def test_who_waits_for_a_load_that_fails_hears_of_it_without_another_try():
+    with engine() as running:
+        a, b = known("a", []), known("b", [])
+        models = Models(running, [a, b], memory=1 << 40)
+        let_go, tries = threading.Event(), []
+
+        def fails():
+            tries.append(let_go.wait(PATIENCE))
+            return 1 / 0
+
+        a.load = fails
+        first = models.get(a)
+        others = [models.get(one) for one in (a, b, a, b)]
+        let_go.set()
+        for future in (first, others[0], others[2]):
+            with pytest.raises(ZeroDivisionError):
+                future.result(PATIENCE)
+        assert {others[1].result(PATIENCE), others[3].result(PATIENCE)} == {b.loaded}
+        assert tries == [True]
+
+
 def test_who_answers_is_not_unloaded():
     with engine() as running:
         loads = []
