@@ -39,6 +39,9 @@ from mlx_drift.ranks.world import Ranks, ranks_of
 from mlx_drift.target.caches import KVQuantization
 from mlx_drift.target.parts import vocabulary_size
 
+CHAIN = 3
+"""Drafts a round where nothing says how many."""
+
 
 @takes_numbers
 @one_thread_at_a_time
@@ -49,7 +52,7 @@ def stream_generate(
     max_tokens: int = 256,
     *,
     drafter: Drafter | None = None,
-    num_draft_tokens: int | Literal["auto"] = 3,
+    num_draft_tokens: int | Literal["auto"] | None = None,
     tree: int | Literal["auto"] | None = None,
     temp: float = 0.0,
     top_p: float = 0.0,
@@ -87,8 +90,9 @@ def stream_generate(
         num_draft_tokens: Drafts a round, K; or `"auto"`: what pays, learned from the rounds and
             from what this process or `mlx-drift tune` measured before, plain decoding where
             nothing does. That depends on time: a seed gives the same text again at a fixed K only.
+            None for 3, or for `tree`.
         tree: Rows the target verifies a round, the last token and drafts that branch; or `"auto"`:
-            a tree or a chain, whichever pays. In place of `num_draft_tokens`; None for a chain.
+            a tree or a chain, whichever pays. Instead of `num_draft_tokens`; None for a chain.
             More is accepted a row where a drafter's likeliest token is often wrong and its second
             right. A target with recurrent layers gains less: they run each path by itself. At a
             temperature above 0 a tree's drafts are the likeliest ones, while a chain's are drawn,
@@ -213,9 +217,14 @@ def stream_generate(
             f"the keyword {sorted(kwargs)[0]!r} is not supported with a drafter; "
             "generate without one, or leave it out"
         )
-    check_num_draft_tokens(num_draft_tokens)
     if tree is not None:
         check_tree(tree)
+        if num_draft_tokens is not None:
+            raise DriftError("num_draft_tokens and tree are both given; give one of them")
+        num_draft_tokens = "auto" if tree == "auto" else tree - 1
+    elif num_draft_tokens is None:
+        num_draft_tokens = CHAIN
+    check_num_draft_tokens(num_draft_tokens)
     if drafter.model is not model:
         raise DriftError(
             "the drafter was loaded for another model than the one to generate with; "
@@ -244,7 +253,6 @@ def stream_generate(
     prompt_cache = _own(prompt_cache, model, drafter)
     if tree is not None and num_draft_tokens != PLAIN:
         prepare_trees(drafter, prompt_cache.target)
-        num_draft_tokens = "auto" if tree == "auto" else tree - 1
     draft_length = _draft_length(num_draft_tokens, prompt_cache, len(tokens))
     draft_length.tree = tree is not None
     yield from drafted_responses(

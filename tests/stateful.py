@@ -145,7 +145,8 @@ def plain(model, prompt, *processors, count=COUNT, **keywords):
     return tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens
 
 
-def say(model, drafter, k, *processors, prompt=PROMPT, count=COUNT, **keywords):
+def say(model, drafter, k, *processors, prompt=PROMPT, count=COUNT, tree=None, **keywords):
+    """What drafts of k say, or of a tree of so many rows."""
     return list(
         stream_generate(
             model,
@@ -153,7 +154,8 @@ def say(model, drafter, k, *processors, prompt=PROMPT, count=COUNT, **keywords):
             prompt,
             count,
             drafter=drafter,
-            num_draft_tokens=k,
+            num_draft_tokens=k if tree is None else None,
+            tree=tree,
             logits_processors=processors,
             **keywords,
         )

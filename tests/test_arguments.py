@@ -240,7 +240,7 @@ def test_what_numbers_may_be_instead(pair):
     for name in ("seed", "max_kv_size", "kv_bits"):
         assert spoken(pair, IDS, **{name: None}) == spoken(pair, IDS)
         assert "a whole number or None" in refusal(pair, **{name: "x"})
-    assert "a whole number or auto" in refusal(pair, num_draft_tokens="Auto")
+    assert "a whole number or None or auto" in refusal(pair, num_draft_tokens="Auto")
     assert refusal(pair, max_tokens=2.5) == "max_tokens is 2.5; expected a whole number"
     assert refusal(pair, max_tokens=None) == "max_tokens is None; expected a whole number"
     assert "max_tokens is nan" in refusal(pair, max_tokens=float("nan"))

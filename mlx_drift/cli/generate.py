@@ -175,7 +175,7 @@ def generate(
                 tokens,
                 max_tokens,
                 drafter=loaded,
-                num_draft_tokens=k,
+                num_draft_tokens=k if rows is None else None,
                 tree=rows,
                 temp=temp,
                 top_p=top_p,

@@ -434,8 +434,8 @@ class Pair:
                     PROMPT,
                     FIRST,
                     drafter=self.drafter,
-                    num_draft_tokens=FIRST - 1,
                     seed=seed,
+                    **({} if "tree" in keywords else {"num_draft_tokens": FIRST - 1}),
                     **keywords,
                 )
             )

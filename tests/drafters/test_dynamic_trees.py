@@ -355,6 +355,12 @@ def test_a_number_that_makes_no_sense_is_told(rows, model):
         generate(model, NoText(), PROMPT, drafter=tiny_drafter(model), tree=rows)
 
 
+@pytest.mark.parametrize("k", [3, 0, "auto"])
+def test_a_number_of_drafts_beside_it_is_told(k, model):
+    with pytest.raises(DriftError, match="num_draft_tokens and tree are both given; give one of"):
+        generate(model, NoText(), PROMPT, drafter=tiny_drafter(model), num_draft_tokens=k, tree=5)
+
+
 def test_who_cannot_is_told(model):
     with pytest.raises(DriftError, match=r"the drafter \(DraftModelDrafter\) drafts no trees"):
         generate(model, NoText(), PROMPT, drafter=DraftModelDrafter(tiny_llama(), model), tree=5)

@@ -38,7 +38,7 @@ def answers_by_clock(model: nn.Module) -> dict[str, tuple[list[int], list[int]]]
                 [*PROMPT, turn],
                 TOKENS,
                 drafter=drafter,
-                num_draft_tokens="auto",
+                num_draft_tokens="auto" if tree is None else None,
                 tree=tree,
                 temp=temp,
                 seed=5,

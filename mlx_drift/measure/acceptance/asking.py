@@ -133,7 +133,7 @@ def answer(
             prompt,
             settings.max_tokens,
             drafter=drafter,
-            num_draft_tokens=settings.num_draft_tokens,
+            num_draft_tokens=settings.num_draft_tokens if settings.tree is None else None,
             tree=settings.tree,
             temp=settings.temp,
             top_p=settings.top_p,
