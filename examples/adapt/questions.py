@@ -1,33 +1,57 @@
-"""Questions about Python's library for the embedded pair's target, to learn from and to measure on.
+"""Questions about Python's library, to learn from and to measure on, for any target.
 
-python -m adapt.questions (from examples/) writes `questions/{train,valid}.jsonl`.
+python -m adapt.questions (from examples/) writes `questions/{train,valid}.jsonl`; with
+`--tune FOLDER` other such questions with Python's own answers, to tune a target on.
 """
 
+import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
-from train_demo_pair.data import WORDINGS, load_facts
+from train_demo_pair.data import WORDINGS, Fact, load_facts
 
 COUNTS = {"train": 96, "valid": 24}
+TUNED_ON = {"train": 400, "valid": 20}
 LEAST = 150
 """Characters of an answer that is worth asking for."""
 
 
 def main() -> None:
-    """Writes them: no question stands in both files, nor in the held-out ones of the pair."""
+    """Writes them: no question stands in two files, nor in the held-out ones of the pair."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tune", type=Path, metavar="FOLDER")
+    folder = parser.parse_args().tune
     rng = random.Random(21)
     facts = [fact for fact in load_facts() if len(fact.answer) >= LEAST and not fact.held_out]
     rng.shuffle(facts)
-    folder = Path(__file__).with_name("questions")
-    folder.mkdir(exist_ok=True)
     for name, count in COUNTS.items():
-        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            for _ in range(count):
-                fact = facts.pop()
-                asked = rng.choice(WORDINGS[fact.kind][:-1]).format(s=fact.symbol)
-                line = {"turns": [asked], "category": fact.kind}
-                file.write(json.dumps(line) + "\n")
+        lines = [as_question(facts.pop(), rng) for _ in range(count)]
+        if folder is None:
+            write(Path(__file__).with_name("questions") / f"{name}.jsonl", lines)
+    for name, count in TUNED_ON.items():
+        if folder is not None:
+            write(folder / f"{name}.jsonl", [as_chat(facts.pop(), rng) for _ in range(count)])
+
+
+def as_question(fact: Fact, rng: random.Random) -> dict[str, Any]:
+    """Returns a question as `mlx-drift measure` reads it."""
+    asked = rng.choice(WORDINGS[fact.kind][:-1]).format(s=fact.symbol)
+    return {"turns": [asked], "category": fact.kind}
+
+
+def as_chat(fact: Fact, rng: random.Random) -> dict[str, Any]:
+    """Returns a question and its answer, as `mlx_lm.lora` reads them."""
+    (asked,) = as_question(fact, rng)["turns"]
+    messages = [("user", asked), ("assistant", fact.answer)]
+    return {"messages": [{"role": role, "content": text} for role, text in messages]}
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Writes a line a record."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

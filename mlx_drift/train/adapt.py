@@ -20,12 +20,19 @@ from mlx_drift.files.hub import check_upload_repo, upload_folder
 from mlx_drift.loading import find_drafter
 from mlx_drift.measure.acceptance.count import ALL, Condition
 from mlx_drift.measure.acceptance.wording import Wording
+from mlx_drift.target.context import longest_text
 from mlx_drift.target.model import Target
 from mlx_drift.train.answers import Answerer, Asking
 from mlx_drift.train.card import adapted_card
 from mlx_drift.train.checkpoint import Progress
 from mlx_drift.train.compare import compare
-from mlx_drift.train.conversations import Data, hold_out, read_conversations, read_data
+from mlx_drift.train.conversations import (
+    Data,
+    check_conversations,
+    hold_out,
+    read_conversations,
+    read_data,
+)
 from mlx_drift.train.head import load_trainable
 from mlx_drift.train.held_out import Held
 from mlx_drift.train.layout import Layout, Text
@@ -138,7 +145,8 @@ class Adaptation:
         revision: str | None = None,
     ):
         self.recipe, self.asking = recipe or Recipe(), asking or Asking()
-        self.model, self.drafter, self.given = model, drafter, answers == "given"
+        self.model, self.tokenizer = model, tokenizer
+        self.drafter, self.given = drafter, answers == "given"
         if (drafter is None) == (from_scratch is None):
             raise DriftError("a head to adapt, or a kind to train from scratch: give one of them")
         if data is None and self.given:
@@ -148,6 +156,7 @@ class Adaptation:
         self.data = None if data is None else read_data(data, limit, self.recipe.seed)
         self.questions = limit or QUESTIONS
         self.controls = read_conversations(control, limit) if control is not None else []
+        self._check()
         self.layout = Layout(tokenizer, wordings, self.asking.seed)
         frozen = None
         if drafter is not None:
@@ -170,6 +179,17 @@ class Adaptation:
         )
         self.memory.check()
         self.answerer = Answerer(model, tokenizer, self.layout, self.asking, frozen)
+
+    def _check(self) -> None:
+        """Checks that there is something to learn from, and that no text is too long to be read."""
+        if self.data is not None:
+            check_conversations(self.data.train, given=self.given)
+        longest = longest_text(self.model, self.tokenizer)
+        if longest is not None and self.asking.max_seq_length > longest[0]:
+            raise DriftError(
+                f"max_seq_length is {self.asking.max_seq_length}; expected at most {longest[0]}, "
+                f"as {longest[1]} says"
+            )
 
     def plan(self) -> Plan:
         """Tells what the training would take; answers a little and takes two steps.

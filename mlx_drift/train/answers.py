@@ -17,7 +17,6 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.drafters.protocol import Drafter
-from mlx_drift.errors import DriftError
 from mlx_drift.generate import stream_generate
 from mlx_drift.train.conversations import Conversation
 from mlx_drift.train.layout import Layout, Text, Texts
@@ -84,15 +83,7 @@ class Answerer:
 
         Returns:
             What was said, none of it beyond `max_seq_length`: nothing if there was no room.
-
-        Raises:
-            DriftError: If it is a text, in which there is nothing to answer.
         """
-        if conversation.text is not None:
-            raise DriftError(
-                f"{conversation.source}, line {conversation.id}: a text, which has no question to "
-                "answer; learn from texts as they are with --answers given"
-            )
         temp = self.asking.temperature(conversation) if temp is None else temp
         texts = Texts()
         for number, prompt in enumerate(self._prompts(conversation)):

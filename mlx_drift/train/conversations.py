@@ -28,6 +28,7 @@ from mlx_drift.files.hub_errors import one_line
 from mlx_drift.files.paths import existing
 from mlx_drift.measure.acceptance.questions import (
     MOST_BYTES,
+    SUFFIXES,
     as_question,
     checked_text,
     content_text,
@@ -67,6 +68,11 @@ class Conversation:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
 
     @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+        return f"{self.source}, conversation {self.id}"
+
+    @property
     def calls_tools(self) -> bool:
         """Whether what comes later answers what the assistant called."""
         return any(m["role"] == "tool" or m.get("tool_calls") for m in self.messages)
@@ -75,6 +81,11 @@ class Conversation:
     def has_answers(self) -> bool:
         """Whether there is something of the assistant's."""
         return self.text is not None or any(m["role"] == "assistant" for m in self.messages)
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is something of the user's to answer."""
+        return any(m["role"] == "user" for m in self.messages)
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,7 @@ def _files(path: str) -> dict[str, str | None]:
         if not files["train"].is_file():
             raise DriftError(f"{path}: has no train.jsonl; expected one, as for mlx_lm.lora")
         return {name: str(file) if file.is_file() else None for name, file in files.items()}
-    if folder is None and is_repository(path):
+    if folder is None and is_repository(path) and Path(path).suffix not in SUFFIXES:
         return _files_on_hub(path)
     return {"train": path}
 
@@ -153,6 +164,30 @@ def _files_on_hub(repo: str) -> dict[str, str | None]:
         if there:
             found[name] = str(dataset_file(repo, f"{name}.jsonl", None, MOST_BYTES))
     return found
+
+
+def check_conversations(conversations: Sequence[Conversation], *, given: bool) -> None:
+    """Checks that there is something to learn from in each, before anything is computed.
+
+    Args:
+        conversations: All that are learned from.
+        given: It is their own answers that are.
+
+    Raises:
+        DriftError: If there is nothing in one.
+    """
+    for one in conversations:
+        if given and not one.has_answers:
+            raise DriftError(
+                f"{one.place}: there is no assistant's message to learn from; let the target "
+                "answer with --answers self"
+            )
+        if not given and not one.asks:
+            what = "a text" if one.text is not None else "no message of the user's"
+            raise DriftError(
+                f"{one.place}: {what}, so there is nothing to answer; learn from what it says "
+                "with --answers given"
+            )
 
 
 def hold_out(

@@ -110,8 +110,12 @@ class Layout:
         if conversation.tools:
             more["tools"] = list(conversation.tools)
         text = wording.lay_out(self.tokenizer, messages, **more)
-        check_text(text, f"{conversation.source}, {conversation.id}: as it is laid out, it")
+        check_text(text, f"{conversation.place}: as it is laid out, it")
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        if not tokens:
+            raise DriftError(
+                f"{wording.name}: the chat template lays out nothing of a conversation"
+            )
         return tokens
 
     def given(self, conversation: Conversation) -> list[Text]:

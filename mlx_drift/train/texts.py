@@ -68,9 +68,6 @@ class Gathering:
         Args:
             conversations: Where they are from.
             given: With the answers they came with; else the target answers.
-
-        Raises:
-            DriftError: If one has nothing to learn from.
         """
         if given:
             return self._given(conversations)
@@ -81,12 +78,13 @@ class Gathering:
                 found += texts
             else:
                 repeating += 1
-        self._note(repeating, "of conversations say the same again and again, and are left out")
+        what = "conversations say the same again and again, and are left out"
+        self._note(repeating, f"of {len(conversations)} {what}")
         return found
 
     def to_measure(self, conversations: Sequence[Conversation]) -> list[Held]:
-        """Returns what the target answers greedily; a text is measured on as it is."""
-        asked = [one for one in conversations if one.text is None]
+        """Returns what the target answers greedily; what asks nothing is measured on as it is."""
+        asked = [one for one in conversations if one.asks]
         answered = dict(
             zip(
                 [one.digest for one in asked],
@@ -97,7 +95,9 @@ class Gathering:
         several = len(self.layout.wordings) > 1
         found = []
         for one in conversations:
-            texts = self._cut(self.layout.given(one)) if one.text else answered.get(one.digest, [])
+            texts = answered.get(one.digest, [])
+            if not one.asks:
+                texts = self._cut(self.layout.given(one))
             if texts:
                 named = several and one.text is None
                 category = self.layout.wording(one).name if named else one.category
@@ -131,20 +131,19 @@ class Gathering:
             found.append(texts)
             empty += not texts
             self._tell(what, number + 1, len(conversations))
-        self._note(empty, f"prompts leave no room in {self.answerer.asking.max_seq_length} tokens")
+        self._note(
+            empty,
+            f"of {len(conversations)} conversations leave no room for an answer in "
+            f"{self.answerer.asking.max_seq_length} tokens",
+        )
         return found
 
     def _given(self, conversations: Sequence[Conversation]) -> list[Text]:
-        for one in conversations:
-            if not one.has_answers:
-                raise DriftError(
-                    f"{one.source}, {one.id}: there is no assistant's message to learn from; let "
-                    "the target answer with --answers self"
-                )
         found = [self._cut(self.layout.given(one)) for one in conversations]
         self._note(
             sum(not texts for texts in found),
-            f"conversations say nothing within {self.answerer.asking.max_seq_length} tokens",
+            f"of {len(conversations)} conversations say nothing within "
+            f"{self.answerer.asking.max_seq_length} tokens",
         )
         return [text for texts in found for text in texts]
 

@@ -33,8 +33,24 @@ def write(path, *records):
         (
             [{"text": "Some."}, {"text": "More."}],
             [],
-            "a text, which has no question to answer; learn from texts as they are with --answers",
+            "data, conversation 2: a text, so there is nothing to answer; learn from what it says",
         ),
+        (
+            [{"messages": [{"role": "assistant", "content": "A format."}]}] * 2,
+            [],
+            "data, conversation 2: no message of the user's, so there is nothing to answer",
+        ),
+        (
+            [QUESTION] * 2,
+            ["--max-seq-length", 5000],
+            "5000; expected at most 4096, as max_position",
+        ),
+        (
+            [QUESTION] * 2,
+            ["--chat-template", os.devnull],
+            "null: the chat template lays out nothing of a conversation",
+        ),
+        ([QUESTION] * 2, ["--data", "data/none.jsonl"], "data/none.jsonl: no such file here"),
         ([QUESTION] * 2, ["--learning-rate", 0], "learning_rate is 0.0; expected more than 0"),
         ([QUESTION] * 2, ["--questions", "self"], "--data, or --questions self: give one of them"),
         ([QUESTION] * 2, ["--draft-vocab-size", 9], "--draft-vocab-size is for --from-scratch"),
@@ -59,7 +75,8 @@ def test_conversations_that_are_all_too_long(cli, tmp_path):
     code, _, err = cli("adapt", "--data", data, "--mlx-path", out, "--max-seq-length", 8)
     assert code == 1
     last = err.splitlines()[-1]
-    assert last == "error: nothing is left to learn from: 1 prompts leave no room in 8 tokens"
+    what = "1 of 1 conversations leave no room for an answer in 8 tokens"
+    assert last == f"error: nothing is left to learn from: {what}"
 
 
 def test_ctrl_c_is_waited_for_once():

@@ -31,6 +31,7 @@ from mlx_drift.files.hub import dataset_file
 from mlx_drift.files.paths import existing
 from mlx_drift.files.text import decode, lone_surrogate
 
+SUFFIXES = ".jsonl", ".ndjson", ".json", ".csv", ".txt"
 MOST_BYTES = 4 << 30
 """Of a file that is read line by line: LiveCodeBench's tests weigh more than a gigabyte."""
 
@@ -143,7 +144,7 @@ def records(file: Path) -> Iterator[tuple[str, Any]]:
             yield from _rows(file)
         elif suffix != ".txt" and _is_list(file):
             yield from _elements(file)
-        elif suffix in (".txt", ".jsonl", ".json", ".ndjson", ""):
+        elif suffix in (*SUFFIXES, ""):
             yield from _lines(file, as_json=suffix != ".txt")
         else:
             raise DriftError(
