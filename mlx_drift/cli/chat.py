@@ -46,6 +46,7 @@ def chat(
     system_prompt: options.SystemPrompt = None,
     max_tokens: options.MaxTokens = 2048,
     num_draft_tokens: options.NumDraftTokens = None,
+    tree: options.Tree = None,
     temp: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
     min_p: options.MinP = 0.0,
@@ -73,6 +74,7 @@ def chat(
     answers alone go to stdout.
     """
     console = Console(stderr=True)
+    rows = options.read_tree(tree, num_draft_tokens=num_draft_tokens)
     chosen = num_draft_tokens or ("3" if model is None else "auto")
     k = draft_tokens(chosen)
     check_num_draft_tokens(k)
@@ -84,7 +86,7 @@ def chat(
         target, tokenizer, drafter = load_pair(
             name, head, adapter, console, drafter_bits, small, trust_remote_code
         )
-        return Speaker(name or NAME, target, tokenizer, copying(drafter, lookup, k == "auto"))
+        return Speaker(name or NAME, target, tokenizer, copying(drafter, lookup, (rows or k) == "auto"))
 
     settings = Settings(
         max_tokens,
@@ -106,6 +108,7 @@ def chat(
             "quantized_kv_start": quantized_kv_start,
         },
         parse_object(chat_template_config, "--chat-template-config"),
+        rows,
     )
     # Nothing here keeps who speaks, so that /model makes room.
     conversation = Conversation(load(model, drafter, draft_model), settings, system_prompt)

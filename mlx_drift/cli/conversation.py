@@ -15,6 +15,7 @@ from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
 from mlx_drift.decode.responses import DriftResponse
 from mlx_drift.decode.speculate import Progress
 from mlx_drift.decode.statistics import Statistics
+from mlx_drift.decode.trees import Rows
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
 from mlx_drift.files.text import check_text, read_text
@@ -66,6 +67,7 @@ class Settings:
         sampling: Keywords of `stream_generate`.
         caches: Keywords of `make_prompt_cache`.
         template: Keywords of the chat template.
+        tree: Rows the target verifies a round, their drafts a tree; None for chains.
     """
 
     max_tokens: int
@@ -74,6 +76,7 @@ class Settings:
     sampling: dict[str, Any] = field(default_factory=dict)
     caches: dict[str, Any] = field(default_factory=dict)
     template: dict[str, Any] = field(default_factory=dict)
+    tree: Rows | None = None
 
 
 class Conversation:
@@ -139,7 +142,7 @@ class Conversation:
         tokens = tokenizer.encode(rendered, add_special_tokens=False)
         room = self._room(len(tokens))
         most = self.settings.max_tokens
-        seed = self.settings.seed
+        seed, tree = self.settings.seed, self.settings.tree
         self.said, self.last, self.is_full = [], None, False
 
         def told(done: int, total: int) -> None:
@@ -156,7 +159,8 @@ class Conversation:
             tokens,
             most if room is None else room if most < 0 else min(most, room),
             drafter=self.speaker.drafter,
-            num_draft_tokens=self.settings.num_draft_tokens,
+            num_draft_tokens=self.settings.num_draft_tokens if tree is None else None,
+            tree=tree,
             seed=None if seed is None else seed + self._answers,
             prompt_cache=self._cache,
             compare_plain=self.statistics.plain_step_seconds is None,

@@ -155,7 +155,7 @@ def generate(
     if loaded is not None:
         loaded = windowed(loaded, drafter_window, drafter_sinks, tokenizer, lay_out(PLACE))
         loaded = confident(loaded, drafter_confidence)
-        loaded = copying(loaded, lookup, default=k == "auto" and rows in (None, "auto"))
+        loaded = copying(loaded, lookup, default=(rows or k) == "auto")
     if prompt_cache_file is not None and loaded is not None:
         cache = load_prompt_cache(prompt_cache_file, target, loaded)
         rest = lay_out(PLACE, prefill_response=prefill_response).after_place()

@@ -99,7 +99,7 @@ Lookup = Annotated[
     typer.Option(
         "--lookup/--no-lookup",
         help="Beside a head or draft model, copy what followed the last tokens where they stood "
-        "before. Default: with --num-draft-tokens auto.",
+        "before. Default: with --num-draft-tokens auto or --tree auto.",
         show_default=False,
     ),
 ]

@@ -134,7 +134,7 @@ def serve_command(
     console = Console(stderr=True)
     no = no_draft or None
     rows = options.read_tree(tree, num_draft_tokens=num_draft_tokens, no_draft=no)
-    is_fixed = model is None and rows != "auto"
+    is_fixed = isinstance(rows, int) or (model is None and rows is None)
     chosen = num_draft_tokens or (str(FIXED_DRAFTS) if is_fixed else "auto")
     settings = Settings(
         num_draft_tokens=0 if no_draft else _drafts(chosen),

@@ -266,7 +266,7 @@ def test_every_line_of_stdin_is_a_message(cli, speaker, monkeypatch):
 
 def test_a_line_of_json_a_turn(cli, monkeypatch):
     typed(monkeypatch, QUESTION, "/nothing", SECOND, "/quit", QUESTION)
-    code, out, err = cli("chat", "-m", 8, "--json", "--show-drafts")
+    code, out, err = cli("chat", "-m", 8, "--json", "--show-drafts", "--tree", 5)
     first, error, second = map(json.loads, out.splitlines())
     assert code == 1
     assert "there is no command /nothing" in error["error"]
@@ -274,6 +274,7 @@ def test_a_line_of_json_a_turn(cli, monkeypatch):
     assert "".join(token["text"] for token in first["tokens"]) == first["text"]
     assert second["statistics"]["reuse"] == "extended"
     assert second["finish_reason"] == "length"
+    assert all(turn["statistics"]["acceptance_by_rank"] for turn in (first, second))
 
 
 def test_a_line_that_is_no_text_is_named(cli, monkeypatch):
