@@ -86,7 +86,8 @@ def chat(
         target, tokenizer, drafter = load_pair(
             name, head, adapter, console, drafter_bits, small, trust_remote_code
         )
-        return Speaker(name or NAME, target, tokenizer, copying(drafter, lookup, (rows or k) == "auto"))
+        drafter = copying(drafter, lookup, (rows or k) == "auto")
+        return Speaker(name or NAME, target, tokenizer, drafter)
 
     settings = Settings(
         max_tokens,
