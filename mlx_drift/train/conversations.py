@@ -73,6 +73,11 @@ class Conversation:
         return f"{self.source}, conversation {self.id}"
 
     @property
+    def said(self) -> str:
+        """All that is said in it, as JSON."""
+        return json.dumps([self.messages, self.text])
+
+    @property
     def calls_tools(self) -> bool:
         """Whether what comes later answers what the assistant called."""
         return any(m["role"] == "tool" or m.get("tool_calls") for m in self.messages)
@@ -201,7 +206,7 @@ def hold_out(
         seed: Says which are held out.
 
     Returns:
-        What is learned from, and what is held out.
+        What is learned from, without what says the same as something held out; what is held out.
 
     Raises:
         DriftError: If there are not enough of them.
@@ -212,11 +217,12 @@ def hold_out(
         )
     count = min(MOST_HELD_OUT, max(1, len(conversations) // HELD_OUT))
     drawn = np.random.default_rng([seed, 1]).permutation(len(conversations))[:count]
-    held = {int(i) for i in drawn}
-    return (
-        [one for i, one in enumerate(conversations) if i not in held],
-        [conversations[i] for i in sorted(held)],
-    )
+    held = [conversations[i] for i in sorted(drawn)]
+    seen = {one.said for one in held}
+    learned = [one for one in conversations if one.said not in seen]
+    if not learned:
+        raise DriftError(f"{path}: all conversations say the same; expected at least one other")
+    return learned, held
 
 
 def _conversation(record: Any, number: str, source: str) -> Conversation:

@@ -159,6 +159,16 @@ def test_answers_do_not_depend_on_which_others_are_asked_for(demo):
     assert full == []
 
 
+def test_what_is_held_out_is_learned_nowhere(tmp_path):
+    """A question that a file has twice is not both learned and measured on."""
+    asked = [{"turns": [f"What is {n // 2}?"]} for n in range(40)]
+    data = read_data(write(tmp_path / "twice.jsonl", *asked))
+    assert not {one.said for one in data.train} & {one.said for one in data.valid}
+    assert len(data.valid) == 4
+    with pytest.raises(DriftError, match="all conversations say the same"):
+        read_data(write(tmp_path / "same.jsonl", *asked[:2]))
+
+
 def test_a_call_is_answered_after_what_the_file_has(demo):
     model, tokenizer, _ = demo
     said = [*SAID[1:3], {"role": "tool", "content": "12:00"}, SAID[4]]

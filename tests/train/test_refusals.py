@@ -11,7 +11,8 @@ from adapting import tiny_pair, write_tiny_head
 from mlx_drift.cli.adapt import stopping
 from mlx_drift.demo import TARGET
 
-QUESTION = {"turns": ["What is json?"]}
+QUESTION, OTHER = {"turns": ["What is json?"]}, {"turns": ["How?"]}
+TWO = [QUESTION, OTHER]
 
 
 def write(path, *records):
@@ -26,7 +27,7 @@ def write(path, *records):
         ([QUESTION], [], "one conversation; expected at least two"),
         ([QUESTION, {"what": 1}], [], "line 2: none of the fields"),
         (
-            [QUESTION, QUESTION],
+            TWO,
             ["--answers", "given"],
             "there is no assistant's message to learn from; let the target answer with --answers",
         ),
@@ -36,28 +37,28 @@ def write(path, *records):
             "data, conversation 2: a text, so there is nothing to answer; learn from what it says",
         ),
         (
-            [{"messages": [{"role": "assistant", "content": "A format."}]}] * 2,
+            [{"messages": [{"role": "assistant", "content": text}]} for text in ("A", "B")],
             [],
             "data, conversation 2: no message of the user's, so there is nothing to answer",
         ),
         (
-            [QUESTION] * 2,
+            TWO,
             ["--max-seq-length", 5000],
             "5000; expected at most 4096, as max_position",
         ),
         (
-            [QUESTION] * 2,
+            TWO,
             ["--chat-template", os.devnull],
             "null: the chat template lays out nothing of a conversation",
         ),
-        ([QUESTION] * 2, ["--data", "data/none.jsonl"], "data/none.jsonl: no such file here"),
-        ([QUESTION] * 2, ["--learning-rate", 0], "learning_rate is 0.0; expected more than 0"),
-        ([QUESTION] * 2, ["--questions", "self"], "--data, or --questions self: give one of them"),
-        ([QUESTION] * 2, ["--draft-vocab-size", 9], "--draft-vocab-size is for --from-scratch"),
-        ([QUESTION] * 2, ["--chat-template", "no.jinja"], "no.jinja: cannot be read"),
-        ([QUESTION] * 2, ["--report-to", "paper"], "--report-to paper: paper callback doesn't"),
+        (TWO, ["--data", "data/none.jsonl"], "data/none.jsonl: no such file here"),
+        (TWO, ["--learning-rate", 0], "learning_rate is 0.0; expected more than 0"),
+        (TWO, ["--questions", "self"], "--data, or --questions self: give one of them"),
+        (TWO, ["--draft-vocab-size", 9], "--draft-vocab-size is for --from-scratch"),
+        (TWO, ["--chat-template", "no.jinja"], "no.jinja: cannot be read"),
+        (TWO, ["--report-to", "paper"], "--report-to paper: paper callback doesn't"),
         (
-            [QUESTION] * 2,
+            TWO,
             ["--from-scratch", "eagle3", "--answer-draft-tokens", 2],
             "without a head there are no drafts to answer with",
         ),
@@ -70,7 +71,7 @@ def test_what_is_wrong_is_told(refuses, tmp_path, records, arguments, message):
 
 
 def test_conversations_that_are_all_too_long(cli, tmp_path):
-    data = write(tmp_path / "data.jsonl", QUESTION, {"turns": ["How?"]})
+    data = write(tmp_path / "data.jsonl", *TWO)
     out = tmp_path / "out"
     code, _, err = cli("adapt", "--data", data, "--mlx-path", out, "--max-seq-length", 8)
     assert code == 1
@@ -92,7 +93,7 @@ def test_ctrl_c_is_waited_for_once():
 
 def test_a_head_of_another_target(refuses, tmp_path):
     head = write_tiny_head(tmp_path / "head", tiny_pair()[0])
-    data = write(tmp_path / "data.jsonl", QUESTION, QUESTION)
+    data = write(tmp_path / "data.jsonl", *TWO)
     refuses(
         "the drafter was made for a target whose hidden size is 32, but this target's is 256",
         *("adapt", "--model", TARGET, "--drafter", head, "--data", data),
@@ -107,7 +108,7 @@ def test_a_tokenizer_without_a_template(refuses, tmp_path):
     config = json.loads((target / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
     (target / "tokenizer_config.json").write_text(json.dumps(config))
-    data = write(tmp_path / "data.jsonl", QUESTION, QUESTION)
+    data = write(tmp_path / "data.jsonl", *TWO)
     refuses(
         "the target's tokenizer has no chat template to lay around conversations; give one with",
         *("adapt", "--model", target, "--drafter", TARGET.parent / "eagle3.1", "--data", data),
