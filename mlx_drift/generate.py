@@ -193,7 +193,7 @@ def stream_generate(
     if drafter is None:
         if isinstance(prompt_cache, PromptCache):
             raise DriftError("the prompt cache was made for a drafter; give that one as drafter=")
-        if num_draft_tokens != "auto":
+        if isinstance(num_draft_tokens, int):
             kwargs["num_draft_tokens"] = num_draft_tokens
         yield from plain_responses(
             model,

@@ -13,6 +13,7 @@ import pytest
 from backend import ON_GPU, assert_same_tokens
 from mlx_drift import DriftError, generate, load_demo, stream_generate
 from mlx_drift.demo import CHAINS
+from tiny import NoText, plain_greedy, tiny_llama
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT_FILE = ROOT / "examples" / "train_demo_pair" / "heldout.jsonl"
@@ -183,6 +184,14 @@ def test_without_a_drafter_mlx_lm_generates(normalized):
     assert generate(model, tokenizer, prompt, max_tokens=12, prefill_step_size=8) == (
         mlx_lm.generate(model, tokenizer, prompt, max_tokens=12)
     )
+
+
+@pytest.mark.parametrize("k", [None, 2, "auto"])
+def test_a_draft_model_of_mlx_lms_own_loop_takes_any_number_of_drafts(k):
+    model, small = tiny_llama(), tiny_llama(bits=4)
+    options = {"draft_model": small, "max_tokens": 6, "num_draft_tokens": k}
+    tokens = [r.token for r in stream_generate(model, NoText(), [1, 2, 3], **options)]
+    assert tokens == plain_greedy(model, [1, 2, 3], 6)
 
 
 def test_prompt_in_chunks_and_progress(normalized):
