@@ -5,7 +5,8 @@ but the last, and the drafter's holds rows 1 … p (row s: token s with the taps
 So every round is alike, the first after the prompt included, and each has one host
 synchronisation: the `tolist` that brings the number of accepted drafts and the tokens. (One a
 token where a logits processor keeps a state, `mlx_drift.decode.fork`; one a draft, or a level of a
-tree, that a network chooses under a grammar, `mlx_drift.decode.ahead`.)
+tree, that a network chooses under a grammar, `mlx_drift.decode.ahead`; one more for a tree that
+recurrent layers verify, `mlx_drift.target.recurrent`.)
 """
 
 import itertools

@@ -2,10 +2,11 @@
 
     python tests/benchmarks/hybrid.py [--family qwen3_next] [--bits 4]
 
-A random model of a family with recurrent layers verifies K + 1 rows, takes back those that were
-rejected, and computes the recurrent states anew from the accepted rows; without a drafter, whose
-cost is another matter. In between, mlx-lm takes plain steps with the same model. All of them take
-turns at the same context; each figure is a median of ratios to the plain steps of the same turn.
+A random model of a family with recurrent layers verifies K + 1 rows, of a chain or a small tree,
+takes back those that were rejected, and computes the recurrent states anew from the accepted rows;
+without a drafter, whose cost is another matter. In between, mlx-lm takes plain steps with the same
+model. All of them take turns at the same context; each figure is a median of ratios to the plain
+steps of the same turn.
 """
 
 import argparse
@@ -25,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from families import CONFIGS, VOCAB, build
 from mlx_drift.target.model import Target
+from mlx_drift.target.tree import Tree
+from mlx_drift.target.tree_check import check_trees
 
 LARGER = {
     "hidden_size": 512,
@@ -43,7 +46,11 @@ LARGER = {
 """Sizes at which a step takes some milliseconds; three layers of four are recurrent."""
 LENGTH = 256  # tokens of context
 DRAFTS = (1, 2, 4)
+PARENTS, PATH = [-1, -1, 0, 2], [0, 1, 3, 4]  # of a tree of four drafts, and the longer branch
 WARM_UP = 2  # repeats that are not counted
+
+Round = tuple[int, int, bool]
+"""Drafts, how many of them are accepted, and whether they are a tree."""
 
 Turn = tuple[float, float]
 """Seconds until the logits are there, and from then until the states are."""
@@ -91,20 +98,22 @@ def plain_step(model: nn.Module, prompt: mx.array) -> Callable[[], Turn]:
     return step
 
 
-def round_of(target: Target, prompt: mx.array) -> Callable[[int, int], Turn]:
+def round_of(target: Target, prompt: mx.array) -> Callable[[int, int, bool], Turn]:
     """Returns a round without a drafter, which leaves its cache as it was."""
     cache = target.make_cache()
     target(prompt[:-1], cache)
     mx.eval([one.state for one in cache])
     restore = saved(cache)
 
-    def verify(k: int, accepted: int) -> Turn:
+    def verify(k: int, accepted: int, branches: bool) -> Turn:
+        path = PATH[: accepted + 1] if branches else range(accepted + 1)
         start = time.perf_counter()
-        logits, taps = target.verify(prompt[-1 - k :], cache)
+        tree = Tree.of(mx.array(PARENTS)) if branches else None
+        logits, taps = target.verify(prompt[-1 - k :], cache, tree)
         log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         mx.eval(mx.argmax(log_probabilities, axis=-1), taps)
         middle = time.perf_counter()
-        target.rollback(cache, k - accepted)
+        target.keep(cache, path)
         mx.eval(cache.state)
         turn = middle - start, time.perf_counter() - middle
         restore()
@@ -114,11 +123,12 @@ def round_of(target: Target, prompt: mx.array) -> Callable[[int, int], Turn]:
 
 
 def measure(
-    step: Callable[[], Turn], verify: Callable[[int, int], Turn], repeats: int
-) -> dict[tuple[int, int], list[Turn]]:
+    step: Callable[[], Turn], verify: Callable[[int, int, bool], Turn], repeats: int
+) -> dict[Round, list[Turn]]:
     """Returns, for every K and count of accepted drafts, turns in plain steps."""
-    rounds = [(k, accepted) for k in DRAFTS for accepted in range(k + 1)]
-    turns: dict[tuple[int, int], list[Turn]] = {which: [] for which in rounds}
+    rounds = [(k, accepted, False) for k in DRAFTS for accepted in range(k + 1)]
+    rounds += [(len(PARENTS), accepted, True) for accepted in range(len(PATH))]
+    turns: dict[Round, list[Turn]] = {which: [] for which in rounds}
     for repeat in range(WARM_UP + repeats):
         start = repeat % len(rounds)
         timed = {which: (step(), verify(*which)) for which in rounds[start:] + rounds[:start]}
@@ -135,15 +145,16 @@ def spread(values: list[float]) -> str:
     return f"{middle:.2f} ({low:.2f}–{high:.2f})"
 
 
-def print_table(turns: dict[tuple[int, int], list[Turn]]) -> None:
+def print_table(turns: dict[Round, list[Turn]]) -> None:
     """Prints a line for every K and count of accepted drafts."""
     print("\n| K | accepted | verifying | putting back | its share | round (quartiles) |")
     print("|---|---|---|---|---|---|")
-    for (k, accepted), pairs in turns.items():
+    for (k, accepted, branches), pairs in turns.items():
         verifying, back = (statistics.median(side) for side in zip(*pairs, strict=True))
         share = statistics.median(back / (verifying + back) for verifying, back in pairs)
         whole = spread([sum(pair) for pair in pairs])
-        print(f"| {k} | {accepted} | {verifying:.2f} | {back:.2f} | {share:.0%} | {whole} |")
+        drafts = f"{k}, a tree" if branches else k
+        print(f"| {drafts} | {accepted} | {verifying:.2f} | {back:.2f} | {share:.0%} | {whole} |")
 
 
 def main() -> None:
@@ -156,6 +167,7 @@ def main() -> None:
     model = build_larger(arguments.family, arguments.bits)
     layers = len(make_prompt_cache(model))
     target = Target(model, (1, layers // 2, layers - 1))
+    check_trees(target)
     prompt = mx.random.randint(0, VOCAB, (LENGTH,))
     step, verify = plain_step(model, prompt), round_of(target, prompt)
     preloaded = os.environ.get("LD_PRELOAD", "nothing")
