@@ -1,6 +1,6 @@
 """Questions about Python's library, to learn from and to measure on, for any target.
 
-python -m adapt.questions (from examples/) writes `questions/{train,valid}.jsonl`; with
+python -m adapt.questions (from examples/) writes `questions/{train,valid,test}.jsonl`; with
 `--tune FOLDER` other such questions with Python's own answers, to tune a target on.
 """
 
@@ -12,8 +12,7 @@ from typing import Any
 
 from train_demo_pair.data import WORDINGS, Fact, load_facts
 
-COUNTS = {"train": 96, "valid": 24}
-TUNED_ON = {"train": 400, "valid": 20}
+COUNTS = {"train": 96, "valid": 24, "tune/train": 400, "tune/valid": 20, "test": 64}
 LEAST = 150
 """Characters of an answer that is worth asking for."""
 
@@ -27,12 +26,13 @@ def main() -> None:
     facts = [fact for fact in load_facts() if len(fact.answer) >= LEAST and not fact.held_out]
     rng.shuffle(facts)
     for name, count in COUNTS.items():
-        lines = [as_question(facts.pop(), rng) for _ in range(count)]
-        if folder is None:
-            write(Path(__file__).with_name("questions") / f"{name}.jsonl", lines)
-    for name, count in TUNED_ON.items():
-        if folder is not None:
-            write(folder / f"{name}.jsonl", [as_chat(facts.pop(), rng) for _ in range(count)])
+        drawn = [facts.pop() for _ in range(count)]
+        part, _, file = name.rpartition("/")
+        lines = [as_chat(fact, rng) if part else as_question(fact, rng) for fact in drawn]
+        if part and folder is not None:
+            write(folder / f"{file}.jsonl", lines)
+        if not part and folder is None:
+            write(Path(__file__).with_name("questions") / f"{file}.jsonl", lines)
 
 
 def as_question(fact: Fact, rng: random.Random) -> dict[str, Any]:

@@ -10,7 +10,7 @@ ADAPT = Path(__file__).parents[2] / "examples" / "adapt"
 
 
 def test_a_foreign_template(cli, tmp_path):
-    """Both templates are in the data, and each has its row in the card."""
+    """Both templates are in the data, and each has its own figures, with their ratio."""
     questions = tmp_path / "questions.jsonl"
     lines = [json.dumps({"turns": [f"What is {n}?"]}) for n in range(40)]
     questions.write_text("\n".join(lines))
@@ -25,8 +25,9 @@ def test_a_foreign_template(cli, tmp_path):
     told = json.loads(said)
     start, end = told["history"]
     assert end["val_loss"] < start["val_loss"]
-    groups = told["conditions"][0]["drafters"]["before"]["acceptance"].keys()
-    assert groups == {"all", "own template", "foreign.jinja"}
+    after = told["conditions"][0]["drafters"]["after"]
+    groups = {"all", "own template", "foreign.jinja"}
+    assert after["acceptance"].keys() == after["ratio_to_first_drafter"].keys() == groups
 
 
 def test_style_writes_what_mlx_lm_lora_reads(tmp_path, monkeypatch):
