@@ -68,16 +68,19 @@ def load_checkpoint(path: Path, like: dict[str, mx.array]) -> tuple[dict[str, mx
     Raises:
         DriftError: If it is damaged, or of another head.
     """
-    arrays = read_safetensors(path)
     try:
+        arrays = read_safetensors(path)
         progress = Progress(**json.loads(read_metadata(path)[FORMAT]))
         same = {n: (a.shape, a.dtype) for n, a in arrays.items()} == {
             n: (a.shape, a.dtype) for n, a in like.items()
         }
-    except (KeyError, TypeError, ValueError):
+    except (DriftError, KeyError, TypeError, ValueError):
         same = False
     if not same:
-        raise DriftError(f"{path}: no checkpoint of this training; remove its folder to begin anew")
+        raise DriftError(
+            f"{path}: damaged, or no checkpoint of this training; remove it, and the training "
+            "begins anew, on the answers beside it"
+        )
     return arrays, progress
 
 

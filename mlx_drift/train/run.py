@@ -85,7 +85,10 @@ class Run:
             partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             partial.replace(file)
             return
-        theirs = read_json(file)
+        try:
+            theirs = read_json(file)
+        except DriftError:
+            raise DriftError(f"{file}: damaged; remove {self.path} to begin anew") from None
         for key in sorted({*theirs, *settings} - {*FREE}):
             if theirs.get(key) != settings.get(key):
                 raise DriftError(

@@ -135,6 +135,11 @@ def test_a_run_goes_on_as_it_was_begun_or_not_at_all(pair, folder, unbroken):
         adapt(folder, again, *pair, stop=lambda: True)
     with pytest.raises(DriftError, match=r"with another learning_rate was begun in it, 0\.01"):
         adapt(folder, again, *pair, recipe={"learning_rate": 1e-3})
+    run = folder / "again.run"
+    for name in ("checkpoint.safetensors", "run.json"):
+        (run / name).write_text("junk")
+        with pytest.raises(DriftError, match=rf"again\.run/{name}: damaged.* begin.? anew"):
+            adapt(folder, again, *pair)
     with pytest.raises(DriftError, match="exists already"):
         adapt(folder, unbroken.path, *pair)
 
