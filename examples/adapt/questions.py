@@ -50,7 +50,7 @@ def as_chat(fact: Fact, rng: random.Random) -> dict[str, Any]:
 
 def write(path: Path, lines: list[dict[str, Any]]) -> None:
     """Writes a line a record."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
