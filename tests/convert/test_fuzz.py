@@ -144,15 +144,16 @@ def bases() -> dict[str, tuple[Config, Tensors]]:
         )
         for name, quantize in itertools.product(heads, (False, True)):
             out = Path(root, f"converted {name}{' -q' * quantize}")
-            options = {"target": SHAPE, "quantize": quantize, "q_group_size": 32}
-            convert_drafter(f"{root}/{name}", out, **options)
+            how = {"quantize": True, "q_group_size": 32} if quantize else {}
+            convert_drafter(f"{root}/{name}", out, target=SHAPE, **how)
             found[out.name] = read_back(out)
         sizes = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
         for name in FAMILIES:
             source, out = Path(root, MTP + name), Path(root, f"converted {MTP}{name}")
             tensors = written(name, head(name, **sizes), **sizes)
             write_repository(source, config_of(name, **sizes), tensors)
-            convert_drafter(str(source), out, mtp=True, quantize="moe" in name, q_group_size=32)
+            how = {"quantize": True, "q_group_size": 32} if "moe" in name else {}
+            convert_drafter(str(source), out, mtp=True, **how)
             found |= {folder.name: read_back(folder) for folder in (source, out)}
     return found
 
@@ -478,7 +479,8 @@ def keywords(rng: Random) -> dict[str, Any]:
         "strict": [True],
     }
     likely = {"target": 0.8, "quantize": 0.2, "q_group_size": 0.9}
-    return {k: rng.choice(v) for k, v in choices.items() if rng.random() < likely.get(k, 0.06)}
+    drawn = {k: rng.choice(v) for k, v in choices.items() if rng.random() < likely.get(k, 0.06)}
+    return {k: v for k, v in drawn.items() if "quantize" in drawn or not k.startswith("q_")}
 
 
 # The largest inputs that are not refused for their size alone.
