@@ -143,7 +143,7 @@ def answer(
         prompt,
         max_tokens,
         drafter=way.drafter,
-        num_draft_tokens=1 if way.num_draft_tokens is None else way.num_draft_tokens,
+        num_draft_tokens=way.num_draft_tokens if way.tree is None else None,
         tree=way.tree,
         temp=temp,
         seed=seed,

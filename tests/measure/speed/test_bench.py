@@ -158,6 +158,20 @@ def test_a_baseline_needs_caches_that_go_back():
         bench(model, NoText(), tiny_drafter(tiny_llama()), [[1, 2]], draft_model=tiny_llama())
 
 
+def test_trees_are_arms_too():
+    model = tiny_llama()
+    found = bench(
+        *(model, NoText(), tiny_drafter(model), [[1, 2, 3]]),
+        lengths=(2,),
+        trees=(3, "auto"),
+        max_tokens=6,
+        repeats=1,
+        turns=1,
+    )
+    assert [arm.name for arm in found.arms] == ["plain", "K=2", "tree of 3", "auto, trees"]
+    assert all(arm.speedup[0] > 0 for arm in found.arms)
+
+
 def test_the_command(cli, monkeypatch):
     monkeypatch.setattr("mlx_drift.cli.bench.TURNS", 1)
     arguments = ("bench", "-m", 6, "--repeats", 1, "-p", "def quote", "--num-draft-tokens", 2)
