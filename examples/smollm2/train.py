@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="learn from so many chats, the first, and no more")
     parser.add_argument("--tokens", type=float, default=10e6, help="answer tokens to learn in all")
     parser.add_argument(
-        "--cooldown", type=float, default=0.15, help="share of them in which the rate falls to 0"
+        "--cooldown", type=float, default=0.15, help="share of them in which the rate falls to a hundredth"
     )
     parser.add_argument("--batch", type=int, default=1024, help="answer tokens a step")
     parser.add_argument("--depth", type=int, default=4, help="steps of the train-time test")
@@ -226,8 +226,10 @@ def main() -> None:
     batches = training.batches()
     while progress.said < args.tokens and not stopped:
         rows = next(batches)
-        left = (args.tokens - progress.said) / args.tokens
-        rate = min(1.0, (progress.step + 1) / WARMUP, max(left, 0.01) / args.cooldown)
+        rate = min(1.0, (progress.step + 1) / WARMUP)
+        if args.cooldown:
+            left = 1 - progress.said / args.tokens
+            rate = min(rate, max(left, 0.01) / args.cooldown)
         losses: dict[str, Tensor] = {}
         for name, learner in training.learners.items():
             losses[name] = learner.learn(training.target, rows, args.depth, rate)
