@@ -205,7 +205,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="learn from so many chats, the first, and no more")
     parser.add_argument("--tokens", type=float, default=10e6, help="answer tokens to learn in all")
     parser.add_argument(
-        "--cooldown", type=float, default=0.15, help="share of them in which the rate falls to a hundredth"
+        "--cooldown",
+        type=float,
+        default=0.15,
+        help="share of them, the last, in which the rate falls",
     )
     parser.add_argument("--batch", type=int, default=1024, help="answer tokens a step")
     parser.add_argument("--depth", type=int, default=4, help="steps of the train-time test")
