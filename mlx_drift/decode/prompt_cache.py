@@ -15,23 +15,21 @@ import copy
 import warnings
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_drift.decode.draft_length import DraftLength
 from mlx_drift.decode.plain import time_plain_steps
+from mlx_drift.decode.snapshots import Snapshots
 from mlx_drift.decode.speculate import Cut, Progress, every, prefill
 from mlx_drift.decode.text import Round, Settle
 from mlx_drift.drafters.protocol import Drafter, DrafterCache
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.target.caches import KVQuantization, TargetCache
 from mlx_drift.target.model import Target
-from mlx_drift.target.rewind import Snapshot
 
 Reuse = Literal["nothing", "extended", "trimmed", "snapshot", "started over"]
 """How a prompt found the caches: empty; ending where it goes on; holding rows past the point where
@@ -43,24 +41,6 @@ MEANWHILE = (
     "the prompt cache was finished or used for another prompt meanwhile, so this answer cannot go "
     "on; make a prompt cache for each conversation"
 )
-MOST_KEPT = 4
-"""Snapshots of marks that are kept, beside those of turns."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """The caches' state at the start or end of a turn, `tokens` tokens into the conversation.
-
-    Attributes:
-        seed: Of the drafter's next draft.
-        keep: It is of a mark, where other prompts may branch off: turns to come do not displace it.
-    """
-
-    tokens: int
-    target: Snapshot
-    drafter: Snapshot
-    seed: Any
-    keep: bool = False
 
 
 class PromptCache:
@@ -91,7 +71,6 @@ class PromptCache:
         self.drafter = drafter
         self.max_kv_size = max_kv_size
         self.quantization = quantization
-        self.max_snapshots = max_snapshots
         self.target = Target(model, drafter.taps)
         self.reuse: Reuse = "nothing"
         self.reused = 0
@@ -100,7 +79,7 @@ class PromptCache:
         self.single_use = False
         self.first_prompt = 0
         self.tokens: list[int] = []
-        self._turns: list[Turn] = []
+        self._snapshots = Snapshots(max_snapshots)
         self._settle: Settle | None = None
         self._under_way: Generator[Round] | None = None
         self._prompts = 0
@@ -111,9 +90,12 @@ class PromptCache:
     @property
     def nbytes(self) -> int:
         """The bytes of the caches and the snapshots."""
-        arrays = tree_flatten([[turn.target, turn.drafter, turn.seed] for turn in self._turns])
-        snapshots = sum(array.nbytes for _, array in arrays if array is not None)
-        return self.target_cache.nbytes + self.drafter_cache.nbytes + snapshots
+        return self.target_cache.nbytes + self.drafter_cache.nbytes + self._snapshots.nbytes
+
+    @property
+    def max_snapshots(self) -> int:
+        """How many snapshots of turns are kept."""
+        return self._snapshots.most
 
     @property
     def is_ahead(self) -> bool:
@@ -137,7 +119,7 @@ class PromptCache:
             mx.eval(self.target_cache.state, self.drafter_cache.state)
             other = PromptCache.__new__(PromptCache)
             vars(other).update(vars(self))
-            other.tokens, other._turns = list(self.tokens), list(self._turns)
+            other.tokens, other._snapshots = list(self.tokens), self._snapshots.fork()
             other.draft_length = copy.deepcopy(self.draft_length)
             other.target_cache = self.target_cache.fork()
             other.drafter_cache = self.drafter_cache.fork()
@@ -239,7 +221,7 @@ class PromptCache:
         caches = self.target_cache, self.drafter_cache
         if shared > 1 and all(cache.can_rewind(shared - 1) for cache in caches):
             return shared
-        return max((turn.tokens for turn in self._turns if turn.tokens <= shared), default=0)
+        return self._snapshots.reach(shared)
 
     def follow(self, rounds: Generator[Round], number: int) -> Iterator[Round]:
         """Passes the rounds of the answer of that number on, and keeps their tokens.
@@ -349,13 +331,13 @@ class PromptCache:
             self._remember()
         elif (trimmed := min(shared, len(prompt) - 1)) > 1 and self._rewind(trimmed - 1):
             self.reuse, shared = "trimmed", trimmed
-        elif turn := next((t for t in reversed(self._turns) if self._restore(t, shared)), None):
-            self.reuse, shared = "snapshot", turn.tokens
+        elif restored := self._snapshots.restore(shared, self.target_cache, self.drafter_cache):
+            self.reuse, shared = "snapshot", restored
         else:
             self.reuse, shared = "started over" if self.tokens else "nothing", 0
             self.target_cache, self.drafter_cache = self._make_caches()
         self.tokens = list(prompt[:shared])
-        self._turns = [turn for turn in self._turns if turn.tokens <= shared]
+        self._snapshots.forget(shared)
 
     def _tell_if_begun_anew(self, shared: int) -> None:
         """Warns, once, if a prompt leaves the conversation within its very first prompt."""
@@ -372,25 +354,7 @@ class PromptCache:
         )
 
     def _remember(self, keep: bool = False) -> None:
-        """Takes a snapshot, if there is what trimming would not bring back."""
-        if not self.max_snapshots or len(self.tokens) < 2:
-            return
-        count = len(self.tokens)
-        known = next((t for t in self._turns if t.tokens == count), None)
-        keep = keep or (known is not None and known.keep)
-        turn = Turn(
-            count,
-            self.target_cache.snapshot(),
-            self.drafter_cache.snapshot(),
-            self.drafter_cache.seed,
-            keep,
-        )
-        if any(arrays for arrays in (*turn.target, *turn.drafter)):
-            mx.eval(turn.target, turn.drafter, turn.seed)
-            turns = [*(t for t in self._turns if t.tokens != count), turn]
-            kept = [t for t in turns if t.keep][-MOST_KEPT:]
-            passing = [t for t in turns if not t.keep][-self.max_snapshots :]
-            self._turns = sorted([*kept, *passing], key=lambda t: t.tokens)
+        self._snapshots.take(len(self.tokens), self.target_cache, self.drafter_cache, keep)
 
     def _make_caches(self) -> tuple[TargetCache, DrafterCache]:
         target_cache = self.target.make_cache(
@@ -401,16 +365,6 @@ class PromptCache:
     def _rewind(self, rows: int) -> bool:
         caches = self.target_cache, self.drafter_cache
         return all(c.can_rewind(rows) for c in caches) and all(c.rewind(rows) for c in caches)
-
-    def _restore(self, turn: Turn, shared: int) -> bool:
-        restored = (
-            turn.tokens <= shared
-            and self.target_cache.restore(turn.target, turn.tokens - 1)
-            and self.drafter_cache.restore(turn.drafter, turn.tokens - 1)
-        )
-        if restored:
-            self.drafter_cache.seed = turn.seed
-        return restored
 
 
 def check_snapshots(max_snapshots: int) -> None:

@@ -12,7 +12,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache
 
-from mlx_drift.decode.prompt_cache import MOST_KEPT, PromptCache
+from mlx_drift.decode.prompt_cache import PromptCache
+from mlx_drift.decode.snapshots import MOST_KEPT
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS
 from mlx_drift.target.caches import KVQuantization
 from mlx_drift.target.sliding import ALL, STEP, SlidingKVCache

@@ -186,7 +186,7 @@ def test_snapshots_are_bounded_and_counted():
     for turn in range(6):
         history = [*history, turn, *say(model, drafter, [*history, turn], cache)[0]]
         sizes.append(cache.nbytes)
-        assert len(cache._turns) <= 3
+        assert len(cache._snapshots) <= 3
     assert sizes[1] > sizes[0]
     assert sizes[-1] == sizes[-2]  # all within the first 256 rows, and no further snapshot
 
