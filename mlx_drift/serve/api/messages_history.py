@@ -15,7 +15,7 @@ from mlx_drift.serve.api.history import (
     texts_of,
     without_billing,
 )
-from mlx_drift.serve.api.kinds import choice, mapping
+from mlx_drift.serve.api.kinds import boolean, choice, mapping
 from mlx_drift.serve.api.tools import Tool, function
 
 HINTS = {"cache_control"}
@@ -108,6 +108,9 @@ def _user(blocks: list[Any], at: str, role: str, names: dict[str, str]) -> list[
             given = only_keys(block, known | HINTS, here)
             id = said(given.get("tool_use_id"), f"{here}.tool_use_id", ID)
             told = "".join(texts_of(given.get("content"), f"{here}.content"))
+            failed = said(given.get("is_error", False), f"{here}.is_error", boolean)
+            if failed and "error" not in told.lower():
+                told = f"Error: {told}"  # chat templates have no other word for it
             results.append({"role": "tool", "content": told, "tool_call_id": id})
             if id in names:
                 results[-1]["name"] = names[id]
