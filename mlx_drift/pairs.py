@@ -17,6 +17,12 @@ from mlx_drift.demo import smollm2
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.files.json_file import read_json
 
+HEADLESS = (
+    "Without a head, mlx-drift generate takes --draft-model, a small model of its family, --drafter "
+    "prompt-lookup or --no-draft"
+)
+"""What to do where there is no head, in any command: few have all of generate's options."""
+
 QWEN3 = "enable_thinking=false: the head was trained on answers without thinking"
 
 
@@ -256,8 +262,7 @@ def find_pair(name: str, config: dict[str, Any]) -> tuple[Pair, str]:
         f"{name}: "
         + (f"by its sizes this could be {targets}" if alike else "no drafter is known for it")
         + own * (str(config.get("model_type")) in LAYOUTS)
-        + ". `mlx-drift pairs` lists the known pairs; name a drafter with --drafter owner/name, or "
-        "generate without: --no-draft"
+        + f". `mlx-drift pairs` lists the known pairs; name one with --drafter owner/name. {HEADLESS}"
     )
 
 

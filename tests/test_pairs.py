@@ -8,6 +8,7 @@ import pytest
 
 from hub_stub import settle
 from mlx_drift import DriftError
+from mlx_drift.cli import _imported
 from mlx_drift.demo import QUESTION
 from mlx_drift.files.hub import split_repository
 from mlx_drift.pairs import PAIRS, find_pair
@@ -189,6 +190,33 @@ def test_auto_says_what_it_does_not_know_before_anything_is_loaded(
     folder = target_folder(tmp_path / "target", config)
     refuses(message, "generate", "--model", folder, "--drafter", "auto", "-p", "x")
     refuses(message, "generate", "--model", f"{folder}/", "--drafter", "auto", "-p", "x")
+
+
+WITH_A_HEAD = {
+    "generate": ("-p", "x"),
+    "serve": (),
+    "cache-prompt": ("x", "--prompt-cache-file", "x.safetensors"),
+    "bench": (),
+    "tune": (),
+    "drift": (),
+    "measure": ("--questions", "q.jsonl"),
+    "adapt": ("--questions", "self", "--mlx-path", "x"),
+}
+"""Commands that must be told a head, and what else they must be told."""
+
+
+@pytest.mark.usefixtures("loads_nothing")
+@pytest.mark.parametrize("drafter", [(), ("--drafter", "auto")])
+@pytest.mark.parametrize("command", WITH_A_HEAD)
+def test_a_command_advises_options_that_it_has(command, drafter, refuses, tmp_path, monkeypatch):
+    folder = target_folder(tmp_path / "target", {"model_type": "own"})
+    (tmp_path / "q.jsonl").write_text('{"prompt": "x"}\n')
+    monkeypatch.chdir(tmp_path)
+    line = refuses("no drafter", command, *WITH_A_HEAD[command], "--model", folder, *drafter)
+    here, _, there = line.partition("mlx-drift generate")
+    for name, advice in (command, here), ("generate", there):
+        taken = {flag for option in _imported(name).params for flag in option.opts}
+        assert set(re.findall(r"--[a-z-]+", advice)) <= taken
 
 
 @pytest.mark.usefixtures("loads_nothing")

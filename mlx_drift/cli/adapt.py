@@ -198,7 +198,9 @@ def adapt(
     if from_scratch is not None and drafter is not None:
         raise DriftError("--drafter and --from-scratch are both given; give one of them")
     if model is not None and drafter is None and from_scratch is None:
-        raise DriftError("no drafter given for this model: add --drafter, the head to adapt")
+        raise DriftError(
+            "no drafter given for this model: add --drafter, the head to adapt, or --from-scratch"
+        )
     if draft_vocab_size is not None and from_scratch is None:
         raise DriftError("--draft-vocab-size is for --from-scratch; a head has its own")
     if plot is not None:

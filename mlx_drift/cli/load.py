@@ -31,7 +31,7 @@ from mlx_drift.files.lfs import refuse_pointers
 from mlx_drift.files.paths import existing
 from mlx_drift.files.text import check_text
 from mlx_drift.loading import load_drafter
-from mlx_drift.pairs import known_drafter
+from mlx_drift.pairs import HEADLESS, known_drafter
 from mlx_drift.ranks.world import world
 from mlx_drift.target.load import load, load_shard, load_stage
 
@@ -166,9 +166,8 @@ def _load_pair(
         return target, tokenizer, DraftModelDrafter(small, target, same)
     if model is not None and drafter is None:
         raise DriftError(
-            "no drafter given for this model: add --drafter FOLDER, or --drafter auto to "
-            "pick a known one, --draft-model for a small model of its family, --drafter "
-            f"{PROMPT_LOOKUP} for none, or --no-draft to generate without"
+            "no drafter given for this model: add --drafter FOLDER, or --drafter auto to pick a "
+            f"known one. {HEADLESS}"
         )
     chosen = choose_drafter(drafter, model, console)
     if existing(chosen) is None:
