@@ -18,8 +18,8 @@ from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.files.json_file import read_json
 
 HEADLESS = (
-    "Without a head, mlx-drift generate takes --draft-model, a small model of its family, --drafter "
-    "prompt-lookup or --no-draft"
+    "Without a head, mlx-drift generate takes --draft-model, a small model of its family, "
+    "--drafter prompt-lookup or --no-draft"
 )
 """What to do where there is no head, in any command: few have all of generate's options."""
 
@@ -262,7 +262,8 @@ def find_pair(name: str, config: dict[str, Any]) -> tuple[Pair, str]:
         f"{name}: "
         + (f"by its sizes this could be {targets}" if alike else "no drafter is known for it")
         + own * (str(config.get("model_type")) in LAYOUTS)
-        + f". `mlx-drift pairs` lists the known pairs; name one with --drafter owner/name. {HEADLESS}"
+        + ". `mlx-drift pairs` lists the known pairs; name a head with --drafter owner/name. "
+        + HEADLESS
     )
 
 
