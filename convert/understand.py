@@ -37,7 +37,7 @@ from mlx_drift.convert.p_eagle import understand_p_eagle
 from mlx_drift.convert.read.source import Checkpoint
 from mlx_drift.convert.read.stored import StoredTensor
 from mlx_drift.convert.resolved import CONVERTED, Resolved
-from mlx_drift.drafters.config import CONFIGS, config_from_dict
+from mlx_drift.drafters.config import CONFIGS, choices_of, config_from_dict
 from mlx_drift.drafters.schema import DrafterConfig
 from mlx_drift.errors import DriftError, brief
 from mlx_drift.target.model import TargetShape
@@ -95,10 +95,10 @@ def understand(
     else:
         resolved = _understand_dialect(checkpoint, target, overrides)
     kind = resolved.fields["drafter_type"]
-    known = CONFIGS[kind].__dataclass_fields__
+    choices = choices_of(kind)
     overrides.refuse(
         f"{checkpoint.weights} is a drafter of the kind {kind}, which has no such thing",
-        *(flag for flag, field in FIELDS.items() if field not in known),
+        *(flag for flag, field in FIELDS.items() if field not in choices),
     )
     return resolved
 
@@ -151,7 +151,7 @@ def _understand_converted(checkpoint: Checkpoint, overrides: Overrides) -> Resol
     fields, provenance = config.to_dict(), dict(config.provenance)
     for flag in ("feedback", "rope_theta", "window", "slots"):
         value, key = getattr(overrides, flag), FIELDS[flag]
-        if value is not None and key in fields:
+        if value is not None and key in choices_of(config.drafter_type):
             fields[key] = None if (flag, value) == ("window", 0) else value
             provenance[key] = "probe" if flag in overrides.probed else "override"
     if overrides.window is not None and "full_attention_layers" in fields:

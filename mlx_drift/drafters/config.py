@@ -7,7 +7,7 @@ where each value came from.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mlx_drift.drafters.chain_config import Eagle3Config, Eagle4Config, EagleConfig, MTPConfig
 from mlx_drift.drafters.heads_config import HydraConfig, HydraPrefixConfig, MedusaConfig
@@ -32,6 +32,14 @@ CONFIGS: dict[str, type[DrafterConfig]] = {
     "hydra": HydraConfig,
     "hydra-prefix": HydraPrefixConfig,
 }
+
+
+def choices_of(kind: str) -> set[str]:
+    """Returns the fields of a kind's config that may have more than one value."""
+    hints = get_type_hints(CONFIGS[kind])
+    return {
+        name for name, h in hints.items() if get_origin(h) is not Literal or len(get_args(h)) > 1
+    }
 
 
 def config_from_dict(values: dict[str, Any]) -> DrafterConfig:

@@ -5,7 +5,7 @@ an error that names it.
 """
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mlx_drift.errors import DriftError, brief
@@ -20,6 +20,16 @@ COUNTED_FROM_0 = "format_version", "mask_token_id", "num_blocks"
 
 MAX_SIZE, MAX_LAYERS, MAX_TAP, MAX_FLOAT = 2**24, 256, 10_000, 1e18
 """No drafter comes near these; a larger number in a file is an error or an attack."""
+
+WORDS: dict[Any, str] = {
+    int: "a whole number from 0 on",
+    float: f"a number of at most {MAX_FLOAT:g}",
+    bool: "true or false",
+    str: "a text",
+    tuple: "a list of whole numbers from 0 on",
+    NoneType: "null",
+}
+"""What values are called in a JSON file; those of other annotations are objects."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +116,7 @@ class LayersConfig(DrafterConfig):
         """Refuses what no checkpoint can mean."""
         super().__post_init__()
         check_positive(self, "rms_norm_eps")
+        check_layers(self, "full_attention_layers")
 
     def window_of(self, layer: int) -> int | None:
         """Returns the window of one layer; None if it sees all keys."""
@@ -212,6 +223,13 @@ def check_positive(config: DrafterConfig, name: str) -> None:
         raise DriftError(f"{name} is {getattr(config, name)}; expected more than 0")
 
 
+def check_layers(config: LayersConfig, name: str) -> None:
+    """Checks that layers that are named are there; DriftError if not."""
+    named = getattr(config, name)
+    if any(layer >= config.num_layers for layer in named):
+        raise DriftError(f"{name} is {list(named)}, but there are {config.num_layers} layers")
+
+
 def check_mask(token: int, target: TargetShape) -> None:
     """Checks that there is an embedding of the mask token; DriftError if not."""
     if token >= target.vocab_size:
@@ -253,9 +271,18 @@ def strictly(cls: type[Schema], values: Any, where: str) -> Schema:
     hints = get_type_hints(cls)
     for name, value in values.items():
         if not _fits(value, hints[name]):
-            expected = getattr(hints[name], "__name__", hints[name])
-            raise DriftError(f"{where} has {name} = {brief(value)}; expected {expected}")
+            shown = list(value) if isinstance(value, tuple) else value
+            raise DriftError(f"{where} has {name} = {brief(shown)}; expected {_told(hints[name])}")
     return cls(**values)
+
+
+def _told(hint: Any) -> str:
+    """Says what an annotation allows, in JSON's words."""
+    if get_origin(hint) is Literal:
+        return " or ".join(get_args(hint))
+    if get_origin(hint) in (UnionType, Union):
+        return " or ".join(_told(choice) for choice in get_args(hint))
+    return WORDS.get(get_origin(hint) or hint, "an object")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from mlx_drift.drafters.chain_config import Eagle3Config
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS
-from mlx_drift.drafters.schema import VocabularyConfig, check_mask
+from mlx_drift.drafters.schema import VocabularyConfig, check_layers, check_mask
 from mlx_drift.errors import DriftError
 
 
@@ -19,6 +19,7 @@ class PEagleConfig(Eagle3Config):
     """
 
     drafter_type: Literal["p-eagle"] = "p-eagle"
+    feedback: Literal["pre"] = "pre"
     mask_token_id: int
     max_drafts: int | None = None
 
@@ -28,8 +29,6 @@ class PEagleConfig(Eagle3Config):
         check_mask(self.mask_token_id, self.target)
         if not self.fc:
             raise DriftError("a P-EAGLE drafter fuses its taps by fc, but this has none")
-        if self.feedback != "pre":
-            raise DriftError(f"feedback is {self.feedback}, but a P-EAGLE drafter feeds none back")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +62,7 @@ class DFlashConfig(VocabularyConfig):
             raise DriftError(
                 f"block_size is {self.block_size}; expected {least} to {MAX_DRAFT_TOKENS}"
             )
-        if any(layer >= self.num_layers for layer in self.causal_layers):
-            raise DriftError(
-                f"causal_layers is {list(self.causal_layers)}, but there are {self.num_layers} "
-                "layers"
-            )
+        check_layers(self, "causal_layers")
 
 
 @dataclass(frozen=True, kw_only=True)

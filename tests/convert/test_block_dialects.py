@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from block_dialects import BLOCK, BLOCK_VARIANTS, MASK, TAPS, block, p_eagle, speculators, z_lab
 from dialects import LAYERS, Head
 from mlx_drift import DriftError, convert_drafter, inspect_drafter, load_drafter
+from mlx_drift.convert.convert import Verdict
 from mlx_drift.files.tensors import read_safetensors
 from mlx_drift.generate import generate
 from mlx_drift.target.model import TargetShape
@@ -145,3 +146,24 @@ def test_feedback_has_nothing_to_say(kind, tmp_path):
     speculators(Head(made.tensors, TAPS), tmp_path / "head", kind, BLOCK - 1)
     with pytest.raises(DriftError, match="feeds no state back; leave --feedback out"):
         convert_drafter(str(tmp_path / "head"), tmp_path / "out", target=SHAPE, feedback="pre")
+
+
+@pytest.mark.parametrize("feedback", ["pre", "post"])
+def test_nor_has_it_of_a_converted_head(feedback, tmp_path):
+    speculators(Head(p_eagle().tensors, TAPS), tmp_path / "head", "peagle", BLOCK - 1)
+    convert_drafter(str(tmp_path / "head"), tmp_path / "out", target=SHAPE)
+    with pytest.raises(DriftError, match=r"of the kind p-eagle, which has no .* --feedback out"):
+        convert_drafter(str(tmp_path / "out"), tmp_path / "again", feedback=feedback)
+
+
+def test_a_converted_head_can_be_probed(tmp_path):
+    speculators(Head(p_eagle().tensors, TAPS), tmp_path / "head", "peagle", BLOCK - 1)
+    convert_drafter(str(tmp_path / "head"), tmp_path / "out", target=SHAPE)
+
+    def probe(candidates):
+        assert {one.config.feedback for one in candidates.values()} == {"pre"}
+        return Verdict(None, "post", [])
+
+    again = convert_drafter(str(tmp_path / "out"), tmp_path / "again", target=SHAPE, probe=probe)
+    assert again.config.feedback == "pre"
+    assert "probe" not in again.config.provenance.values()
