@@ -19,6 +19,52 @@ COPY_GUESS = {0: 0.0, 3: 0.6, 4: 0.75, 5: 0.8, 6: 0.85, 12: 0.9, 16: 0.92, 24: 0
 """An untested copied token's acceptance, by how many tokens agree before it."""
 
 
+class Counts:
+    """Tries and successes by place, recent ones counting most.
+
+    What has faded is put down when a place is next looked at: in most rounds few are.
+    """
+
+    def __init__(self) -> None:
+        self._tries: list[float] = []
+        self._successes: list[float] = []
+        self._kept = 1.0  # of both, at the next look
+
+    def __len__(self) -> int:
+        """Returns how many places there ever was a try in, or before."""
+        return len(self._tries)
+
+    def fade(self, kept: float) -> None:
+        """Lets the past count for less: this part of it is kept."""
+        self._kept *= kept
+
+    def record(self, place: int, succeeded: bool) -> None:
+        """Notes one try."""
+        self._settle()
+        missing = [0.0] * (place + 1 - len(self))
+        self._tries += missing
+        self._successes += missing
+        self._tries[place] += 1
+        self._successes[place] += succeeded
+
+    def rate(self, place: int, guess: float, weight: float) -> float:
+        """Returns how often a try succeeds; a guess counts for as many tries as its weight."""
+        if place >= len(self):
+            return guess
+        self._settle()
+        return (self._successes[place] + weight * guess) / (self._tries[place] + weight)
+
+    def was_tried(self, place: int) -> bool:
+        """Tells whether there was a try that still counts."""
+        return place < len(self) and self._tries[place] > 0
+
+    def _settle(self) -> None:
+        if self._kept != 1.0:
+            self._tries = [x * self._kept for x in self._tries]
+            self._successes = [x * self._kept for x in self._successes]
+            self._kept = 1.0
+
+
 class Acceptance:
     """How often each draft is accepted if all before it were, recent rounds counting most.
 
@@ -28,27 +74,20 @@ class Acceptance:
 
     def __init__(self, guess: float = GUESS) -> None:
         self._guess = guess
-        self._tested: list[float] = []
-        self._accepted: list[float] = []
+        self._counts = Counts()
 
     def __len__(self) -> int:
         """Returns how many drafts a round ever had tested."""
-        return len(self._tested)
+        return len(self._counts)
 
     def record(self, tested: int, accepted: int) -> None:
         """Notes one round."""
-        while len(self._tested) < tested:
-            self._tested.append(0.0)
-            self._accepted.append(0.0)
         for i in range(tested):
-            self._tested[i] += 1
-            self._accepted[i] += i < accepted
+            self._counts.record(i, i < accepted)
 
     def fade(self, tokens: int, fading: float = FADING) -> None:
         """Lets the past count for less: `tokens` tokens went by."""
-        kept = fading**tokens
-        self._tested = [x * kept for x in self._tested]
-        self._accepted = [x * kept for x in self._accepted]
+        self._counts.fade(fading**tokens)
 
     def rates(self, k: int) -> list[float]:
         """Returns the conditional acceptance of drafts 1 … k.
@@ -57,9 +96,7 @@ class Acceptance:
         """
         rates, belief = [], self._guess
         for i in range(k):
-            tested = self._tested[i] if i < len(self._tested) else 0.0
-            accepted = self._accepted[i] if i < len(self._accepted) else 0.0
-            belief = (accepted + GUESS_WEIGHT * belief) / (tested + GUESS_WEIGHT)
+            belief = self._counts.rate(i, belief, GUESS_WEIGHT)
             rates.append(belief)
         return rates
 
@@ -73,21 +110,16 @@ class CopyAcceptance:
 
     def __init__(self) -> None:
         self._from = [*COPY_GUESS]
-        self._tested = [0.0] * len(COPY_GUESS)
-        self._accepted = [0.0] * len(COPY_GUESS)
+        self._counts = Counts()
 
     def record(self, match: int, tested: int, accepted: int) -> None:
         """Notes a round that copied after a match of so many tokens."""
         for i in range(tested):
-            place = self._place(match + i)
-            self._tested[place] += 1
-            self._accepted[place] += i < accepted
+            self._counts.record(self._place(match + i), i < accepted)
 
     def fade(self, tokens: int) -> None:
         """Lets the past count for less: `tokens` tokens went by."""
-        kept = COPY_FADING**tokens
-        self._tested = [x * kept for x in self._tested]
-        self._accepted = [x * kept for x in self._accepted]
+        self._counts.fade(COPY_FADING**tokens)
 
     def rates(self, match: int, k: int) -> list[float]:
         """Returns the conditional acceptance of copied tokens 1 … k after a match."""
@@ -100,12 +132,12 @@ class CopyAcceptance:
 
     def to_dict(self) -> dict[int, float]:
         """Returns the acceptance by the tokens that agree, where it was tested."""
-        places = zip(self._from, self._tested, self._rates(), strict=True)
-        return {agree: rate for agree, tested, rate in places if tested}
+        rates = enumerate(zip(self._from, self._rates(), strict=True))
+        return {agree: rate for place, (agree, rate) in rates if self._counts.was_tried(place)}
 
     def _rates(self) -> list[float]:
-        seen = zip(self._accepted, self._tested, COPY_GUESS.values(), strict=True)
-        return [(a + GUESS_WEIGHT * guess) / (t + GUESS_WEIGHT) for a, t, guess in seen]
+        guesses = enumerate(COPY_GUESS.values())
+        return [self._counts.rate(place, guess, GUESS_WEIGHT) for place, guess in guesses]
 
     def _place(self, agree: int) -> int:
         return bisect_right(self._from, agree) - 1

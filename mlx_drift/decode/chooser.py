@@ -7,6 +7,7 @@ state, rows are gone through in order, as far as they are committed.
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -41,8 +42,6 @@ class Chooser:
         self.sampling = sampling
         self._history = mx.zeros((0,), mx.int32) if history is None else history
         self._stop_tokens = stop_tokens
-        processors, have_state = sampling.logits_processors, sampling.processors_have_state
-        self._ahead = Ahead(processors, have_state, self._history, stop_tokens)
         self._on_paths: list[mx.array] = []  # to each node of a tree's last level, by depth
         if sampling.is_random:
             assert key is not None, "drawing needs a key"
@@ -246,6 +245,13 @@ class Chooser:
             return mx.argmax(log_probabilities, axis=-1)
         rows = range(log_probabilities.shape[0])
         return mx.concatenate([sampler(log_probabilities[i : i + 1]) for i in rows])
+
+    @cached_property
+    def _ahead(self) -> Ahead:
+        """What processes the logits of drafts."""
+        processors = self.sampling.logits_processors
+        have_state = self.sampling.processors_have_state
+        return Ahead(processors, have_state, self._history, self._stop_tokens)
 
     def _foresee(self, logits: mx.array, drafted: Sequence[mx.array]) -> mx.array:
         """Processes the logits of a draft, as far as processors can follow the drafts before it."""

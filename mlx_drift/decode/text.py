@@ -96,9 +96,8 @@ class Text:
         self._stop_tokens = stop_tokens
         self._sampling = sampling
         self._key = key
-        self._history = None
-        if sampling.logits_processors:
-            self._history = mx.array(list(history), dtype=mx.int32)
+        self._has_readers = bool(sampling.logits_processors)
+        self._history = mx.array(list(history) if self._has_readers else [], dtype=mx.int32)
 
     @property
     def state(self) -> list[mx.array | None]:
@@ -121,7 +120,7 @@ class Text:
             under_way: Tokens that will be committed before.
         """
         sources = sources_of(drafter, cache, missed)
-        if self._history is None:
+        if not self._has_readers:
             return sources
         processors = self._sampling.logits_processors
         return possible_sources(processors, self._history, sources, cache, under_way)
@@ -139,7 +138,7 @@ class Text:
         if stop is not None:
             tokens = tokens[: stop + 1]
         self.fresh, self.last = mx.array(tokens), mx.array(tokens[-1:])
-        if self._history is not None:
+        if self._has_readers:
             self._history = mx.concatenate([self._history, self.fresh])
         self.remaining -= len(tokens)
         self.finished = stop is not None or self.remaining == 0

@@ -7,6 +7,7 @@ depth by depth. What it misses, those beside it catch: that share is learned her
 import heapq
 from collections.abc import Sequence
 
+from mlx_drift.decode.acceptance import Counts
 from mlx_drift.drafters.tree import DEPTH
 
 CAUGHT = 0.19, 0.14, 0.07
@@ -23,25 +24,22 @@ class Ranks:
     """Which share of the first draft's misses those beside it catch."""
 
     def __init__(self) -> None:
-        self._missed = [0.0] * len(CAUGHT)
-        self._caught = [0.0] * len(CAUGHT)
+        self._counts = Counts()
 
     def record(self, levels: Levels) -> None:
         """Notes one round."""
         for drafts, right in levels:
             for beside in range(min(drafts - 1, len(CAUGHT))) if right != 1 else ():
-                self._missed[beside] += 1
-                self._caught[beside] += right == beside + 2
+                self._counts.record(beside, right == beside + 2)
 
     def fade(self, kept: float) -> None:
         """Lets the past count for less: this part of it is kept."""
-        self._missed = [x * kept for x in self._missed]
-        self._caught = [x * kept for x in self._caught]
+        self._counts.fade(kept)
 
     def shares(self) -> list[float]:
         """Returns the shares of the second draft, the third and so on."""
-        seen = zip(self._caught, self._missed, CAUGHT, strict=True)
-        return [(c + CAUGHT_WEIGHT * g) / (m + CAUGHT_WEIGHT) for c, m, g in seen]
+        guesses = enumerate(CAUGHT)
+        return [self._counts.rate(beside, guess, CAUGHT_WEIGHT) for beside, guess in guesses]
 
 
 def tokens_of_trees(

@@ -116,12 +116,11 @@ class ChainDrafter(LayersDrafter):
             normed, state = self.network(self._embed(token), state, cache.layers)
             return self._head(normed)
 
-        draft = self._in_turn(k, chooser, logits_after)
+        tokens, log_q, _ = self._in_turn(k, chooser, logits_after)
         for layer in cache.layers:
             layer.trim(layer.offset - committed)
         # What is not finite stays so along the chain, and makes NaN of itself less itself.
-        finite = mx.all(state - state == 0, axis=-1)
-        return replace(draft, finite=finite)
+        return Draft(tokens, log_q, finite=mx.all(state - state == 0, axis=-1))
 
     def propose_tree(self, k: int, cache: ChainState, chooser: Choose | None = None) -> Draft:
         """Drafts a tree of k tokens (`mlx_drift.drafters.tree`); arguments as in `propose`.

@@ -153,7 +153,8 @@ class DSparkDrafter(DFlashDrafter):
             bias, state = self.network.markov(before, hidden[row], state)
             return logits[row] + bias
 
-        return self._in_turn(hidden.shape[0], chooser, logits_after)
+        tokens, log_q, rows = self._in_turn(hidden.shape[0], chooser, logits_after)
+        return Draft(tokens, log_q, are_finite(mx.concatenate(rows)))
 
     def _sure(self, draft: Draft, hidden: mx.array, last: mx.array, least: float) -> Draft:
         """Leaves the drafts before the first slot that is less likely than asked."""

@@ -53,23 +53,29 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
         """Maps `[1, M, input_size]` to `[1, M, H]`."""
-        num_queries = 2 * self.num_heads if self.gated else self.num_heads
+        gated = self.gated
+        num_queries = 2 * self.num_heads if gated else self.num_heads
+        rotates_both = "qkv_proj" in self and not gated and "q_norm" not in self
         if "qkv_proj" in self:
-            keys_from, values_from = num_queries, num_queries + self.num_kv_heads
-            heads = self._split(self.qkv_proj(x), num_queries + 2 * self.num_kv_heads)
-            queries, keys, values = mx.split(heads, [keys_from, values_from], axis=1)
+            num_rotated = num_queries + self.num_kv_heads
+            heads = self._split(self.qkv_proj(x), num_rotated + self.num_kv_heads)
+            both, values = mx.split(heads, [num_rotated], axis=1)
+            if rotates_both:
+                both = self.rope(both, offset=cache.offset)
+            queries, keys = mx.split(both, [num_queries], axis=1)
         else:
             queries = self._split(self.q_proj(x), num_queries)
             keys = self._split(self.k_proj(x), self.num_kv_heads)
             values = self._split(self.v_proj(x), self.num_kv_heads)
-        if self.gated:  # each head's queries, then its gate
+        if gated:  # each head's queries, then its gate
             queries, gates = queries[:, ::2], queries[:, 1::2]
         if "q_norm" in self:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries = self.rope(queries, offset=cache.offset)
-        keys = self.rope(keys, offset=cache.offset)
+        if not rotates_both:
+            queries = self.rope(queries, offset=cache.offset)
+            keys = self.rope(keys, offset=cache.offset)
         output = cache.attend(queries, keys, values, self.scale)
-        if self.gated:
+        if gated:
             output = output * mx.sigmoid(gates)
         return self.o_proj(output.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
 

@@ -116,14 +116,18 @@ class HeadDrafter(ABC):
         k: int,
         chooser: Choose | None,
         logits_after: Callable[[mx.array | None, int], mx.array],
-    ) -> Draft:
-        """Drafts k tokens one after another, each with what it is drawn from.
+    ) -> tuple[mx.array, mx.array | None, list[mx.array]]:
+        """Drafts k tokens one after another.
 
         Args:
             k: How many.
             chooser: What tokens are chosen with; None for the likeliest.
             logits_after: Gives the draft logits `[1, D]` of a place, counted from 0, by the token
                 drafted before it, `[1]`; None before the first.
+
+        Returns:
+            The tokens `[k]`, what they were drawn with, as in `Draft`, and their draft logits,
+            `[1, D]` each.
         """
         tokens: list[mx.array] = []
         drawn_with: list[mx.array] = []
@@ -140,7 +144,7 @@ class HeadDrafter(ABC):
             if log_probabilities is not None:
                 drawn_with.append(log_probabilities)
         log_q = mx.concatenate(drawn_with) if drawn_with else None
-        return Draft(mx.concatenate(tokens), log_q, are_finite(mx.concatenate(rows)))
+        return mx.concatenate(tokens), log_q, rows
 
     def _grown(
         self, k: int, chooser: Choose | None, first: mx.array, follow: Follow, levels: int = DEPTH

@@ -136,7 +136,8 @@ class HydraDrafter(HeadDrafter):
                 read = mx.concatenate([read, self._embed(token)], axis=-1)
             return self.network.heads[number](read)
 
-        return self._in_turn(k, chooser, logits_after)
+        tokens, log_q, rows = self._in_turn(k, chooser, logits_after)
+        return Draft(tokens, log_q, are_finite(mx.concatenate(rows)))
 
     def propose_tree(self, k: int, cache: HeadState, chooser: Choose | None = None) -> Draft:
         """Drafts a tree of k tokens, one level a head."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import mlx.core as mx
@@ -224,11 +224,19 @@ class Branches(Protocol):
 
 def sources_of(drafter: Drafter, cache: Any, missed: Sequence[int] = ()) -> dict[Source, Propose]:
     """Tells what a drafter's next drafts may come from (`Copies.sources`), a chain last."""
-    if isinstance(drafter, Copies):
-        return drafter.sources(cache, missed)
-    if isinstance(drafter, Branches):
-        return {TREE: drafter.propose_tree, NETWORK: drafter.propose}
+    offers: Any = drafter
+    if _follows(type(drafter), Copies):
+        found: dict[Source, Propose] = offers.sources(cache, missed)
+        return found
+    if _follows(type(drafter), Branches):
+        return {TREE: offers.propose_tree, NETWORK: drafter.propose}
     return {NETWORK: drafter.propose}
+
+
+@lru_cache
+def _follows(cls: type, protocol: type) -> bool:
+    """Tells whether a class follows a protocol: Python looks for all its members every time."""
+    return issubclass(cls, protocol)
 
 
 def first_chain(sources: dict[Source, Propose]) -> Propose:

@@ -65,6 +65,7 @@ class TargetCache(Caches):
         self.quantization = quantization
         self.rows, self.branched = 0, False
         self.consumed: list[Consumed] = []
+        self._sliding = [part for part in self.parts() if isinstance(part, SlidingKVCache)]
 
     @property
     def room(self) -> int:
@@ -85,9 +86,8 @@ class TargetCache(Caches):
 
     def let_sinks_fade(self, fade: bool) -> None:
         """Sets whether blocks to come see sinks as mlx-lm's prompts do, or as single rows do."""
-        for part in self.parts():
-            if isinstance(part, SlidingKVCache):
-                part.sinks_fade = fade
+        for part in self._sliding:
+            part.sinks_fade = fade
 
     def rollback(self, back: int) -> None:
         """Takes back the last `back` of the rows that were fed last, once."""
@@ -103,13 +103,14 @@ class TargetCache(Caches):
         rows, back = self.rows, self.rows - len(path)
         if not (back or self.branched):
             return
+        is_chain = path == range(len(path))
         replayed = {id(state) for note in self.consumed for state, _ in note.states}
         for cache in self:
-            again = any(id(state) in replayed for state in recurrent(cache))
+            again = bool(replayed) and any(id(state) in replayed for state in recurrent(cache))
             for part in parts(cache):
                 if isinstance(part, ArraysCache):
                     continue
-                if path != range(len(path)):
+                if not is_chain:
                     compact(part, part.offset - rows, path)
                 part.trim(rows if again else back)  # what is called anew appends anew
         for note in self.consumed:

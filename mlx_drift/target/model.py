@@ -11,6 +11,7 @@ Notable:
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -207,7 +208,8 @@ class Target:
         cache.rows, cache.branched = tokens.size, tree is not None
         cache.consumed = captured.consumed
         noted = {id(state) for note in captured.consumed for state, _ in note.states}
-        if any(id(state) not in noted for one in cache for state in recurrent(one)):
+        states = (state for one in cache for state in recurrent(one)) if self._recurrent else ()
+        if any(id(state) not in noted for state in states):
             raise DriftError(
                 f"the target ({self.model.model_type}) keeps a recurrent state outside its layers, "
                 f"from which rejected drafts cannot be taken back exactly. {INSTEAD}"
@@ -234,7 +236,7 @@ class Target:
         head = self._embedding if self._own_head is None else self._own_head
         return (head.group_size, head.bits, head.mode) if "scales" in head else None
 
-    @property
+    @cached_property
     def _own_head(self) -> Any:
         """The head; None if it is the embedding."""
         found = (parent.get(name) for parent in self._parents for name in HEADS)
@@ -310,7 +312,8 @@ class Target:
     def _install(self) -> None:
         """Makes the tapped layers report, and those of a recurrent model what they consume."""
         layers = self._layers
-        if any(recurrent(cache) for cache in make_prompt_cache(self.model)):
+        self._recurrent = any(recurrent(cache) for cache in make_prompt_cache(self.model))
+        if self._recurrent:
             note_consumed(filter(None, layers))
         for tap in self.taps:
             if self._is_elsewhere(tap):
