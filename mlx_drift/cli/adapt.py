@@ -18,7 +18,9 @@ from mlx_drift.cli.generate import INTERRUPTED
 from mlx_drift.cli.load import choose_drafter, load_model
 from mlx_drift.cli.prompts import parse_object
 from mlx_drift.cli.show import warning
+from mlx_drift.convert.write import free_path
 from mlx_drift.errors import DriftError
+from mlx_drift.files.hub import check_upload_repo
 from mlx_drift.measure.acceptance.plot import check_plot
 from mlx_drift.measure.acceptance.wording import Wording, read_chat_template
 from mlx_drift.train.adapt import Adaptation, Stopped
@@ -205,6 +207,9 @@ def adapt(
         raise DriftError("--draft-vocab-size is for --from-scratch; a head has its own")
     if plot is not None:
         check_plot(plot)
+    if not dry_run:  # before anything is loaded
+        mlx_path = free_path(mlx_path)
+        check_upload_repo(upload_repo)
     head = None if from_scratch else choose_drafter(drafter, model, console)
     target, tokenizer = load_model(model, adapter_path, trust_remote_code)
     adaptation = Adaptation(

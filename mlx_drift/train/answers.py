@@ -16,13 +16,25 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_drift.drafters.protocol import Drafter
+from mlx_drift.decode.sampling import Sampling
+from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
 from mlx_drift.generate import stream_generate
 from mlx_drift.train.conversations import Conversation
 from mlx_drift.train.layout import Layout, Text, Texts
+from mlx_drift.train.ranges import Range, check_numbers
 
 LEAST_ROOM = 16
 """Tokens that an answer must have room for, or it is not asked for."""
+
+RANGES = {
+    "max_tokens": Range(2),
+    "sampled": Range(0, 1),
+    "temp": Range(0),
+    "num_draft_tokens": Range(0, MAX_DRAFT_TOKENS),
+    "max_seq_length": Range(8),
+    "seed": Range(0),
+}
+"""Of the numbers of an `Asking`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,11 @@ class Asking:
     num_draft_tokens: int = 0
     max_seq_length: int = 2048
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses what makes no sense."""
+        check_numbers(self, RANGES)
+        Sampling(temp=self.temp)  # refuses what nothing can be drawn at
 
     def temperature(self, conversation: Conversation) -> float:
         """Returns a conversation's temperature: 0 for greedy answers."""

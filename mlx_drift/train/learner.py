@@ -11,11 +11,13 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_drift.drafters.chain import ChainDrafter
+from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS
 from mlx_drift.errors import DriftError
 from mlx_drift.target.model import Target
 from mlx_drift.train.layout import Text
 from mlx_drift.train.losses import LOSSES
 from mlx_drift.train.objective import Objective, Row
+from mlx_drift.train.ranges import Range, check_numbers
 from mlx_drift.train.rows import see
 
 BETAS = [0.9, 0.95]
@@ -23,6 +25,17 @@ BETAS = [0.9, 0.95]
 
 LOWEST = 0.1
 """What share of its peak the learning rate ends at."""
+
+RANGES = {
+    **dict.fromkeys(("iters", "batch_size", "steps", "save_every"), Range(1)),
+    **dict.fromkeys(("steps_per_report", "steps_per_eval"), Range(1)),
+    **dict.fromkeys(("rank", "patience", "seed"), Range(0)),
+    **dict.fromkeys(("learning_rate", "decay"), Range(0, 1, above=True)),
+    **dict.fromkeys(("warmup", "weight_decay"), Range(0, 1)),
+    "max_grad_norm": Range(0, above=True),
+    "num_draft_tokens": Range(1, MAX_DRAFT_TOKENS),
+}
+"""Of the numbers of a `Recipe`."""
 
 
 @dataclass(frozen=True)
@@ -69,26 +82,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuses what makes no sense."""
-        for name in (
-            "iters batch_size steps save_every steps_per_report steps_per_eval num_draft_tokens"
-        ).split():
-            if getattr(self, name) < 1:
-                raise DriftError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("rank", "patience", "seed"):
-            if getattr(self, name) < 0:
-                raise DriftError(f"{name} is {getattr(self, name)}; expected at least 0")
-        for name, most in (
-            ("learning_rate", 1.0),
-            ("warmup", 1.0),
-            ("weight_decay", 1.0),
-            ("max_grad_norm", math.inf),
-            ("decay", 1.0),
-        ):
-            value, least = getattr(self, name), 0.0
-            is_positive = name in ("warmup", "weight_decay") or value > 0
-            if not (least <= value <= most and is_positive):
-                above = "at least" if name in ("warmup", "weight_decay") else "more than"
-                raise DriftError(f"{name} is {value}; expected {above} 0 and at most {most:g}")
+        check_numbers(self, RANGES)
         if self.loss not in LOSSES:
             raise DriftError(f"loss is {self.loss!r}; expected one of {', '.join(LOSSES)}")
 

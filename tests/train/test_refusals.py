@@ -4,10 +4,13 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 from adapting import tiny_pair, write_tiny_head
 
+from mlx_drift import Asking, DriftError, Recipe
 from mlx_drift.cli.adapt import stopping
 from mlx_drift.demo import TARGET
 
@@ -53,6 +56,18 @@ def write(path, *records):
         ),
         (TWO, ["--data", "data/none.jsonl"], "data/none.jsonl: no such file here"),
         (TWO, ["--learning-rate", 0], "learning_rate is 0.0; expected more than 0"),
+        (
+            TWO,
+            ["--learning-rate", "nan"],
+            "learning_rate is nan; expected more than 0 and at most 1",
+        ),
+        (
+            TWO,
+            ["--num-draft-tokens", 65],
+            "num_draft_tokens is 65; expected at least 1 and at most",
+        ),
+        (TWO, ["--answer-draft-tokens", 65], "num_draft_tokens is 65; expected at least 0 and at"),
+        (TWO, ["--temp", 1e-9], "temp is 1e-09; expected 0, or at least 0.0001"),
         (TWO, ["--questions", "self"], "--data, or --questions self: give one of them"),
         (TWO, ["--draft-vocab-size", 9], "--draft-vocab-size is for --from-scratch"),
         (TWO, ["--chat-template", "no.jinja"], "no.jinja: cannot be read"),
@@ -68,6 +83,43 @@ def test_what_is_wrong_is_told(refuses, tmp_path, records, arguments, message):
     data = write(tmp_path / "data.jsonl", *records)
     refuses(message, "adapt", "--data", data, "--mlx-path", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: Asking(max_tokens=1), "max_tokens is 1; expected at least 2"),
+        (lambda: Asking(sampled=1.5), "sampled is 1.5; expected at least 0 and at most 1"),
+        (lambda: Asking(temp=float("nan")), "temp is nan; expected at least 0"),
+        (lambda: Recipe(iters="many"), "iters is 'many'; expected a whole number"),
+        (lambda: Recipe(batch_size=1.5), "batch_size is 1.5; expected a whole number"),
+        (lambda: Recipe(loss="l2"), "loss is 'l2'; expected one of soft-ce, tv"),
+    ],
+)
+def test_a_number_that_makes_no_sense_in_python(made, message):
+    with pytest.raises(DriftError) as refused:
+        made()
+    assert str(refused.value).startswith(message)
+
+
+def test_numbers_of_numpy_become_pythons():
+    assert json.dumps(asdict(Recipe(iters=np.int64(3), learning_rate=np.float32(0.5))))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mlx-path", "there"], "there exists already; choose another --mlx-path"),
+        (["--mlx-path", "out", "--upload-repo", "mine"], "mine: expected a Hub repository as own"),
+    ],
+)
+def test_where_it_goes_is_checked_before_anything_is_loaded(
+    arguments, message, refuses, tmp_path, monkeypatch
+):
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = "--model", "no/such", "--drafter", "no/such", "--report-to", "wandb"
+    refuses(message, "adapt", "--data", "none.jsonl", *given, *arguments)
 
 
 def test_conversations_that_are_all_too_long(cli, tmp_path):
