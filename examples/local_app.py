@@ -23,11 +23,13 @@ def converse(name, question, model, tokenizer, drafter, pieces):
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True
     )
-    for response in stream_generate(model, tokenizer, prompt, max_tokens=200, drafter=drafter):
-        pieces.put((name, response.text))
-    pieces.put((name, DONE))
-    rounds = response.statistics
-    print(f"[{name}: {rounds.acceptance_length:.2f} drafts accepted a round]")
+    try:
+        for response in stream_generate(model, tokenizer, prompt, max_tokens=200, drafter=drafter):
+            pieces.put((name, response.text))
+        rounds = response.statistics
+        print(f"[{name}: {rounds.acceptance_length:.2f} drafts accepted a round]")
+    finally:  # whatever happened, the app does not wait for more
+        pieces.put((name, DONE))
 
 
 def main():

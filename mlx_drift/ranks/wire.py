@@ -96,8 +96,8 @@ def admit(listener: socket.socket, secret: str, count: int) -> dict[int, socket.
             ) from None
         with suppress(OSError, ValueError):
             channel.settimeout(SECONDS_TO_CONNECT)
-            said, _, rank = channel.recv(64, socket.MSG_WAITALL).decode().strip().partition(" ")
-            if hmac.compare_digest(said, secret) and 0 < int(rank) <= count:
+            said, _, rank = channel.recv(64, socket.MSG_WAITALL).strip().partition(b" ")
+            if hmac.compare_digest(said, secret.encode()) and 0 < int(rank) <= count:
                 admitted[int(rank)] = keep_alive(channel)
                 continue
         channel.close()

@@ -29,6 +29,8 @@ SECONDS_OF_GRACE = 2.0
 
 GREETING_BYTES = 512
 
+RESTART = "start with mlx.launch, or unset MLX_RANK"
+
 
 class RanksApart(DriftError):
     """Ranks came to other tokens: nothing that follows can be trusted."""
@@ -250,9 +252,7 @@ def world() -> Ranks:
     """
     if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         raise DriftError("several ranks under MPI: use mlx.launch with --backend ring, or jaccl")
-    hosts = os.environ.get("MLX_HOSTFILE")
-    is_one = hosts is not None and not Path(hosts).read_text().strip()  # mlx.launch -n 1
-    if "MLX_RANK" not in os.environ or is_one:
+    if "MLX_RANK" not in os.environ or _hosts() == "":  # the latter with mlx.launch -n 1
         return ALONE
     try:
         group = mx.distributed.init()
@@ -271,13 +271,24 @@ def ranks_of(model: nn.Module) -> Ranks:
     return ranks
 
 
+def _hosts() -> str | None:
+    """Returns what is in the file that the ring's ranks are told by; None if there is none."""
+    file = os.environ.get("MLX_HOSTFILE")
+    if file is None:
+        return None
+    try:
+        return Path(file).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        raise DriftError(f"MLX_HOSTFILE is {file}, which cannot be read; {RESTART}") from None
+
+
 def _addresses() -> list[str]:
     """Returns where `mlx.launch` says that rank 0 is, by the backend."""
-    if hosts := os.environ.get("MLX_HOSTFILE"):
-        first = json.loads(Path(hosts).read_text())[0]
+    if hosts := _hosts():
+        first = json.loads(hosts)[0]  # MLX read it before
         return [address.rpartition(":")[0] for address in first]
     if coordinator := os.environ.get("MLX_JACCL_COORDINATOR"):
         return [coordinator.rpartition(":")[0]]
     if host := os.environ.get("NCCL_HOST_IP"):
         return [host]
-    raise DriftError("MLX_RANK is set, but nothing says where rank 0 is; start with mlx.launch")
+    raise DriftError(f"MLX_RANK is set, but nothing says where rank 0 is; {RESTART}")

@@ -12,7 +12,13 @@ from mlx_drift.ranks import wire
 def test_only_who_knows_the_secret_is_let_in():
     listener, secret = wire.listen("127.0.0.1")
     port = listener.getsockname()[1]
-    strangers = [b"x" * 64, b"\xff" * 64, f"{secret} 9".ljust(64).encode()]
+    strangers = [
+        b"x" * 64,
+        b"\xff" * 64,
+        "é".encode() * 32,
+        f"{secret} 9".ljust(64).encode(),
+        f"{secret} ".encode().ljust(64),
+    ]
     for said in strangers:
         stranger = socket.create_connection(("127.0.0.1", port))
         stranger.sendall(said)
