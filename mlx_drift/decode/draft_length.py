@@ -339,7 +339,8 @@ class DraftLength:
     def _tokens(self, source: Source) -> list[float]:
         """Returns how many tokens rounds of 0 … `MOST_DRAFTS` drafts commit on average."""
         if source.is_tree:
-            return tokens_of_trees(self.acceptance.rates(MOST_DRAFTS), self._ranks.shares())
+            rates = self.acceptance.rates(MOST_DRAFTS)
+            return tokens_of_trees(rates, self._ranks.shares(rates[0]))
         if source.kind == "copy":
             return self._copies.tokens(source.match, MOST_DRAFTS)
         return self._acceptance_of(source).tokens(MOST_DRAFTS)
