@@ -5,6 +5,7 @@ A command's module is imported when the command is called: `mlx-drift --help` ne
 
 import logging
 import os
+import re
 import sys
 import warnings
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ from typing import Any
 
 import typer
 from huggingface_hub.utils import logging as hub_log
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from mlx_drift.cli.streams import discard_stdout, set_up_streams
 from mlx_drift.errors import DriftError, DriftWarning, printable
@@ -40,7 +41,33 @@ COMMANDS = {
 """The commands, and what each says of itself. Each is the function of its name in the module of its
 name, with `_command` behind it where something else has that name."""
 
+KEYWORD = re.compile(r"^\w+(?= (?:is|=) )|(?<= and )\w+(?= )|\b[a-z]+(?:_[a-z]+)+\b")
+"""What may be a keyword in a message that begins with one."""
+
 SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+class Command(TyperCommand):
+    """Names flags, where what it calls names its own keywords."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs it."""
+        try:
+            return super().invoke(ctx)
+        except DriftError as error:
+            raise DriftError(self._in_flags(str(error), ctx)) from error
+
+    def _in_flags(self, message: str, ctx: Any) -> str:
+        """Turns `max_tokens is 0; …` into `--max-tokens is 0; …`, if that was given.
+
+        What was not given stands in some file: `num_layers is 0` of a config is no flag's.
+        """
+        flags = {one.name: one.opts[0] for one in self.params if one.opts[0].startswith("--")}
+        given = {name for name in flags if ctx.get_parameter_source(name).name == "COMMANDLINE"}
+        named = given.intersection(KEYWORD.findall(message))
+        if not named or message.partition(" ")[0] not in flags:
+            return message
+        return KEYWORD.sub(lambda name: flags.get(name[0], name[0]), message)
 
 
 class Commands(TyperGroup):
@@ -69,7 +96,7 @@ def _imported(name: str) -> Any:
     module = name.replace("-", "_")
     members = vars(import_module(f"mlx_drift.cli.{module}"))
     alone = typer.Typer(add_completion=False, context_settings=SETTINGS)
-    alone.command(name)(members.get(f"{module}_command") or members[module])
+    alone.command(name, cls=Command)(members.get(f"{module}_command") or members[module])
     return typer.main.get_command(alone)
 
 

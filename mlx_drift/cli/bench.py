@@ -28,9 +28,7 @@ from mlx_drift.cli.transcripts import read_transcripts
 from mlx_drift.drafters.head import HeadDrafter
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.errors import DriftError
-from mlx_drift.generate import check_num_draft_tokens
 from mlx_drift.loading import load_drafter
-from mlx_drift.measure.speed.arms import Length
 from mlx_drift.measure.speed.bench import LENGTHS, PROMPTS, Bench, bench
 from mlx_drift.measure.speed.replay import Replay, measure_costs, replay
 from mlx_drift.measure.speed.rounds import TURNS
@@ -137,7 +135,7 @@ def bench_command(
         raise DriftError(f"repeats is {repeats}; expected at least 1")
     if any(not text.strip() for text in prompt or ()):
         raise DriftError("the prompt is empty; give some text")
-    lengths = [_length(text) for text in num_draft_tokens or ()] or list(LENGTHS)
+    lengths = [options.read_draft_tokens(text) for text in num_draft_tokens or ()] or list(LENGTHS)
     trees = [rows for text in tree or () if (rows := options.read_tree(text)) is not None]
     of_a_pair = {
         "--model": model,
@@ -273,18 +271,6 @@ def bench_command(
         )
     world().finish()  # a result is told when all ranks are through
     _tell(found, table, about, as_json)
-
-
-def _length(text: str) -> Length:
-    """Reads a draft length."""
-    if text == "auto":
-        return "auto"
-    try:
-        length = int(text)
-    except ValueError:
-        raise DriftError(f"--num-draft-tokens is {text}; expected a number, or auto") from None
-    check_num_draft_tokens(length)
-    return length
 
 
 def _acceptances(text: str | None) -> tuple[float, ...]:

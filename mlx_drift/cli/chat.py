@@ -17,7 +17,7 @@ from mlx_drift.cli import options
 from mlx_drift.cli.chat_commands import PREFIX, Commands
 from mlx_drift.cli.conversation import REASONING, TEXT, Conversation, Settings, Speaker
 from mlx_drift.cli.drafts import DraftsShown, Said
-from mlx_drift.cli.generate import INTERRUPTED, draft_tokens
+from mlx_drift.cli.generate import INTERRUPTED
 from mlx_drift.cli.load import copying, load_pair, usual_drafter
 from mlx_drift.cli.prompts import parse_object
 from mlx_drift.cli.report import report
@@ -25,7 +25,6 @@ from mlx_drift.cli.show import prompt_bar
 from mlx_drift.demo import NAME
 from mlx_drift.errors import DriftError
 from mlx_drift.files.text import decode
-from mlx_drift.generate import check_num_draft_tokens
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -76,8 +75,7 @@ def chat(
     console = Console(stderr=True)
     rows = options.read_tree(tree, num_draft_tokens=num_draft_tokens)
     chosen = num_draft_tokens or ("3" if model is None else "auto")
-    k = draft_tokens(chosen)
-    check_num_draft_tokens(k)
+    k = options.read_draft_tokens(chosen)
 
     def load(name: str | None, head: str | None, small: str | None = None) -> Speaker:
         if name is not None and head is None and small is None:

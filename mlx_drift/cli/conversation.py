@@ -15,7 +15,7 @@ from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
 from mlx_drift.decode.responses import DriftResponse
 from mlx_drift.decode.speculate import Progress
 from mlx_drift.decode.statistics import Statistics
-from mlx_drift.decode.trees import Rows
+from mlx_drift.decode.trees import Rows, drafting
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
 from mlx_drift.files.text import check_text, read_text
@@ -142,7 +142,7 @@ class Conversation:
         tokens = tokenizer.encode(rendered, add_special_tokens=False)
         room = self._room(len(tokens))
         most = self.settings.max_tokens
-        seed, tree = self.settings.seed, self.settings.tree
+        seed = self.settings.seed
         self.said, self.last, self.is_full = [], None, False
 
         def told(done: int, total: int) -> None:
@@ -159,8 +159,7 @@ class Conversation:
             tokens,
             most if room is None else room if most < 0 else min(most, room),
             drafter=self.speaker.drafter,
-            num_draft_tokens=self.settings.num_draft_tokens if tree is None else None,
-            tree=tree,
+            **drafting(self.settings.num_draft_tokens, self.settings.tree),
             seed=None if seed is None else seed + self._answers,
             prompt_cache=self._cache,
             compare_plain=self.statistics.plain_step_seconds is None,

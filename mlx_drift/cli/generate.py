@@ -5,7 +5,7 @@ import sys
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -28,10 +28,11 @@ from mlx_drift.cli.show import prompt_bar
 from mlx_drift.decode.prompt_cache import PromptCache
 from mlx_drift.decode.prompt_cache_file import load_prompt_cache
 from mlx_drift.decode.responses import DriftResponse
+from mlx_drift.decode.trees import drafting
 from mlx_drift.demo import QUESTION
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
-from mlx_drift.generate import check_num_draft_tokens, stream_generate
+from mlx_drift.generate import stream_generate
 from mlx_drift.ranks.world import world
 from mlx_drift.target.caches import KVQuantization
 
@@ -110,9 +111,7 @@ def generate(
     no = no_draft or None
     rows = options.read_tree(tree, num_draft_tokens=num_draft_tokens, no_draft=no)
     # The embedded pair shows drafting, whether it pays or not.
-    k = draft_tokens(num_draft_tokens or ("3" if model is None else "auto"))
-    if not no_draft:
-        check_num_draft_tokens(k)
+    k = options.read_draft_tokens(num_draft_tokens or ("3" if model is None else "auto"))
     if prompt_cache_file is not None:
         if world().size > 1:
             raise DriftError("--prompt-cache-file holds a whole target's rows, not a rank's part")
@@ -175,8 +174,7 @@ def generate(
                 tokens,
                 max_tokens,
                 drafter=loaded,
-                num_draft_tokens=k if rows is None else None,
-                tree=rows,
+                **drafting(k, rows),
                 temp=temp,
                 top_p=top_p,
                 min_p=min_p,
@@ -224,20 +222,6 @@ def generate(
             console.print(explanation(last.statistics.draft_length))
     if interrupted:
         raise typer.Exit(INTERRUPTED)
-
-
-def draft_tokens(text: str) -> int | Literal["auto"]:
-    """Reads `--num-draft-tokens`.
-
-    Raises:
-        DriftError: If it is neither a number nor `auto`.
-    """
-    if text == "auto":
-        return "auto"
-    try:
-        return int(text)
-    except ValueError:
-        raise DriftError(f"--num-draft-tokens is {text}; expected a number, or auto") from None
 
 
 def _add_eos_token(tokenizer: TokenizerWrapper, token: str) -> None:

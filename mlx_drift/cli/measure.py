@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -23,7 +23,6 @@ from mlx_drift.convert.target import target_folder
 from mlx_drift.demo import TARGET
 from mlx_drift.errors import DriftError, DriftWarning
 from mlx_drift.files.json_file import read_json
-from mlx_drift.generate import check_num_draft_tokens
 from mlx_drift.measure.acceptance.answers import AnswerFile, Task, collect, describe
 from mlx_drift.measure.acceptance.asking import Answers, Settings
 from mlx_drift.measure.acceptance.context import (
@@ -69,10 +68,10 @@ def measure(
         int | None, typer.Option(metavar="N", help="The first N questions of each file.", min=1)
     ] = None,
     num_draft_tokens: Annotated[
-        int | None, typer.Option(metavar="K", help="Drafts a round. Default: 4.")
+        str | None, typer.Option(metavar="K", help="Drafts a round. Default: 4.")
     ] = None,
     tree: Annotated[
-        int | None,
+        str | None,
         typer.Option(metavar="ROWS", help="Trees of drafts: rows a round, the drafts + 1."),
     ] = None,
     max_tokens: Annotated[
@@ -133,11 +132,11 @@ def measure(
     _check_together(
         perturb, context, document, system_prompt or (), chat_template or (), ignore_chat_template
     )
-    options.read_tree(None if tree is None else str(tree), num_draft_tokens=num_draft_tokens)
-    k = Settings.num_draft_tokens if tree is None else tree - 1
-    k = k if num_draft_tokens is None else num_draft_tokens
-    check_num_draft_tokens(k)
-    settings = Settings(k, max_tokens, temp, top_p, min_p, top_k, seed, tree=tree)
+    given = options.read_tree(tree, num_draft_tokens=num_draft_tokens)
+    rows = None if given is None else _fixed(given, "--tree")
+    drafts = options.read_draft_tokens(num_draft_tokens or str(Settings.num_draft_tokens))
+    k = _fixed(drafts, "--num-draft-tokens") if rows is None else rows - 1
+    settings = Settings(k, max_tokens, temp, top_p, min_p, top_k, seed, tree=rows)
     keywords = parse_object(chat_template_config, "--chat-template-config")
     templates = _read_templates(chat_template or ())
     if save is not None and world().size > 1:
@@ -253,6 +252,20 @@ def _collect(
                 kept = f"; with --save {save} again it goes on" if save is not None else ""
                 typer.echo(f"interrupted after {at} of {len(tasks)}{kept}", err=True)
                 raise typer.Exit(INTERRUPTED) from None
+
+
+def _fixed(drafts: int | Literal["auto"], flag: str) -> int:
+    """Returns how much to draft, if that is a number.
+
+    Raises:
+        DriftError: If it is not.
+    """
+    if drafts == "auto":
+        raise DriftError(
+            f"{flag} is auto; expected a number: what auto drafts hangs on how fast this machine "
+            f"is, and so would the figures. How fast it is: mlx-drift bench {flag} auto"
+        )
+    return drafts
 
 
 def _read_templates(paths: Sequence[Path]) -> dict[str, str]:

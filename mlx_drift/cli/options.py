@@ -12,7 +12,7 @@ import typer
 
 from mlx_drift.decode.trees import Rows, check_tree
 from mlx_drift.errors import DriftError
-from mlx_drift.generate import stream_generate
+from mlx_drift.generate import check_num_draft_tokens, stream_generate
 
 
 def described(keyword: str) -> str:
@@ -196,6 +196,19 @@ KvBits = Annotated[int | None, typer.Option(help=described("kv_bits"))]
 KvGroupSize = Annotated[int, typer.Option(help=described("kv_group_size"))]
 QuantizedKvStart = Annotated[int, typer.Option(help=described("quantized_kv_start"))]
 PrefillStepSize = Annotated[int, typer.Option(help=described("prefill_step_size"), min=1)]
+
+
+def read_draft_tokens(text: str) -> int | Literal["auto"]:
+    """Reads `--num-draft-tokens`.
+
+    Raises:
+        DriftError: If it is neither a number that makes sense nor `auto`.
+    """
+    if text != "auto" and not text.removeprefix("-").isdecimal():
+        raise DriftError(f"--num-draft-tokens is {text}; expected a number, or auto")
+    k: int | Literal["auto"] = "auto" if text == "auto" else int(text)
+    check_num_draft_tokens(k)
+    return k
 
 
 def read_tree(text: str | None, **others: object) -> Rows | None:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import mlx.nn as nn
 import typer
@@ -18,7 +18,7 @@ from mlx_drift.cli.load import PROMPT_LOOKUP, copying, load_pair, load_target, u
 from mlx_drift.cli.prompts import parse_object
 from mlx_drift.demo import NAME, TARGET
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
-from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Drafter
+from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def serve_command(
     is_fixed = isinstance(rows, int) or (model is None and rows is None)
     chosen = num_draft_tokens or (str(FIXED_DRAFTS) if is_fixed else "auto")
     settings = Settings(
-        num_draft_tokens=0 if no_draft else _drafts(chosen),
+        num_draft_tokens=0 if no_draft else options.read_draft_tokens(chosen),
         prefill_step_size=prefill_step_size,
         kv_bits=kv_bits,
         kv_group_size=kv_group_size,
@@ -249,15 +249,3 @@ def _without_drafts(
     """Loads a target with the drafter that costs nothing, which is then never asked."""
     target, tokenizer = load_target(model, adapter_path, trust_remote_code, pipeline)
     return target, tokenizer, PromptLookupDrafter(target)
-
-
-def _drafts(text: str) -> int | Literal["auto"]:
-    """Reads `--num-draft-tokens`."""
-    if text == "auto":
-        return "auto"
-    if not text.isdecimal() or not 1 <= int(text) <= MAX_DRAFT_TOKENS:
-        raise DriftError(
-            f"--num-draft-tokens is {text}; expected 1 to {MAX_DRAFT_TOKENS}, or auto (to serve "
-            "without drafts: --no-draft)"
-        )
-    return int(text)

@@ -1,6 +1,6 @@
 """Whether a pair can draft trees, asked before the first round."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS, Branches, Drafter
 from mlx_drift.errors import DriftError
@@ -29,6 +29,16 @@ def prepare_trees(drafter: Drafter, target: Target) -> None:
             f"there are. {INSTEAD}"
         )
     check_trees(target)
+
+
+def drafting(num_draft_tokens: int | Literal["auto"] | None, tree: Rows | None) -> dict[str, Any]:
+    """Returns how much to draft in `stream_generate`'s keywords, which takes one of them.
+
+    Args:
+        num_draft_tokens: Drafts a round; of a tree those that it has.
+        tree: Rows of a tree; None for a chain.
+    """
+    return {"num_draft_tokens": num_draft_tokens} if tree is None else {"tree": tree}
 
 
 def check_tree(rows: Rows) -> None:

@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from demo_text import expected_text
 from mlx_drift import load_demo, stream_generate
 from mlx_drift.cli import app
 from mlx_drift.demo import DEMO, QUESTION, TARGET
+from mlx_drift.errors import DriftError
 
 # --- generate ---------------------------------------------------------------------------------
 
@@ -150,7 +152,32 @@ def test_refuses_an_end_token_the_tokenizer_lacks(refuses):
 
 @pytest.mark.parametrize("k", [0, -1, 10_000])
 def test_refuses_a_k_out_of_range(refuses, k):
-    refuses(f"num_draft_tokens is {k}; expected 1 to 64", "generate", "--num-draft-tokens", k)
+    refuses(f"--num-draft-tokens is {k}; expected 1 to 64", "generate", "--num-draft-tokens", k)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--tree", -2], "error: --tree is -2; expected 2 to 65 rows"),
+        (["--max-tokens", 0], "error: --max-tokens is 0; expected"),
+        (
+            ["--kv-bits", 8, "--quantized-kv-start", -1],
+            "error: --quantized-kv-start is -1 and --kv-group-size 64; expected",
+        ),
+    ],
+)
+def test_refusals_name_flags(refuses, arguments, line):
+    assert refuses("", "generate", *arguments).startswith(line)
+
+
+def test_refusals_name_what_a_file_has_as_the_file_does(refuses, monkeypatch):
+    def refused(*args, **kwargs):
+        raise DriftError("temp is 7 and top_k 9; expected less: temp is a temperature")
+
+    monkeypatch.setattr(import_module("mlx_drift.cli.generate"), "stream_generate", refused)
+    end = "; expected less: temp is a temperature"
+    refuses("error: temp is 7 and top_k 9" + end, "generate")
+    refuses("error: --temp is 7 and --top-k 9" + end, "generate", "--temp", 7)
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])

@@ -410,7 +410,7 @@ def test_an_empty_key_is_none_and_is_refused(refuses, monkeypatch):
 
 
 def test_defaults_that_no_request_could_have_are_one_line(refuses):
-    refuses("top_k is -1", "serve", "--port", 0, "--top-k", -1)
+    refuses("--top-k is -1", "serve", "--port", 0, "--top-k", -1)
     refuses("temp is 1e-09", "serve", "--port", 0, "--temp", 1e-9)
 
 

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
+from mlx_drift.decode.trees import drafting
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.generate import check_num_draft_tokens, stream_generate
 from mlx_drift.measure.acceptance.questions import Question
@@ -133,8 +134,7 @@ def answer(
             prompt,
             settings.max_tokens,
             drafter=drafter,
-            num_draft_tokens=settings.num_draft_tokens if settings.tree is None else None,
-            tree=settings.tree,
+            **drafting(settings.num_draft_tokens, settings.tree),
             temp=settings.temp,
             top_p=settings.top_p,
             min_p=settings.min_p,

@@ -19,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_drift.decode.sampling import Sampling
 from mlx_drift.decode.statistics import Statistics
-from mlx_drift.decode.trees import Rows
+from mlx_drift.decode.trees import Rows, drafting
 from mlx_drift.drafters.protocol import Drafter
 from mlx_drift.errors import DriftError
 from mlx_drift.generate import stream_generate, wait_for_streams
@@ -143,8 +143,7 @@ def answer(
         prompt,
         max_tokens,
         drafter=way.drafter,
-        num_draft_tokens=way.num_draft_tokens if way.tree is None else None,
-        tree=way.tree,
+        **drafting(way.num_draft_tokens, way.tree),
         temp=temp,
         seed=seed,
         prompt_progress_callback=note,

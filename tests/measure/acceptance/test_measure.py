@@ -322,7 +322,11 @@ class TestTheCommand:
         refuses("--document is for --context", *asked, "--document", "none.txt")
         refuses("give one of them", *asked, "--perturb", "--ignore-chat-template")
         refuses("only --perturb", *asked, "--system-prompt", "a", "--system-prompt", "b")
-        refuses("num_draft_tokens is 0", *asked, "--num-draft-tokens", 0)
+        refuses("--num-draft-tokens is 0", *asked, "--num-draft-tokens", 0)
+        alone = asked[: asked.index("--num-draft-tokens")]
+        for flag in ("--num-draft-tokens", "--tree"):
+            refuses(f"{flag} is auto; expected a number: what auto", *alone, flag, "auto")
+        refuses("--tree is 1; expected 2 to 65 rows", *alone, "--tree", 1)
         refuses("a picture is written as .png", *asked, "--plot", "picture.gif")
         refuses("there is no folder", *asked, "--plot", tmp_path / "none" / "picture.png")
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

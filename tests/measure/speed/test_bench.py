@@ -187,7 +187,7 @@ def test_the_command(cli, monkeypatch):
 
 
 def test_bad_input(refuses, tmp_path):
-    refuses("num_draft_tokens is 0", "bench", "--num-draft-tokens", 0)
+    refuses("--num-draft-tokens is 0", "bench", "--num-draft-tokens", 0)
     refuses("--num-draft-tokens is all", "bench", "--num-draft-tokens", "all")
     refuses("repeats is 0", "bench", "--repeats", 0)
     refuses("--layers goes with --shape", "bench", "--layers", 2)

@@ -166,4 +166,4 @@ def test_the_commands(cli, refuses, tmp_path, monkeypatch):
         "--num-draft-tokens",
         "many",
     )
-    refuses("num_draft_tokens is 99", "tune", "--num-draft-tokens", 99)
+    refuses("--num-draft-tokens is 99", "tune", "--num-draft-tokens", 99)
