@@ -30,7 +30,7 @@ from mlx_drift.drafters.load import (
     linear_layers,
     target_ids,
 )
-from mlx_drift.errors import DriftError, printable
+from mlx_drift.errors import DriftError, brief, printable
 from mlx_drift.files.hub import check_upload_repo, upload_folder
 
 Said = Eagle3Config | MTPConfig
@@ -74,8 +74,8 @@ def export_drafter(
         path: The folder to write; it must not exist.
         format: `specforge` (SpecForge, SGLang, vLLM) or `speculators` (speculators, vLLM; it
             has MTP heads, too).
-        target: The name of the target, for tools that load it by what the drafter says; None for
-            the one that the drafter names, if it names one.
+        target: The name of the target, for the tools of speculators, which load it by what the
+            drafter says; None for the one that the drafter names, if it names one.
         revision: Branch, tag or commit on the Hub.
         upload_repo: A Hub repository to upload the result to.
         progress: Called with the bytes of weights written so far, and all of them.
@@ -87,6 +87,7 @@ def export_drafter(
     out = free_path(path, "--path")
     kinds = find_format(format)
     check_upload_repo(upload_repo)
+    _check_target(target, format)
     checkpoint = read_checkpoint(str(drafter), revision).fetched()
     if "drafter_type" not in checkpoint.config:
         raise DriftError(
@@ -132,6 +133,16 @@ def export_drafter(
         except DriftError as error:
             raise DriftError(f"{error}; the exported drafter is in {out}") from None
     return Export(format, said, notes, url)
+
+
+def _check_target(target: str | None, format: str) -> None:
+    """Refuses a name that is none, or that nothing would be told."""
+    if target is None:
+        return
+    if format != "speculators":
+        raise DriftError(f"--target is for --format speculators; {format} names none: leave it out")
+    if not target.strip() or not target.isprintable():
+        raise DriftError(f"--target is {brief(target)}; expected the target's name")
 
 
 def _vocabulary(config: Said, d2t: mx.array | None) -> Mapping[str, StoredTensor]:

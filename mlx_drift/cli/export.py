@@ -25,7 +25,7 @@ def export(
     path: Annotated[Path, typer.Option(help="The folder to write.")],
     target: Annotated[
         str | None,
-        typer.Option(help="The target's name, where the drafter does not say it."),
+        typer.Option(help="Of speculators: the target's name, where the drafter does not say it."),
     ] = None,
     revision: Revision = None,
     upload_repo: Annotated[

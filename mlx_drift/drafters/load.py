@@ -194,13 +194,19 @@ def quantize_linears(
     mode where they are None.
 
     Raises:
-        ValueError: If they are none that mlx has.
+        ValueError: If they are none that mlx has, or do not fit a layer, which is named.
     """
     for number in (group_size, bits):
         if number is not None and not 1 <= number <= 1024:  # mlx divides by them before it checks
             raise ValueError(f"group size {group_size} and {bits} bits are none that mlx has")
 
     wanted = linear_layers(network, kept=False)
+    size = _group_size(group_size, bits, mode)
+    for name, width in wanted.items():
+        if width % size:
+            raise ValueError(
+                f"a row of {name} has {width} values, which a group size of {size} does not divide"
+            )
     nn.quantize(
         network,
         group_size,
@@ -208,6 +214,17 @@ def quantize_linears(
         mode=mode,
         class_predicate=lambda path, module: path in wanted and hasattr(module, "to_quantized"),
     )
+
+
+def _group_size(group_size: int | None, bits: int | None, mode: str) -> int:
+    """Returns the weights that share a scale, by trying it on a row that any number divides.
+
+    Raises:
+        ValueError: If there is no such quantization.
+    """
+    width = 32 * (group_size or 32)
+    _, scales, *_ = mx.quantize(mx.zeros((1, width)), group_size, bits, mode=mode)
+    return width // int(scales.shape[-1])
 
 
 def quantize_like_the_head(network: nn.Module, target: Target) -> None:

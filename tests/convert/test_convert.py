@@ -425,6 +425,20 @@ def test_how_to_quantize_needs_quantize(how, source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({}, "a row of lm_head has 32 values, which a group size of 64 does not divide"),
+        ({"q_group_size": 7}, "group size 7 is not supported"),
+        ({"q_group_size": 32, "q_bits": 7}, "number of bits 7 is not supported"),
+    ],
+)
+def test_a_quantization_that_does_not_fit_is_told(how, message, source, tmp_path):
+    with pytest.raises(DriftError, match=f"the drafter cannot be quantized so: .*{message}"):
+        convert(source, tmp_path / "out", quantize=True, **how)
+    assert not (tmp_path / "out").exists()
+
+
 def test_quantized_as_mlx_does_it(source, tmp_path):
     """Blocks of rows, quantized one by one, are the whole quantized at once."""
     convert(source, tmp_path / "plain", dtype="bfloat16")

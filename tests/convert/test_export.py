@@ -155,6 +155,20 @@ def test_other_kinds_are_refused(form, kind, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("form", "target", "message"),
+    [
+        ("specforge", "me/target", "--target is for --format speculators; specforge names none"),
+        ("speculators", " ", "--target is ' '; expected the target's name"),
+        ("speculators", "me\nyou", r"--target is 'me\\nyou'; expected"),
+    ],
+)
+def test_a_target_that_would_not_be_told_is_refused(form, target, message, tmp_path):
+    with pytest.raises(DriftError, match=message):
+        export_drafter(DEMO / "eagle3.1", tmp_path / "out", format=form, target=target)
+    assert not (tmp_path / "out").exists()
+
+
 MTP_REFERENCES = REFERENCES.with_name("mtp_reference")
 
 
