@@ -61,7 +61,7 @@ def accept_matching(draft: mx.array, choices: mx.array) -> mx.array:
         the target's correction or bonus.
     """
     choices = choices.astype(mx.int32)
-    return _verdict(draft == choices[:-1], choices)
+    return mx.concatenate([_leading(draft == choices[:-1]), choices])
 
 
 def accept_sampled(
@@ -71,8 +71,8 @@ def accept_sampled(
 
     Rejection sampling (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv
     2302.01318): draft d is accepted with probability min(1, p(d) / q(d)); after the first rejection
-    a token is drawn from max(0, p − q), normalised; after none, one more from p. The token after
-    every possible rejection is drawn at once, so nothing waits for the host.
+    a token is drawn from max(0, p − q), normalised; after none, one more from p. The row to draw
+    from is picked on the device, so nothing waits for the host, and no other row is exponentiated.
 
     Args:
         draft: Drafted token ids `[…, k]` int32.
@@ -84,24 +84,27 @@ def accept_sampled(
         `[…, k+2]` int32: how many drafts are accepted (n), then k+1 tokens, of which the n+1 first
         are committed.
     """
-    vocabulary = mx.arange(log_p.shape[-1])
-    if log_q is None:
-        log_q = mx.where(vocabulary == draft[..., None], 0.0, -mx.inf)
+    k, chosen = draft.shape[-1], draft.astype(mx.int32)
     accept_key, draw_key = mx.random.split(key)
-    p, q = mx.exp(log_p[..., :-1, :]), mx.exp(log_q)
-    chosen = draft[..., None].astype(mx.int32)
-    p_draft, q_draft = (mx.take_along_axis(x, chosen, axis=-1)[..., 0] for x in (p, q))
+    p_draft = mx.exp(_at(log_p[..., :-1, :], chosen))
+    q_draft = 1.0 if log_q is None else mx.exp(_at(log_q, chosen))
     accepted = mx.random.uniform(shape=draft.shape, key=accept_key) * q_draft < p_draft
+    count = _leading(accepted)
 
-    residual = mx.maximum(p - q, 0)
+    row = count[..., None]  # the first rejected draft's, or the one after all
+    p = mx.exp(mx.take_along_axis(log_p, row, axis=-2))
+    # Behind the drafts none is refused: no token has that number.
+    padded = mx.concatenate([chosen, mx.full_like(count, -1)], axis=-1)
+    if log_q is None or k == 0:
+        refused = mx.take_along_axis(padded, count, axis=-1)[..., None]
+        residual = mx.where(mx.arange(p.shape[-1]) == refused, 0, p)
+    else:
+        q = mx.exp(mx.take_along_axis(log_q, mx.minimum(row, k - 1), axis=-2))
+        residual = mx.maximum(p - mx.where(row < k, q, 0), 0)
     # p and q alike but for rounding: then there is no rejection to draw for.
     residual = mx.where(residual.sum(axis=-1, keepdims=True) > 0, residual, p)
-    log_next = mx.concatenate([mx.log(residual), log_p[..., -1:, :]], axis=-2)
-    drawn = mx.random.categorical(log_next, key=draw_key).astype(mx.int32)
-    padded = mx.concatenate([draft.astype(mx.int32), drawn[..., -1:]], axis=-1)
-    before_rejection = mx.cumprod(accepted.astype(mx.int32), axis=-1)
-    kept = mx.concatenate([before_rejection, mx.zeros_like(drawn[..., -1:])], axis=-1)
-    return _verdict(accepted, mx.where(kept == 1, padded, drawn))
+    drawn = mx.random.categorical(mx.log(residual), key=draw_key).astype(mx.int32)
+    return mx.concatenate([count, mx.where(mx.arange(k + 1) < count, padded, drawn)], axis=-1)
 
 
 def accept_on_tree(draft: mx.array, parents: mx.array, tree: Tree, choices: mx.array) -> mx.array:
@@ -135,6 +138,11 @@ def accept_on_tree(draft: mx.array, parents: mx.array, tree: Tree, choices: mx.a
     return mx.concatenate([accepted, tested, choices[order], order, parents.astype(mx.int32)])
 
 
-def _verdict(accepted: mx.array, tokens: mx.array) -> mx.array:
-    count = mx.cumprod(accepted.astype(mx.int32), axis=-1).sum(axis=-1, keepdims=True)
-    return mx.concatenate([count.astype(mx.int32), tokens], axis=-1)
+def _at(rows: mx.array, columns: mx.array) -> mx.array:
+    """Takes one column `[…, k]` of each row `[…, k, V]`."""
+    return mx.take_along_axis(rows, columns[..., None], axis=-1)[..., 0]
+
+
+def _leading(accepted: mx.array) -> mx.array:
+    """Counts how many are accepted one after another, of `[…, k]`: `[…, 1]` int32."""
+    return mx.cumprod(accepted.astype(mx.int32), axis=-1).sum(axis=-1, keepdims=True)

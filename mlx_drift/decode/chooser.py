@@ -58,6 +58,11 @@ class Chooser:
         """Whether logits are processed before tokens are chosen."""
         return bool(self.sampling.logits_processors)
 
+    @property
+    def tells_tokens_apart(self) -> bool:
+        """Whether it matters which tokens logits are of: to processors, and to XTC's exceptions."""
+        return self.processes or self.sampling.xtc_probability > 0
+
     def likeliest(self, logits: mx.array, drafted: Sequence[mx.array]) -> mx.array:
         """Chooses the likeliest token `[1]` int32, for certain; arguments as in `draft`."""
         log_q = _log_softmax(self._foresee(logits, drafted))
@@ -69,11 +74,12 @@ class Chooser:
         """Chooses one draft.
 
         Args:
-            logits: The drafter's, over the target's vocabulary, `[1, V]`.
+            logits: The drafter's, over the target's vocabulary, `[1, V]`; over a part of it where
+                tokens are not told apart.
             drafted: The drafts before it, `[1]` each.
 
         Returns:
-            The token `[1]` int32, and the log-probabilities it was drawn with, `[1, V]`; None for
+            Its column `[1]` int32, and the log-probabilities it was drawn with, `[1, V]`; None for
             certainty.
         """
         if not self.sampling.is_random:

@@ -165,6 +165,9 @@ class Sampling:
         mlx-lm raises there, in a compiled function that leaves mlx's random state broken; or MLX
         writes where no token is.
         """
+        special = all(0 <= token < vocabulary for token in self.xtc_special_tokens)
+        if self.top_k < vocabulary and self.min_tokens_to_keep <= vocabulary and special:
+            return self
         return replace(
             self,
             top_k=self.top_k if self.top_k < vocabulary else 0,

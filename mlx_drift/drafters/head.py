@@ -138,8 +138,12 @@ class HeadDrafter(ABC):
             rows.append(logits)
             if chooser is None or chooser.drafts_greedily:
                 token, log_probabilities = self.choose(logits), None
-            else:
+            elif chooser.tells_tokens_apart:
                 token, log_probabilities = chooser.draft(self._spread(logits), tokens)
+            else:  # the draft vocabulary is the smaller one to draw from
+                drafted, log_probabilities = chooser.draft(logits, tokens)
+                token = self._target_ids(drafted)
+                log_probabilities = self._spread(log_probabilities)
             tokens.append(token)
             if log_probabilities is not None:
                 drawn_with.append(log_probabilities)
@@ -180,8 +184,7 @@ class HeadDrafter(ABC):
                 return logits
             return mx.pad(logits, [(0, 0), (0, padding)], constant_values=-mx.inf)
         spread = mx.full((logits.shape[0], self._vocab_size), -mx.inf, logits.dtype)
-        spread[:, self._d2t] = logits
-        return spread
+        return mx.put_along_axis(spread, mx.broadcast_to(self._d2t, logits.shape), logits, axis=-1)
 
 
 class SlotsDrafter(HeadDrafter):

@@ -63,16 +63,24 @@ class Choose(Protocol):
     def processes(self) -> bool:
         """Whether logits are processed before tokens are chosen."""
 
+    @property
+    def tells_tokens_apart(self) -> bool:
+        """Whether it matters which tokens logits are of: to processors, and to XTC's exceptions."""
+
     def likeliest(self, logits: mx.array, drafted: Sequence[mx.array]) -> mx.array:
         """Chooses the likeliest token `[1]`, for certain; arguments as in `draft`."""
 
     def draft(
         self, logits: mx.array, drafted: Sequence[mx.array]
     ) -> tuple[mx.array, mx.array | None]:
-        """Chooses a token `[1]` by logits over the target's vocabulary `[1, V]`.
+        """Chooses a token `[1]` by logits `[1, V]`.
+
+        Args:
+            logits: Over the target's vocabulary; over a part of it where tokens are not told apart.
+            drafted: The drafts before it, `[1]` each.
 
         Returns:
-            It, and the log-probabilities it was drawn with, `[1, V]`; None for certainty.
+            Its column, and the log-probabilities it was drawn with, `[1, V]`; None for certainty.
         """
 
     def on_paths(

@@ -25,7 +25,6 @@ from chi_square import CERTAINLY_WRONG, LEAST_P, p_value, survival
 from mlx_drift import CopyingDrafter, Statistics, stream_generate
 from mlx_drift.decode.accept import accept_sampled
 from mlx_drift.decode.answer import answer
-from mlx_drift.decode.chooser import Chooser
 from mlx_drift.decode.sampling import Sampling
 from mlx_drift.decode.speculate import every, prefill
 from mlx_drift.drafters.chain import ChainDrafter
@@ -550,17 +549,11 @@ def test_real_loop_with_copies_beside_the_head(pair, generations, expected, monk
 
 def test_real_loop_fails_if_draft_probabilities_are_not_scattered(pair, monkeypatch):
     """Drawn in the drafter's own columns; only the token goes through `d2t`."""
-    draft = Chooser.draft
 
     def unscattered(self, logits):
         return mx.pad(logits, ((0, 0), (0, SIZE - len(D2T))), constant_values=-math.inf)
 
-    def mapped(self, logits, drafted):
-        token, log_q = draft(self, logits, drafted)
-        return mx.array(D2T, dtype=mx.int32)[token], log_q
-
     monkeypatch.setattr(ChainDrafter, "_spread", unscattered)
-    monkeypatch.setattr(Chooser, "draft", mapped)
     counts, _ = pair.sample(SOME, temp=0.7)
     assert p_value(counts, pair.joint(Sampling(temp=0.7))) < CERTAINLY_WRONG
 

@@ -57,6 +57,7 @@ class Arm:
         greedy, sampled: What greedy and sampled rounds cost, whole and in parts, with about as many
             drafts accepted as here (`mlx_drift.measure.speed.rounds`).
         efficiency: Round efficiency of the two.
+        choosing: What choosing tokens takes of the two, timed alone.
         draft_length: What `auto` decided last, and by what numbers.
         tree: Rows that the target verified a round, in a tree; or `auto`; None for a chain.
         acceptance_by_rank: Of each level of a tree, the share of its tests in which the first draft
@@ -77,6 +78,7 @@ class Arm:
     greedy: RoundCost | None = None
     sampled: RoundCost | None = None
     efficiency: tuple[float, float] | None = None
+    choosing: tuple[float, float] | None = None
     draft_length: dict[str, Any] | None = None
     tree: Rows | None = None
     acceptance_by_rank: tuple[list[float], ...] = ()
@@ -236,6 +238,7 @@ def _arm(way: Way, found: Answer, plain: Answer, prompts: int, costs: Sequence[R
         greedy,
         sampled,
         (greedy.efficiency, sampled.efficiency) if greedy and sampled else None,
+        (greedy.choosing, sampled.choosing) if greedy and sampled else None,
         found.draft_length,
         way.tree,
         tuple(seen.acceptance_by_rank),

@@ -2,7 +2,7 @@
 
 *Round efficiency* is what the passes of a round take, each timed alone and waited for, over what a
 round takes: what the loop loses between the passes (Python, sampling, rollback), less what it gains
-by not waiting for each.
+by not waiting for each. What choosing tokens takes of it is timed alone, too.
 
 Notable:
 - Rounds, their passes and plain steps are timed in turns, in one conversation, so that they see the
@@ -18,19 +18,20 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import wired_limit
 
+from mlx_drift.decode.chooser import Chooser
 from mlx_drift.decode.draft_length import DraftLength
 from mlx_drift.decode.plain import time_plain_steps
 from mlx_drift.decode.prompt_cache import PromptCache, make_prompt_cache
 from mlx_drift.decode.sampling import Sampling
 from mlx_drift.decode.speculate import speculate
 from mlx_drift.decode.text import Round
-from mlx_drift.drafters.protocol import Branches, Drafter, Propose
+from mlx_drift.drafters.protocol import Branches, Draft, Drafter, Propose
 from mlx_drift.generate import wait_for_streams
 from mlx_drift.ranks.world import ranks_of
 from mlx_drift.target.caches import TargetCache
@@ -42,6 +43,8 @@ TURNS, ROUNDS = 16, 3
 
 LEAST_TURNS, SECONDS = 1, 60
 """Where rounds are slow, no turn begins after so many seconds, once so many count."""
+
+Found = TypeVar("Found")
 
 CERTAIN = 1e4
 """What is added to a logit to make its token certain; within float16."""
@@ -75,6 +78,8 @@ class RoundCost:
         draft_seconds: The drafter's chain, alone.
         verify_seconds: The target's pass over the drafts, alone.
         ingest_seconds: The drafter's pass over the committed rows, alone.
+        choose_seconds: Choosing tokens, alone: the target's, and what drafts take longer that are
+            drawn than those that are the likeliest.
     """
 
     plan: Plan
@@ -83,24 +88,26 @@ class RoundCost:
     draft_seconds: float
     verify_seconds: float
     ingest_seconds: float
+    choose_seconds: float
 
     @property
     def efficiency(self) -> float:
         """The passes, timed alone, over the round."""
         return (self.draft_seconds + self.verify_seconds + self.ingest_seconds) / self.seconds
 
+    @property
+    def choosing(self) -> float:
+        """Choosing tokens, timed alone, over the round."""
+        return self.choose_seconds / self.seconds
+
 
 class Swayed(Target):
     """A target that accepts a set number of drafts, or all where there are fewer.
 
     Attributes:
-        tokens: What it verified last.
-        tree: How they branched.
-        verified_taps: Their taps.
+        verified_taps: The taps of what it verified last.
     """
 
-    tokens: mx.array
-    tree: Tree | None
     verified_taps: mx.array
 
     def __init__(self, target: Target, accepted: int):
@@ -112,7 +119,7 @@ class Swayed(Target):
     ) -> tuple[mx.array, mx.array]:
         """Verifies as a target does, and sways the logits."""
         logits, taps = super().verify(tokens, cache, tree)
-        self.tokens, self.tree, self.verified_taps = tokens, tree, taps
+        self.verified_taps = taps
         if tree is not None:
             return self._swayed_on_tree(tree, tokens, logits), taps
         drafts = tokens.size - 1
@@ -140,10 +147,11 @@ class Times:
     draft: list[float] = field(default_factory=list)
     verify: list[float] = field(default_factory=list)
     ingest: list[float] = field(default_factory=list)
+    choose: list[float] = field(default_factory=list)
 
     def cost(self, plan: Plan) -> RoundCost:
         """Returns the medians."""
-        parts = (self.whole, self.host, self.draft, self.verify, self.ingest)
+        parts = (self.whole, self.host, self.draft, self.verify, self.ingest, self.choose)
         return RoundCost(plan, *(statistics.median(part) for part in parts))
 
 
@@ -237,38 +245,59 @@ class Conversation:
         rounds.close()
         self._last = mx.array(round.tokens[-1:], dtype=mx.int32)
         self._wait()
-        for _ in range(ROUNDS):
-            self._time_passes(plan, target, round, times)
+        for number in range(ROUNDS):
+            self._time_passes(plan, target, round, times, seed + number)
 
-    def _time_passes(self, plan: Plan, target: Swayed, last: Round, times: Times) -> None:
-        """Times the passes of a round alone, in the order of the caches' needs."""
+    def _time_passes(
+        self, plan: Plan, target: Swayed, last: Round, times: Times, seed: int
+    ) -> None:
+        """Times the parts of a round alone, in the order of the caches' needs."""
         drafter, cache = self._drafter, self._cache
         fresh, taps = mx.array(last.tokens), target.verified_taps[: len(last.tokens)]
         mx.eval(fresh, taps)
         # Where it cannot go back, the drafter sees a few rows twice, which cost the same.
         cache.drafter_cache.rewind(self._length - 1 - len(last.tokens))
 
-        def ingest() -> Any:
-            drafter.ingest(fresh, taps, cache.drafter_cache)
-            return cache.drafter_cache.state
-
         propose: Propose = drafter.propose
         if plan.tree:
             assert isinstance(drafter, Branches)
             propose = drafter.propose_tree
+        key = mx.random.key(seed) if plan.temp else None
+        chooser = Chooser(Sampling(temp=plan.temp), plan.num_draft_tokens, key)
 
-        def draft() -> Any:
-            return propose(plan.num_draft_tokens, cache.drafter_cache, None).tokens
+        def ingest() -> None:
+            drafter.ingest(fresh, taps, cache.drafter_cache)
+            mx.eval(cache.drafter_cache.state)
 
-        def verify() -> Any:
-            return Target.verify(target, target.tokens, cache.target_cache, target.tree)
+        def draft(chooser: Chooser | None = None) -> Draft:
+            found = propose(plan.num_draft_tokens, cache.drafter_cache, chooser)
+            mx.eval(found.tokens, found.log_probabilities, found.parents)
+            return found
 
-        for run, taken in (ingest, times.ingest), (draft, times.draft), (verify, times.verify):
-            self._wait()
-            start = time.perf_counter()
-            mx.eval(run())
-            taken.append(time.perf_counter() - start)
-        target.rollback(cache.target_cache, target.tokens.size)
+        def verify() -> mx.array:
+            logits, taps = Target.verify(target, rows, cache.target_cache, found.tree)
+            mx.eval(logits, taps)
+            return logits
+
+        ingested, _ = self._time(ingest)
+        drafted, found = self._time(draft)
+        drawn, found = self._time(lambda: draft(chooser)) if plan.temp else (drafted, found)
+        rows = mx.concatenate([self._last, found.tokens])
+        mx.eval(rows, vars(found.tree) if found.tree else ())
+        verified, logits = self._time(verify)
+        chosen, _ = self._time(lambda: mx.eval(chooser.verify(found, logits)))
+        times.ingest.append(ingested)
+        times.draft.append(drafted)
+        times.verify.append(verified)
+        times.choose.append(max(0.0, drawn - drafted) + chosen)
+        target.rollback(cache.target_cache, rows.size)
+
+    def _time(self, run: Callable[[], Found]) -> tuple[float, Found]:
+        """Times what computes something and waits for it; returns the seconds, and what it gave."""
+        self._wait()
+        start = time.perf_counter()
+        found = run()
+        return time.perf_counter() - start, found
 
     def _wait(self) -> None:
         mx.eval(self._cache.target_cache.state, self._cache.drafter_cache.state)

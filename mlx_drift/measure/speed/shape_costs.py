@@ -32,6 +32,7 @@ class LengthCost:
         num_draft_tokens: Drafts a round, K.
         cost: Of a round at the temperature that was asked for.
         efficiency: Round efficiency of greedy rounds, and of sampled ones.
+        choosing: What choosing tokens takes of them, timed alone.
         plain_steps: A round's time in plain steps.
         break_even: The acceptance of every draft at which such rounds pay; None if none does.
         speedups: Tokens a second over plain decoding's, by the acceptance of every draft.
@@ -40,6 +41,7 @@ class LengthCost:
     num_draft_tokens: int
     cost: RoundCost
     efficiency: tuple[float, float]
+    choosing: tuple[float, float]
     plain_steps: float
     break_even: float | None
     speedups: dict[float, float]
@@ -123,6 +125,7 @@ def shape_costs(
                 k,
                 cost,
                 (greedy.efficiency, sampled.efficiency),
+                (greedy.choosing, sampled.choosing),
                 steps,
                 break_even(k, steps),
                 {a: tokens_per_round(k, a) / steps for a in acceptances},

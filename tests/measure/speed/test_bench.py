@@ -74,6 +74,7 @@ def test_every_arm_answers_every_prompt(temp):
         if is_timed:
             assert arm.host_seconds > 0
             assert min(arm.efficiency) > 0
+            assert min(arm.choosing) > 0
             assert (arm.greedy.plan.temp, arm.sampled.plan.temp) == (0.0, temp or 0.7)
     assert json.loads(json.dumps(found.to_dict()))["prompts"] == 2
 

@@ -41,6 +41,7 @@ def test_a_pair_of_every_shape_runs(name, small):
         assert length.plain_steps == pytest.approx(length.cost.seconds / found.plain_step_seconds)
         assert list(length.speedups) == [0.5, 0.6, 0.7, 0.8]
         assert min(length.efficiency) > 0
+        assert min(length.choosing) > 0
     assert json.loads(json.dumps(found.to_dict()))["shape"] == name
 
 
