@@ -133,21 +133,23 @@ class HeadDrafter(ABC):
         drawn_with: list[mx.array] = []
         rows: list[mx.array] = []
         token = None
+        apart = chooser is not None and chooser.tells_tokens_apart
         for place in range(k):
             logits = logits_after(token, place)
             rows.append(logits)
             if chooser is None or chooser.drafts_greedily:
                 token, log_probabilities = self.choose(logits), None
-            elif chooser.tells_tokens_apart:
+            elif apart:
                 token, log_probabilities = chooser.draft(self._spread(logits), tokens)
             else:  # the draft vocabulary is the smaller one to draw from
                 drafted, log_probabilities = chooser.draft(logits, tokens)
                 token = self._target_ids(drafted)
-                log_probabilities = self._spread(log_probabilities)
             tokens.append(token)
             if log_probabilities is not None:
                 drawn_with.append(log_probabilities)
         log_q = mx.concatenate(drawn_with) if drawn_with else None
+        if log_q is not None and not apart:
+            log_q = self._spread(log_q)
         return mx.concatenate(tokens), log_q, rows
 
     def _grown(
