@@ -10,6 +10,7 @@ may cost: no clock is in it. With `--counts` only tokens a round are told, at eq
 
 import argparse
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import mlx_lm
@@ -66,6 +67,7 @@ def tell_counts(model, drafter, recorded) -> None:
 
 def tell_auto(model, drafter, recorded) -> None:
     """Prints a line for each table of costs."""
+    drafts = defaultdict(dict)  # they do not hang on what they cost
     for name, regime in REGIMES.items():
         found = replay(
             model,
@@ -74,6 +76,7 @@ def tell_auto(model, drafter, recorded) -> None:
             costs_of(*regime),
             lengths=[*CHAINS, "auto"],
             trees=[*ROWS, "auto"],
+            drafts=drafts,
         )
         speed = {arm.name: arm.tokens_per_second for arm in found.arms}
         fixed = {name: one for name, one in speed.items() if not name.startswith("auto")}

@@ -8,6 +8,7 @@ exact. What a round takes is measured once for each of its lengths; its clock is
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,6 +28,7 @@ from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.drafters.protocol import (
     NETWORK,
     Choose,
+    Copies,
     Draft,
     Drafter,
     Propose,
@@ -135,13 +137,29 @@ class Replay:
         return {"arms": arms, "costs": asdict(self.costs)}
 
 
-class Metered:
-    """A drafter whose rounds spend what they were measured to take."""
+Drafts = dict[tuple[int, Source, int], Draft]
+"""What a network drafted of an answer: by how much of it there was, chain or tree, and how many."""
 
-    def __init__(self, drafter: Drafter, costs: ReplayCosts, clock: Simulated):
+
+class Metered:
+    """A drafter whose rounds spend what they were measured to take.
+
+    What a network drafts after a text is the same, however it came to be: where that was drafted
+    before nothing is computed, nor is a row ingested until it is needed.
+
+    Args:
+        drafter: The drafter.
+        costs: What rounds take.
+        clock: What they spend it on.
+        drafts: What was drafted of the answer before, to which is added.
+    """
+
+    def __init__(self, drafter: Drafter, costs: ReplayCosts, clock: Simulated, drafts: Drafts):
         self.taps, self.model, self.network = drafter.taps, drafter.model, drafter.network
         self.make_cache, self.start = drafter.make_cache, drafter.start
         self._drafter, self._costs, self._clock = drafter, costs, clock
+        self._drafts, self._rows = drafts, 0
+        self._waiting: list[tuple[mx.array, mx.array]] = []
         self._in_round = False
 
     def sources(self, cache: Any, missed: Sequence[int] = ()) -> dict[Source, Propose]:
@@ -156,7 +174,12 @@ class Metered:
     def _propose(
         self, source: Source, propose: Propose, k: int, cache: Any, chooser: Choose | None
     ) -> Draft:
-        draft = propose(k, cache, chooser)
+        draft = self._drafts.get((self._rows, source, k))
+        if draft is None:
+            self._catch_up(cache)
+            draft = propose(k, cache, chooser)
+            if not source.is_free:
+                self._drafts[self._rows, source, k] = draft
         self._clock.seconds += self._costs.of(draft.tokens.size, source)
         self._in_round = True
         return draft
@@ -171,7 +194,15 @@ class Metered:
         if not self._in_round:
             self._clock.seconds += tokens.size * self._costs.missed_row
         self._in_round = False
-        self._drafter.ingest(tokens, taps, cache)
+        self._rows += tokens.size
+        self._waiting.append((tokens, taps))
+        if isinstance(self._drafter, Copies):  # it looks at all there is before it is asked
+            self._catch_up(cache)
+
+    def _catch_up(self, cache: Any) -> None:
+        for tokens, taps in self._waiting:
+            self._drafter.ingest(tokens, taps, cache)
+        self._waiting = []
 
 
 class Repeating:
@@ -252,6 +283,7 @@ def replay(
     *,
     lengths: Sequence[Length],
     trees: Sequence[Rows] = (),
+    drafts: defaultdict[int, Drafts] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Replay:
     """Replays what was recorded with a drafter: with lookup alone and with both, or with trees.
@@ -263,6 +295,7 @@ def replay(
         costs: What rounds take.
         lengths: The draft lengths, each alone and beside lookup; `auto` has both.
         trees: Rows of trees, in place of lookup; `auto` chooses between them and chains.
+        drafts: What was drafted of each answer, for replays of the same over other costs.
         progress: Told after each answer.
 
     Raises:
@@ -297,11 +330,12 @@ def replay(
         tokens = mx.array([*one.prompt, *one.answer], dtype=mx.int32)
         first = len(one.prompt) - 1
         taps = _taps_of(cache.target, tokens[first:-1], cache.target_cache.fork())
+        drafted = {} if drafts is None else drafts[number]
         plain.tokens.append(len(one.answer))
         plain.seconds.append(len(one.answer) * costs.drafted[PLAIN])
         for name, (_, own, part) in ways.items():
             clock = Simulated()
-            metered = Metered(own, costs, clock)
+            metered = Metered(own, costs, clock, drafted)
             rounds = speculate(
                 Recording(cache.target, tokens, taps, first, metered.spend),
                 metered,

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections import defaultdict
 
 import pytest
 
@@ -55,6 +56,28 @@ def test_a_replay_has_the_rounds_of_trees():
     chain, tree = (arms[name].statistics.tokens_per_round for name in ("K=4", "tree of 5"))
     assert found.over_chain(arms["tree of 5"]).value == pytest.approx(tree / chain)
     assert all(found.over_chain(arms[name]) is None for name in ("plain", "K=4", "auto, trees"))
+
+
+def test_what_was_drafted_once_is_not_drafted_again(monkeypatch):
+    model = tiny_llama()
+    head = tiny_drafter(model)
+    recorded = [Recorded(PROMPT, plain_greedy(model, PROMPT, 24), 0)]
+    drafts = defaultdict(dict)
+
+    def again():
+        ways = {"lengths": [4, "auto"], "trees": [5, "auto"]}
+        return replay(model, head, recorded, COSTS, **ways, drafts=drafts).to_dict()
+
+    def refused(k, cache, chooser=None):
+        raise AssertionError("drafts anew")
+
+    found = again()
+    monkeypatch.setattr(head, "propose", refused)
+    monkeypatch.setattr(head, "propose_tree", refused)
+    assert again() == found
+    drafts.clear()
+    with pytest.raises(AssertionError, match="drafts anew"):
+        again()
 
 
 def assert_rounds_are(arm, model, drafter, recorded, k=None, **way):
