@@ -58,8 +58,11 @@ def inspect(
     console = Console(stderr=True)
     for line in found.warnings:
         warning(console, line)
-    if failed := [check.name for check in found.checks if check.passed is False]:
-        raise DriftError(f"{found.weights}: failed: {', '.join(failed)}")
+    where = f"{found.weights}: "  # which some details begin with
+    failed = [check for check in found.checks if check.passed is False]
+    if failed:
+        told = (f"{check.name}: {check.detail.removeprefix(where)}" for check in failed)
+        raise DriftError(f"{where}failed: {'; '.join(told)}")
 
 
 def _print(console: Console, found: Inspection) -> None:

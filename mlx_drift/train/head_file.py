@@ -58,7 +58,7 @@ def read_head(folder: Path) -> Head:
 def write_head(folder: Path, weights: Mapping[str, mx.array], original: Path) -> None:
     """Writes a head that was trained, in the dtypes of the one it was; it is not quantized.
 
-    The weights are put in place at once; until then the folder holds those before.
+    Each file is put in place at once; until then the folder holds the one before.
 
     Args:
         folder: The folder; made if it is not there.
@@ -74,13 +74,16 @@ def write_head(folder: Path, weights: Mapping[str, mx.array], original: Path) ->
     if head.d2t is not None:
         after["d2t"] = head.d2t
     config = replace(head.config, source=head.config.source | {"adapted_with": TOOL})
-    partial = folder / f"partial-{WEIGHTS}"
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    files = [folder / "config.json", folder / WEIGHTS]
+    partials = [file.with_name(f"partial-{file.name}") for file in files]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        mx.save_safetensors(str(partial), after, {"format": "mlx"})
-        partial.replace(folder / WEIGHTS)
-        text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-        (folder / "config.json").write_text(text, encoding="utf-8")
+        partials[0].write_text(text, encoding="utf-8")
+        mx.save_safetensors(str(partials[1]), after, {"format": "mlx"})
+        for partial, file in zip(partials, files, strict=True):
+            partial.replace(file)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
+        for partial in partials:
+            partial.unlink(missing_ok=True)
         raise DriftError(f"{folder}: cannot be written ({error})") from None

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_drift.errors import DriftError
 from mlx_drift.measure.acceptance.asking import Answer
 from mlx_drift.train.checkpoint import Progress, load_checkpoint, order, save_checkpoint
-from mlx_drift.train.head_file import write_head
+from mlx_drift.train.head_file import read_head, write_head
 from mlx_drift.train.held_out import Held, acceptance_length, replay_all
 from mlx_drift.train.layout import Text
 from mlx_drift.train.learner import Learner, NotFinite
@@ -53,6 +53,18 @@ class Loop:
         self.progress = Progress()
         if run.checkpoint.exists():
             learner.state, self.progress = load_checkpoint(run.checkpoint, learner.state)
+            if self.progress.history:
+                self._check_best()
+
+    def _check_best(self) -> None:
+        """Checks that the best head so far is there: a training that goes on may not better it."""
+        try:
+            read_head(self.run.best)
+        except DriftError:
+            raise DriftError(
+                f"{self.run.best}: damaged, or not there; remove {self.run.checkpoint}, and the "
+                "training begins anew, on the answers beside it"
+            ) from None
 
     def train(self, stop: Callable[[], bool] = lambda: False) -> Progress:
         """Trains to the end, or until `stop` says so, after a step or while it measures.

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from checkpoints import write_checkpoint
 from dialects import HIDDEN, LAYERS, PLAIN, Head, head, specforge, speculators, with_t2d
@@ -122,7 +123,19 @@ def test_the_command_fails_where_a_check_fails(source, tmp_path, capsys):
     assert ended.value.code == 1
     out, error = capsys.readouterr()
     assert json.loads(out)["passed"] is False
-    assert error.splitlines()[-1].endswith("failed: hidden size")
+    assert error.splitlines()[-1].endswith("failed: hidden size: made for 32, the target has 64")
+
+
+def test_it_names_the_tensor_that_has_no_place(source, capsys):
+    tensors = load_file(source / "model.safetensors")
+    tensors["norm.weight"] = tensors["norm.weight"][:5]
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(source), "--json"])
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {source}/model.safetensors: failed: conventions and tensors: ")
+    assert line.endswith("norm.weight has shape (5,), its config asks for (32,)")
 
 
 def test_overrides_are_shown(tmp_path, capsys):

@@ -144,6 +144,14 @@ def test_a_run_goes_on_as_it_was_begun_or_not_at_all(pair, folder, unbroken):
         adapt(folder, unbroken.path, *pair)
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_best_head_that_is_damaged_is_told(file, pair, folder, unbroken, tmp_path):
+    shutil.copytree(folder / "unbroken.run", tmp_path / "out.run")
+    (tmp_path / "out.run" / "best" / file).write_text("junk")
+    with pytest.raises(DriftError, match=r"out\.run/best: damaged.*remove .*/checkpoint\.safetens"):
+        adapt(folder, tmp_path / "out", *pair)
+
+
 def test_low_rank_factors_are_merged(pair, folder):
     before = fingerprint(pair[0])
     done = adapt(folder, folder / "low rank", *pair, recipe={"rank": 4, "learning_rate": 1e-2})
