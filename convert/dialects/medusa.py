@@ -26,13 +26,6 @@ RENAMES = (
 )
 
 
-def has_model(names: Names) -> bool:
-    """Tells whether a checkpoint has a whole model beside the heads."""
-    return any(IN_A_MODEL.search(name) for name in names) and any(
-        "embed_tokens" in name for name in names
-    )
-
-
 def is_medusa(config: Config, names: Names) -> bool:
     """Tells it by how the tensors are called; a config may say so and be of something else."""
     known = {"medusa_num_heads", "medusa"} & config.keys() or "Medusa" in architecture(config)
