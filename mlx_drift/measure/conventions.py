@@ -249,7 +249,7 @@ def round_by_round(
 class Forced:
     """Chooses the tokens that it was given, and keeps the logits that it was asked with."""
 
-    drafts_greedily, processes = False, True
+    drafts_greedily, processes, tells_tokens_apart = False, True, True
 
     def __init__(self, tokens: Sequence[int]):
         self.tokens = tokens

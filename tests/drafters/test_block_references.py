@@ -34,6 +34,7 @@ class Recorder:
 
     drafts_greedily = False
     processes = True
+    tells_tokens_apart = True
 
     def __init__(self):
         self.logits = []

@@ -64,6 +64,7 @@ class Recorder:
 
     drafts_greedily = False
     processes = False
+    tells_tokens_apart = True
 
     def __init__(self):
         self.logits = []
