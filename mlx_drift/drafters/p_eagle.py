@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from mlx_drift.drafters.cache import TrainTimeTestCache
 from mlx_drift.drafters.chain import ChainDrafter, ChainState
 from mlx_drift.drafters.eagle3 import Eagle3Network
 from mlx_drift.drafters.head import SlotsDrafter
@@ -68,22 +67,27 @@ class PEagleDrafter(SlotsDrafter, ChainDrafter):
             layer.trim(k - 1)
         return mx.concatenate([cache.draft_logits, self._head(normed)])
 
-    def train_time_test_steps(
-        self, tokens: mx.array, taps: mx.array, steps: int
+    def train_time_test_states(
+        self, tokens: mx.array, taps: mx.array, steps: int, *, recompute: bool = False
     ) -> Iterator[tuple[mx.array, mx.array]]:
         """Runs the rows of every position at once, step by step, as P-EAGLE trains them.
 
-        Arguments and results as in `ChainDrafter.train_time_test_steps`; of the tokens only those
+        Arguments and results as in `ChainDrafter.train_time_test_states`; of the tokens only those
         of the first step are read, and the states are nobody's input.
         """
         rows = taps.shape[0]
-        layers = range(self.config.num_layers)
-        caches = [TrainTimeTestCache(self.config.window_of(layer)) for layer in layers]
+        caches = self._train_time_test_caches(recompute)
         embedding, hidden = self._embed(tokens[1 : rows + 1]), self.network.fuse(taps)
         for _ in range(steps):
             normed, state = self.network(embedding, hidden, caches)
-            yield self._head(normed), state
+            yield normed, state
             embedding, hidden = self._masked(rows)
+
+    def chains(self, tokens: mx.array, taps: mx.array, steps: int) -> Iterator[mx.array]:
+        """Drafts from every position at once; as `ChainDrafter.chains`, `max_drafts` at most."""
+        steps = min(steps, self.max_drafts or steps)
+        for normed, _ in self.train_time_test_states(tokens, taps, steps):
+            yield self.choose(self._head(normed))
 
     def _masked(self, rows: int) -> tuple[mx.array, mx.array]:
         """Returns what rows after the first read: embedding and hidden state, both `[rows, H]`."""

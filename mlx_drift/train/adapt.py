@@ -106,8 +106,8 @@ class Adaptation:
     Args:
         model: The target, as `mlx_lm.load` returns it: quantized, with adapters, as it is used.
         tokenizer: Its tokenizer.
-        drafter: The head, as for `load_drafter`: EAGLE-1/2, EAGLE-3, EAGLE-3.1 or MTP; None to
-            begin from nothing.
+        drafter: The head, as for `load_drafter`: EAGLE-1/2, EAGLE-3, EAGLE-3.1, P-EAGLE or MTP;
+            None to begin from nothing.
         data: What it learns from, as for `mlx_drift.train.conversations.read_data`; None for
             questions that the target asks itself.
         answers: `self`: the target answers the questions in the data itself; `given`: the answers

@@ -14,6 +14,8 @@ from mlx_drift.target.model import Target
 from mlx_drift.train.head_file import read_head
 from mlx_drift.train.low_rank import add_low_rank
 
+TRAINED = "EAGLE-1/2, EAGLE-3, EAGLE-3.1, P-EAGLE and MTP heads are trained here"
+
 
 def load_trainable(folder: Path, model: nn.Module, *, rank: int = 0, seed: int = 0) -> ChainDrafter:
     """Loads a converted head so that it can be trained.
@@ -44,13 +46,12 @@ def load_trainable(folder: Path, model: nn.Module, *, rank: int = 0, seed: int =
     drafter = build_drafter(config, network, target, target_ids(config, head.d2t, folder / WEIGHTS))
     if not isinstance(drafter, ChainDrafter):
         raise DriftError(
-            f"{folder}: a drafter of the type {config.drafter_type!r} drafts no chain; EAGLE-1/2, "
-            "EAGLE-3, EAGLE-3.1 and MTP heads are trained here"
+            f"{folder}: a drafter of the type {config.drafter_type!r} drafts no chain; {TRAINED}"
         )
     if isinstance(drafter, Eagle4Drafter):
         raise DriftError(
             f"{folder}: an EAGLE-4 head drafts from candidates alone, which no loss here knows of; "
-            "EAGLE-1/2, EAGLE-3, EAGLE-3.1 and MTP heads are trained here"
+            f"{TRAINED}"
         )
     mx.eval(network.parameters())
     return drafter

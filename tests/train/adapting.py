@@ -54,6 +54,10 @@ EAGLE3 = {"eagle3.1": {}, "eagle3": {"feedback": "pre", "fc_norm": False}}
 BLOCK = LAYER | {"model_type": "llama", "hidden_size": 32, "rms_norm_eps": 1e-5}
 KINDS = {
     "eagle": LAYER | {"drafter_type": "eagle", "num_layers": 1, "fc_bias": True},
+    "p-eagle": LAYER
+    | {"drafter_type": "p-eagle", "num_layers": 1, "taps": [1, 3], "mask_token_id": 1}
+    | {"fc_norm": True, "norm_before_fc": False, "norm_before_residual": False}
+    | {"draft_vocab_size": VOCABULARY, "own_head": False},
     "mtp": {
         "drafter_type": "mtp",
         "feedback": "post",
@@ -77,7 +81,7 @@ def write_tiny_head(folder: Path, model, kind: str = "eagle3.1") -> Path:
         drafter = tiny_drafter(model, draft_vocab_size=SPOKEN, own_head=True, **EAGLE3[kind])
         config, network = drafter.config, drafter.network
     else:
-        config = config_from_dict(KINDS[kind] | SIZES | {"target": vars(Target(model).shape)})
+        config = config_from_dict(SIZES | KINDS[kind] | {"target": vars(Target(model).shape)})
         mx.random.seed(7)
         network = build_network(config, folder / "model.safetensors")
     folder.mkdir()

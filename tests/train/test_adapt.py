@@ -198,6 +198,11 @@ def test_the_other_kinds(kind, pair, folder, tmp_path):
     assert end["val_loss"] < start["val_loss"]
     assert done.progress.best_step == 8
     assert_lossless(pair[0], done.path)
+    before, after = (
+        read_safetensors(f / "model.safetensors") for f in (tmp_path / "head", done.path)
+    )
+    unchanged = {name for name in before if mx.array_equal(before[name], after[name])}
+    assert unchanged <= {"d2t"}
 
 
 def test_from_nothing_on_questions_of_its_own(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from adapting import tiny_pair, write_tiny_head
 from mlx.utils import tree_flatten
 
+from kinds import BLOCK, random_head
 from mlx_drift import DriftError, load_demo
 from mlx_drift.demo import DEMO
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
@@ -27,7 +28,7 @@ from mlx_drift.train.memory import estimate_memory
 from mlx_drift.train.objective import Objective, Row
 from mlx_drift.train.repetition import distinct, replay_lookup
 from mlx_drift.train.rows import see
-from tiny import tiny_drafter
+from tiny import HIDDEN, tiny_drafter, tiny_llama
 
 SAID = [
     {"role": "system", "content": "Be brief."},
@@ -178,6 +179,24 @@ def test_a_call_is_answered_after_what_the_file_has(demo):
     for text, number in zip(texts, (1, 3), strict=True):
         prompt = tokenizer.apply_chat_template(said[:number], add_generation_prompt=True)
         assert text.tokens[: text.said[0][0]] == prompt
+
+
+@pytest.mark.parametrize("kind", ["p-eagle", "eagle-attn"])
+def test_chains_of_all_positions_are_what_each_drafts(kind):
+    """What is measured in training, and judged, is what the head drafts in decoding."""
+    model = tiny_llama()
+    head = random_head(kind, model)
+    tokens = mx.array([5, 9, 2, 44, 17, 3, 60, 11, 25])
+    taps = mx.random.normal((tokens.size - 1, len(head.taps), HIDDEN), key=mx.random.key(5))
+    steps = BLOCK + 1
+    drafts = np.array([step.tolist() for step in head.chains(tokens, taps, steps)])
+    assert len(drafts) == min(steps, head.max_drafts or steps)
+    for row in range(1, tokens.size):
+        cache = head.make_cache()
+        head.ingest(tokens[1 : row + 1], taps[:row], cache)
+        assert head.propose(steps, cache).tokens.tolist() == drafts[:, row - 1].tolist()
+    logits, _ = next(head.train_time_test_steps(tokens, taps, 1))
+    assert head.choose(logits).tolist() == drafts[0].tolist()
 
 
 @pytest.mark.parametrize("kind", ["eagle3.1", "eagle3", "mtp"])
