@@ -10,7 +10,6 @@ import mlx.nn as nn
 import typer
 from mlx_lm.utils import dequantize_model
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from mlx_drift.cli import options
@@ -24,6 +23,7 @@ from mlx_drift.cli.bench_tables import (
 )
 from mlx_drift.cli.load import choose_drafter, load_model, load_pair
 from mlx_drift.cli.prompts import apply_template, encode, parse_object
+from mlx_drift.cli.show import count_bar
 from mlx_drift.cli.transcripts import read_transcripts
 from mlx_drift.drafters.head import HeadDrafter
 from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
@@ -163,12 +163,7 @@ def bench_command(
     if given and world().size > 1:
         raise DriftError(f"{given[0]} does not go with several ranks; leave it out")
     console = Console(stderr=True)
-    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task("measuring", total=None)
-
-    def progress(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total)
-
+    measuring = count_bar(console, "measuring")
     if shape is not None:
         numbers = [k for k in lengths if isinstance(k, int)]
         if num_draft_tokens and len(numbers) < len(lengths):
@@ -178,7 +173,7 @@ def bench_command(
         check_assumptions(numbers, context, acceptances)
         bits = UNQUANTIZED if dequantize else target_bits or TARGET_BITS
         on_cpu = mx.default_device() == mx.Device(mx.cpu)
-        with bar:
+        with measuring as progress:
             pair = random_pair(
                 shape,
                 layers=layers,
@@ -231,7 +226,7 @@ def bench_command(
         if isinstance(loaded, PromptLookupDrafter):
             raise DriftError("--replay has lookup beside a head or draft model; give one of them")
         recorded = read_transcripts(replay_file, tokenizer, keywords)
-        with bar:
+        with measuring as progress:
             measured = measure_costs(target, loaded, recorded[0].prompt, trees=bool(trees))
             replayed = replay(
                 target,
@@ -253,7 +248,7 @@ def bench_command(
         )
         for text in prompt or PROMPTS
     ]
-    with bar:
+    with measuring as progress:
         found = bench(
             target,
             tokenizer,

@@ -9,14 +9,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from mlx_drift.cli import options
 from mlx_drift.cli.generate import INTERRUPTED
 from mlx_drift.cli.load import load_drafters
 from mlx_drift.cli.prompts import apply_template, encode, parse_object
-from mlx_drift.cli.show import as_is
+from mlx_drift.cli.show import as_is, count_bar
 from mlx_drift.demo import CHAINS, DRAFTERS
 from mlx_drift.errors import DriftError
 from mlx_drift.measure.acceptance.questions import read_question_files
@@ -122,10 +121,9 @@ def drift_command(
         )
         for text, system_prompt in asked
     ]
-    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    counting = count_bar(console, "answers")
     try:
-        with bar, redirect_stdout(sys.stderr):  # mlx-lm prints its warnings to stdout
-            task = bar.add_task("answers", total=None)
+        with counting as progress, redirect_stdout(sys.stderr):  # mlx-lm warns on stdout
             found = drift(
                 target,
                 tokenizer,
@@ -133,7 +131,7 @@ def drift_command(
                 tokens,
                 settings,
                 intervene or (),
-                lambda done, total: bar.update(task, completed=done, total=total),
+                progress,
             )
     except KeyboardInterrupt:
         typer.echo("interrupted before there was anything to report", err=True)

@@ -12,13 +12,13 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 
 from mlx_drift.cli import options
 from mlx_drift.cli.acceptance_tables import comparison, figures, kept
 from mlx_drift.cli.generate import INTERRUPTED
 from mlx_drift.cli.load import load_drafters
 from mlx_drift.cli.prompts import parse_object
+from mlx_drift.cli.show import count_bar
 from mlx_drift.convert.target import target_folder
 from mlx_drift.demo import TARGET
 from mlx_drift.errors import DriftError, DriftWarning
@@ -231,18 +231,16 @@ def measure(
 def _collect(
     tasks: Sequence[Task], save: Path | None, settings: dict[str, object], console: Console
 ) -> list[tuple[Question, Answers]]:
-    """Asks everything, with a bar on a terminal."""
-    columns = *Progress.get_default_columns(), MofNCompleteColumn()
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    """Asks everything, and tells how far it is."""
     at = 0
+    counting = count_bar(console, "questions")
+    with AnswerFile(save, settings) as file, counting as tell, redirect_stdout(sys.stderr):
 
-    def progress(done: int, total: int) -> None:
-        nonlocal at
-        at = done
-        bar.update(row, completed=done, total=total)
+        def progress(done: int, total: int) -> None:
+            nonlocal at
+            at = done
+            tell(done, total)
 
-    with AnswerFile(save, settings) as file, bar, redirect_stdout(sys.stderr):
-        row = bar.add_task("questions", total=None)
         with warnings.catch_warnings():
             # That a drafter is hardly ever right is what the figures say.
             warnings.filterwarnings("ignore", "only .* of the first drafts", DriftWarning)

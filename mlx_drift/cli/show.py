@@ -1,11 +1,12 @@
 """What several commands show: conventions, warnings, a bar."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +18,9 @@ FIRST = (
     "sliding_window"
 ).split()
 """The conventions that a wrong value spoils without a word."""
+
+SECONDS_BETWEEN_LINES = 60
+"""How often a long measurement tells how far it is, where there is no terminal for a bar."""
 
 
 @contextmanager
@@ -39,6 +43,26 @@ def conversion_bar(console: Console, what: str) -> Iterator[Callable[[int, int],
         yield update
     finally:
         bar.stop()
+
+
+@contextmanager
+def count_bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields a callback that tells how much of something is done: a bar, or a line now and then."""
+    columns = *Progress.get_default_columns(), MofNCompleteColumn()
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task(what, total=None)
+    told = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        nonlocal told
+        bar.update(task, completed=done, total=total)
+        now = time.monotonic()
+        if not console.is_terminal and now - told >= SECONDS_BETWEEN_LINES:
+            console.print(f"{what}: {done} of {total}", markup=False, highlight=False)
+            told = now
+
+    with bar:
+        yield update
 
 
 @contextmanager

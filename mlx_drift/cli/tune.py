@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table as RichTable
 
 from mlx_drift.cli import options
 from mlx_drift.cli.load import load_pair
+from mlx_drift.cli.show import count_bar
 from mlx_drift.decode.tuned import Table, device_name, tuned_file, write_table
 from mlx_drift.demo import QUESTION
 from mlx_drift.measure.speed.arithmetic import break_even
@@ -46,16 +46,14 @@ def tune_command(
     target, tokenizer, loaded = load_pair(
         model, drafter, adapter_path, console, drafter_bits, draft_model, trust_remote_code
     )
-    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-    with bar:
-        task = bar.add_task("rounds", total=None)
+    with count_bar(console, "rounds") as progress:
         table = tune(
             target,
             loaded,
             tokenizer.encode(QUESTION),
             contexts=context or CONTEXTS,
             lengths=sorted(set(num_draft_tokens or LENGTHS)),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     path = tuned_file(target, loaded)
     about = {

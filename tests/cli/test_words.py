@@ -9,12 +9,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from checkpoints import specforge_tensors, write_checkpoint
 from mlx_drift import load_demo
-from mlx_drift.cli import main
+from mlx_drift.cli import main, show
 from mlx_drift.demo import TARGET
 from mlx_drift.errors import printable
 
@@ -218,6 +220,16 @@ def test_streams_of_real_processes(command, code, message):
     assert out == b""
     assert err.startswith(message)
     assert len(err.splitlines()) == bool(message)
+
+
+def test_without_a_terminal_a_long_measurement_tells_how_far_it_is(monkeypatch):
+    """A line now and then, not for every one that is done; nothing where it is soon done."""
+    monkeypatch.setattr(show, "time", SimpleNamespace(monotonic=iter(range(0, 900, 25)).__next__))
+    told = io.StringIO()
+    with show.count_bar(Console(file=told), "measuring [0]") as progress:
+        for done in range(1, 7):
+            progress(done, 6)
+    assert told.getvalue() == "measuring [0]: 3 of 6\nmeasuring [0]: 6 of 6\n"
 
 
 def test_a_locale_of_ascii_alone():
