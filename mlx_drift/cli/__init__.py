@@ -63,11 +63,21 @@ class Command(TyperCommand):
         What was not given stands in some file: `num_layers is 0` of a config is no flag's.
         """
         flags = {one.name: one.opts[0] for one in self.params if one.opts[0].startswith("--")}
-        given = {name for name in flags if ctx.get_parameter_source(name).name == "COMMANDLINE"}
-        named = given.intersection(KEYWORD.findall(message))
-        if not named or message.partition(" ")[0] not in flags:
+        if message.partition(" ")[0] not in flags or not any(
+            ctx.get_parameter_source(name).name == "COMMANDLINE" and _tells(message, name, value)
+            for name, value in ctx.params.items()
+        ):
             return message
         return KEYWORD.sub(lambda name: flags.get(name[0], name[0]), message)
+
+
+def _tells(message: str, name: str, value: Any) -> bool:
+    """Says whether a message tells a keyword's value, or one of several."""
+    values = value if isinstance(value, list) else str(value).split(",")
+    return any(
+        re.search(rf"\b{name} (?:(?:is|=) )?{re.escape(str(one))}(?![\w.])", message)
+        for one in values
+    )
 
 
 class Commands(TyperGroup):

@@ -172,12 +172,14 @@ def test_refusals_name_flags(refuses, arguments, line):
 
 def test_refusals_name_what_a_file_has_as_the_file_does(refuses, monkeypatch):
     def refused(*args, **kwargs):
-        raise DriftError("temp is 7 and top_k 9; expected less: temp is a temperature")
+        raise DriftError("temp is 7.0 and top_k 9; expected less: temp is a temperature")
 
     monkeypatch.setattr(import_module("mlx_drift.cli.generate"), "stream_generate", refused)
     end = "; expected less: temp is a temperature"
-    refuses("error: temp is 7 and top_k 9" + end, "generate")
-    refuses("error: --temp is 7 and --top-k 9" + end, "generate", "--temp", 7)
+    for given in ([], ["--temp", 8], ["--seed", 9]):
+        refuses("error: temp is 7.0 and top_k 9" + end, "generate", *given)
+    for given in (["--temp", 7], ["--top-k", 9]):
+        refuses("error: --temp is 7.0 and --top-k 9" + end, "generate", *given)
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])
