@@ -36,8 +36,12 @@ def main():
     """Runs both conversations at once and prints each answer when it is complete."""
     pieces: Queue = Queue()
     pair = load_demo()
-    for name, question in QUESTIONS.items():
-        Thread(target=converse, args=(name, question, *pair, pieces), daemon=True).start()
+    threads = [
+        Thread(target=converse, args=(name, question, *pair, pieces), daemon=True)
+        for name, question in QUESTIONS.items()
+    ]
+    for thread in threads:
+        thread.start()
 
     answers = dict.fromkeys(QUESTIONS, "")
     open_conversations = set(QUESTIONS)
@@ -48,6 +52,8 @@ def main():
             print(f"--- {QUESTIONS[name]}\n{answers[name]}\n")
         else:
             answers[name] += text
+    for thread in threads:
+        thread.join()
 
 
 if __name__ == "__main__":

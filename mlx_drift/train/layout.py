@@ -35,6 +35,11 @@ class Text:
         return Text(self.tokens[:length], said)
 
     @property
+    def is_drafted(self) -> bool:
+        """Whether a head drafts any of what is said: its first row needs two tokens before it."""
+        return any(max(start, 2) < stop for start, stop in self.said)
+
+    @property
     def learned(self) -> list[bool]:
         """Of each token, whether the assistant says it."""
         marks = [False] * len(self.tokens)

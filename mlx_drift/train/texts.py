@@ -93,15 +93,17 @@ class Gathering:
             )
         )
         several = len(self.layout.wordings) > 1
-        found = []
+        found, short = [], 0
         for one in conversations:
             texts = answered.get(one.digest, [])
             if not one.asks:
                 texts = self._cut(self.layout.given(one))
+                short += not texts
             if texts:
                 named = several and one.text is None
                 category = self.layout.wording(one).name if named else one.category
                 found.append(Held(one.source, one.id, category, tuple(texts)))
+        self._note(short, self._too_little(conversations))
         return found
 
     def check(self, found: Sequence[object], what: str) -> None:
@@ -140,16 +142,18 @@ class Gathering:
 
     def _given(self, conversations: Sequence[Conversation]) -> list[Text]:
         found = [self._cut(self.layout.given(one)) for one in conversations]
-        self._note(
-            sum(not texts for texts in found),
-            f"of {len(conversations)} conversations say nothing within "
-            f"{self.answerer.asking.max_seq_length} tokens",
-        )
+        self._note(sum(not texts for texts in found), self._too_little(conversations))
         return [text for texts in found for text in texts]
+
+    def _too_little(self, conversations: Sequence[Conversation]) -> str:
+        most = self.answerer.asking.max_seq_length
+        return (
+            f"of {len(conversations)} conversations say too little for a draft within {most} tokens"
+        )
 
     def _cut(self, texts: Sequence[Text]) -> list[Text]:
         cut = [text.cut(self.answerer.asking.max_seq_length) for text in texts]
-        return [text for text in cut if text.said]
+        return [text for text in cut if text.is_drafted]
 
     def _tell(self, what: str, done: int, of: int) -> None:
         self.tell("answers", {"what": what, "done": done, "of": of})

@@ -136,6 +136,25 @@ def test_conversations_that_are_all_too_long(cli, tmp_path):
     assert last == f"error: nothing is left to learn from: {what}"
 
 
+def test_texts_that_are_all_too_short_for_a_draft(cli, tmp_path):
+    data = write(tmp_path / "data.jsonl", *({"text": letter} for letter in "abc"))
+    out = tmp_path / "out"
+    code, _, err = cli("adapt", "--data", data, "--mlx-path", out, "--answers", "given")
+    assert code == 1
+    what = "2 of 2 conversations say too little for a draft within 2048 tokens"
+    assert err.splitlines()[-1] == f"error: nothing is left to learn from: {what}"
+
+
+def test_a_held_out_text_that_is_too_short_is_left_out(cli, tmp_path):
+    write(tmp_path / "train.jsonl", {"text": "What is json? It is a format of data."})
+    write(tmp_path / "valid.jsonl", {"text": "a"})
+    out = tmp_path / "out"
+    code, _, err = cli("adapt", "--data", tmp_path, "--mlx-path", out, "--answers", "given")
+    assert code == 1
+    what = "1 of 1 conversations say too little for a draft within 2048 tokens"
+    assert err.splitlines()[-1] == f"error: nothing is left to measure on: {what}"
+
+
 def test_ctrl_c_is_waited_for_once():
     before = signal.getsignal(signal.SIGINT)
     with stopping() as stop:
