@@ -15,8 +15,8 @@ NOTHING = "–"
 
 def table(found: Bench) -> Table:
     """Returns the arms, a row each."""
-    names = "", "tokens/s", "× plain", "quartiles", "accepted", "ms", "Python"
-    shown = _new_table((*names, "alone", "choice", "pays at"))
+    names = "", "tokens/s", "× plain", "quartiles", "accepted", "ms", "Python", "alone", "pays at"
+    shown = _new_table(names)
     unquantized = {
         (arm.num_draft_tokens, arm.tree): arm
         for arm in found.arms
@@ -44,8 +44,7 @@ def _row(arm: Arm, before: Arm | None) -> list[str]:
         accepted,
         _milliseconds(arm.round_seconds),
         _milliseconds(arm.host_seconds),
-        _both(arm.efficiency),
-        _both(arm.choosing),
+        NOTHING if arm.efficiency is None else _both(arm.efficiency),
         _pays(arm.num_draft_tokens, arm.break_even) if arm.tree is None else NOTHING,
     ]
 
@@ -68,7 +67,7 @@ def about(found: Bench) -> str:
         "ms        of a round, and what Python takes of it",
         "alone     round efficiency: the passes of a round, timed alone, over the round;",
         f"          of greedy rounds, then of sampled ones (temperature {found.temp or SAMPLED:g})",
-        "choice    what choosing tokens takes of those rounds, timed alone likewise",
+        *_choosing({arm.name: arm.choosing for arm in found.arms if arm.choosing is not None}),
         "pays at   the acceptance of every draft from which rounds of this length pay",
     ]
     return "\n".join(["", *explained])
@@ -76,7 +75,7 @@ def about(found: Bench) -> str:
 
 def shape_table(found: ShapeCosts) -> Table:
     """Returns the lengths, a row each."""
-    names = "K", "ms", "Python", "verify", "draft", "ingest", "steps", "alone", "choice", "pays at"
+    names = "K", "ms", "Python", "verify", "draft", "ingest", "steps", "alone", "pays at"
     assumed = [f"a={a:g}" for a in found.lengths[0].speedups] if found.lengths else []
     shown = _new_table((*names, *assumed))
     for length in found.lengths:
@@ -95,7 +94,6 @@ def _shape_row(length: LengthCost) -> list[str]:
         _milliseconds(cost.ingest_seconds),
         f"{length.plain_steps:.2f}",
         _both(length.efficiency),
-        _both(length.choosing),
         _pays(length.num_draft_tokens, length.break_even),
         *(f"{speedup:.2f}×" for speedup in length.speedups.values()),
     ]
@@ -119,7 +117,7 @@ ms        of a round, and what Python takes of it; then of its passes, each time
 steps     a round's time in plain steps
 alone     round efficiency: the passes, timed alone, over the round;
           of greedy rounds, then of sampled ones (temperature {found.temp or SAMPLED:g})
-choice    what choosing tokens takes of those rounds, timed alone likewise
+{"".join(_choosing({f"K={one.num_draft_tokens}": one.choosing for one in found.lengths}))}
 pays at   the acceptance of every draft from which rounds of this length pay
 a=…       tokens a second over plain decoding's, if every draft were accepted so often"""
 
@@ -162,8 +160,15 @@ def _interval(value: Interval | None) -> str:
     return NOTHING if value is None else f"{value.value:.3f} ({value.low:.3f}–{value.high:.3f})"
 
 
-def _both(shares: tuple[float, float] | None) -> str:
-    return NOTHING if shares is None else " ".join(f"{share:.2f}" for share in shares)
+def _choosing(shares: dict[str, tuple[float, float]]) -> list[str]:
+    """Tells what choosing tokens takes of greedy and sampled rounds, in a line; in none of none."""
+    told = ", ".join(f"{name} {_both(both)}" for name, both in shares.items())
+    return [f"          choosing tokens, timed alone likewise: {told}"] * bool(shares)
+
+
+def _both(shares: tuple[float, float]) -> str:
+    """Lays out a share of greedy rounds, and of sampled ones."""
+    return " ".join(f"{share:.2f}" for share in shares)
 
 
 def _number(value: float | None) -> str:
