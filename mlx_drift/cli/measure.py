@@ -260,7 +260,7 @@ def _fixed(drafts: int | Literal["auto"], flag: str) -> int:
     """
     if drafts == "auto":
         raise DriftError(
-            f"{flag} is auto; expected a number: what auto drafts hangs on how fast this machine "
+            f"{flag} is auto; expected a number: what auto drafts depends on how fast this machine "
             f"is, and so would the figures. How fast it is: mlx-drift bench {flag} auto"
         )
     return drafts
