@@ -19,6 +19,7 @@ from mlx_drift.cli.load import choose_drafter, load_model
 from mlx_drift.cli.prompts import parse_object
 from mlx_drift.cli.show import warning
 from mlx_drift.convert.write import free_path
+from mlx_drift.drafters.protocol import MAX_DRAFT_TOKENS
 from mlx_drift.errors import DriftError
 from mlx_drift.files.hub import check_upload_repo
 from mlx_drift.measure.acceptance.plot import check_plot
@@ -88,7 +89,12 @@ def adapt(
     ] = Asking.temp,
     answer_draft_tokens: Annotated[
         int,
-        typer.Option(metavar="K", help="Drafts a round while it answers; 0: plain.", min=0),
+        typer.Option(
+            metavar="K",
+            help="Drafts a round while it answers; 0: plain.",
+            min=0,
+            max=MAX_DRAFT_TOKENS,
+        ),
     ] = Asking.num_draft_tokens,
     system_prompt: Annotated[
         list[str] | None,

@@ -66,11 +66,6 @@ def write(path, *records):
             ["--num-draft-tokens", 65],
             "--num-draft-tokens is 65; expected at least 1 and at most",
         ),
-        (
-            TWO,
-            ["--answer-draft-tokens", 65, "--num-draft-tokens", 4],
-            "error: num_draft_tokens is 65; expected at least 0 and at",
-        ),
         (TWO, ["--temp", 1e-9], "temp is 1e-09; expected 0, or at least 0.0001"),
         (TWO, ["--questions", "self"], "--data, or --questions self: give one of them"),
         (TWO, ["--draft-vocab-size", 9], "--draft-vocab-size is for --from-scratch"),
@@ -92,6 +87,7 @@ def test_what_is_wrong_is_told(refuses, tmp_path, records, arguments, message):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
+        (lambda: Asking(num_draft_tokens=65), "num_draft_tokens is 65; expected at least 0 and at"),
         (lambda: Asking(max_tokens=1), "max_tokens is 1; expected at least 2"),
         (lambda: Asking(sampled=1.5), "sampled is 1.5; expected at least 0 and at most 1"),
         (lambda: Asking(temp=float("nan")), "temp is nan; expected at least 0"),
