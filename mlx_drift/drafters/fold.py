@@ -4,10 +4,11 @@ A drafter's step is bound by the launches of small kernels, not by its bytes (ml
 - the norms of the taps become one weightless `mx.fast.rms_norm` over all of them, and so do those
   of the embedding and the hidden state in the first layer: a norm's gain multiplies the columns of
   the matrix that reads it;
-- queries (with their gates), keys and values are one matrix, and so are gate and up.
+- queries (with their gates), keys and values are one matrix, and so are gate and up; queries and
+  keys without norms or gates of their own are rotated as one.
 
-Of the embedded EAGLE-3.1 drafter, an ingested row with the draft after it takes 40 kernels in place
-of 47, and a chained draft 40 in place of 44 (`pytest -n 0 -s tests/drafters/test_fold.py`: copies
+Of the embedded EAGLE-3.1 drafter, an ingested row with the draft after it takes 39 kernels in place
+of 47, and a chained draft 39 in place of 44 (`pytest -n 0 -s tests/drafters/test_fold.py`: copies
 and arithmetic, norms and rotations as the one kernel each that they are on Metal, attention written
 out as on a CPU).
 
