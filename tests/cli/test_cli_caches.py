@@ -56,7 +56,7 @@ def test_keys_and_values_may_be_quantized(cli, refuses):
     arguments = ("generate", "-m", 24, "--json", "--kv-bits", 8, "--quantized-kv-start", 20)
     with_drafts, alone = (json.loads(cli(*arguments, *o)[1]) for o in ((), ("--no-draft",)))
     assert with_drafts["text"] == alone["text"]
-    refuses("kv_group_size = 48", "generate", "--kv-bits", 8, "--kv-group-size", 48)
+    refuses("--kv-group-size = 48", "generate", "--kv-bits", 8, "--kv-group-size", 48)
 
 
 def test_a_model_that_makes_its_own_caches_says_so(cli):
