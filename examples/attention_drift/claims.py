@@ -21,6 +21,7 @@ from attention_drift.findings import (
     to_the,
 )
 from attention_drift.measure_all import DEEP, DRAFTS, deep
+from attention_drift.settings import SEEN
 from attention_drift.texts import HELD_OUT
 from mlx_drift.measure.acceptance.context import condition
 
@@ -154,7 +155,7 @@ def claims(study: Study, wordings: Sequence[str]) -> Iterator[Claim]:
             compare(ratio(partial(kept, wording, setting.every_perturbed)), both, pre),
             1,
         )
-    for attention in ("full", "window + first token"):
+    for attention in SEEN:
         name = condition(max(setting.lengths), attention)
         yield Claim(
             f"a long context costs less (1.18×): {name}",

@@ -32,16 +32,13 @@ from attention_drift.settings import EMBEDDED, SMOLLM2, Setting
 from attention_drift.texts import HELD_OUT, Text
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.load import load_converted
-from mlx_drift.measure.acceptance.context import condition, windows
+from mlx_drift.measure.acceptance.context import windows
 from mlx_drift.measure.inside.intervene import intervention
 from mlx_drift.watch.around import root_mean_square
 from mlx_drift.watch.sums import CLASSES, Sums
 
 DRAFTS, DEEP = 8, 16
 """Drafts a round; and where chains are deep, which is also where drift is measured."""
-
-SEEN = "full", "window + first token"
-"""Of the paper's four ways, those that it compares drafters by."""
 
 EVERY_DRIFT = 2
 """Drift is measured on every second question."""
@@ -89,10 +86,8 @@ def conditions(
         return list(replay(windows(drafter, setting.window, text.head)[attention], text, DRAFTS))
 
     two_ends = run.depth == DEPTH and run.arm in DEPTH_ARMS
-    for length in setting.lengths if two_ends else ():
-        for attention in SEEN:
-            name = condition(length, attention)
-            yield name, said[texts.context(length)], partial(seeing, attention), DRAFTS
+    for name, (length, attention) in setting.long.items() if two_ends else ():
+        yield name, said[texts.context(length)], partial(seeing, attention), DRAFTS
 
 
 def deep(name: str) -> str:

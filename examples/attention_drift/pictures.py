@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from attention_drift.findings import Arm, share
-from attention_drift.measure_all import DEEP, DRAFTS, SEEN, deep
+from attention_drift.measure_all import DEEP, DRAFTS, deep
 from attention_drift.settings import EMBEDDED
 from attention_drift.texts import HELD_OUT
 from mlx_drift.measure.acceptance.context import condition
@@ -127,8 +127,8 @@ def wordings(arms: Sequence[Arm], names: Sequence[str]) -> Figure:
 
 def contexts(arms: Sequence[Arm]) -> Figure:
     """Draws acceptance_length by context length, a panel a way to see it and a line an arm."""
-    figure, panels = _panels(len(SEEN), 3.0, 3.0, sharey=True)
-    for axes, attention in zip(panels, SEEN, strict=True):
+    figure, panels = _panels(len(EMBEDDED.seen), 3.0, 3.0, sharey=True)
+    for axes, attention in zip(panels, EMBEDDED.seen, strict=True):
         for number, arm in enumerate(arms):
             found = [share(arm.acceptance(condition(n, attention)))[0] for n in LENGTHS]
             at = [place + 0.06 * (number - (len(arms) - 1) / 2) for place in range(len(LENGTHS))]

@@ -11,6 +11,7 @@ from pathlib import Path
 from attention_drift import pictures
 from attention_drift.arms import ARMS, DEPTH, DEPTH_ARMS, MTP_ARMS, OTHER_DEPTHS
 from attention_drift.claims import (
+    BOTH,
     PRE,
     growth,
 )
@@ -65,8 +66,8 @@ LIMITS = """## What this scale cannot tell
 - The embedded target is tiny and knows a part of Python's documentation by heart; its drafters saw
   {tokens:,} tokens each. That an effect is missing here does not say that it is at another size.
 - Seeds vary a drafter's first weights and the order of its rows. There is one text.
-- For {real} there is one training of each of two arms, {real_tokens:,} answer tokens each, at one
-  depth: its intervals say nothing of how much another training would differ.
+- Trainings of each of the two arms of {real}: {trainings}, of {real_tokens:.2f} million answer
+  tokens, at one depth.
 - Intervals are of prompts. How much another training would differ is only seen in the small
   figures; nothing is said that one of them contradicts.
 - Other wordings make the target say other things, and without a chat template the embedded one says
@@ -143,7 +144,8 @@ def write(results: Path, folder: Path) -> Path:
             tokens=study.drafters[0]["tokens"],
             times=max(EMBEDDED.lengths) / EMBEDDED.row,
             real=SMOLLM2.name,
-            real_tokens=real.drafters[0]["tokens"],
+            trainings=len(real.arm(BOTH, DEPTH).drafters),
+            real_tokens=real.drafters[0]["tokens"] / 1e6,
         ),
         of_all(study),
     ]

@@ -27,7 +27,7 @@ from attention_drift.findings import (
     share,
     to_the,
 )
-from attention_drift.measure_all import DEEP, DRAFTS, INTERVENTIONS, SEEN, deep
+from attention_drift.measure_all import DEEP, DRAFTS, INTERVENTIONS, deep
 from attention_drift.tables import (
     beside,
     bounded,
@@ -263,19 +263,17 @@ def of_contexts(study: Study, names: Sequence[str]) -> str:
     """Acceptance in long contexts."""
     pre, setting = study.arm(PRE, DEPTH), study.setting
     rows = []
-    for tokens in setting.lengths:
-        for attention in SEEN:
-            name = condition(tokens, attention)
-            arms = [study.arm(one, DEPTH) for one in names]
-            found = [seen(compare(partial(length, name), arm)) for arm in arms]
-            rows.append((str(tokens), attention, *found))
+    for name, (tokens, attention) in setting.long.items():
+        arms = [study.arm(one, DEPTH) for one in names]
+        found = [seen(compare(partial(length, name), arm)) for arm in arms]
+        rows.append((str(tokens), attention, *found))
     both = study.arm(BOTH, DEPTH)
     ratios = [
         (
             str(tokens),
             *(
                 judged(compare(ratio(partial(length, condition(tokens, one))), both, pre))
-                for one in SEEN
+                for one in setting.seen
             ),
         )
         for tokens in setting.lengths
@@ -289,7 +287,7 @@ window has {setting.window} tokens.
 
 `{BOTH}` ÷ `{PRE}`:
 
-{table(["tokens", *SEEN], ratios)}
+{table(["tokens", *setting.seen], ratios)}
 
 ![acceptance by context](figures/contexts.png)"""
 
@@ -298,13 +296,9 @@ def of_real(study: Study) -> str:
     """The real target's drafters, in every condition."""
     pre, both = study.arm(PRE, DEPTH), study.arm(BOTH, DEPTH)
     setting, asked = study.setting, len(study.about[HELD_OUT]["answer_tokens"])
-    tokens = study.drafters[0]["tokens"]
+    tokens, seeds = study.drafters[0]["tokens"], len(pre.drafters)
     nth = dict.fromkeys((*setting.others, *INTERVENTIONS), setting.every_perturbed)
-    nth |= {
-        condition(length_, attention): setting.every_long
-        for length_ in setting.lengths
-        for attention in SEEN
-    }
+    nth |= dict.fromkeys(setting.long, setting.every_long)
     rows = []
     for one, prompts in ((HELD_OUT, 1), (deep(HELD_OUT), 1), *nth.items()):
         figure = partial(length, one)
@@ -317,7 +311,8 @@ def of_real(study: Study) -> str:
     return f"""## {setting.name}
 
 A real target: the first turns of {asked} questions of MT-Bench and GSM8K, and the two heads of
-[`../smollm2`](../smollm2), one training each, of the same {tokens:,} answer tokens.
+[`../smollm2`](../smollm2), {seeds} training{"s" * (seeds > 1)} each, of {tokens / 1e6:.2f} million
+answer tokens.
 τ at {DRAFTS} drafts; one question in {setting.every_perturbed} in other wordings, one in
 {setting.every_long} behind long dialogues. Its own template is ChatML.
 

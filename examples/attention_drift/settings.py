@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mlx_drift.demo import TARGET
+from mlx_drift.measure.acceptance.context import ATTENTION, condition
 from mlx_drift.measure.acceptance.perturb import perturbations
 from mlx_drift.measure.acceptance.wording import Wording
 
@@ -35,6 +36,10 @@ GEMMA = (
 )
 
 
+SEEN = "full", "window + first token"
+"""Of the four ways to see a long context, those that the paper compares drafters by."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """One target, and how it and its drafters are asked.
@@ -48,6 +53,7 @@ class Setting:
         every_perturbed: Every nth question is asked in other wordings,
         every_long: and every nth behind long contexts.
         lengths: Tokens of these.
+        seen: What a drafter sees of them, of the paper's four ways.
         window: Tokens that a drafter with a window sees of them.
         row: Tokens of a row of training, about.
         answer: Tokens of an answer, at most,
@@ -65,6 +71,7 @@ class Setting:
     every_perturbed: int
     every_long: int
     lengths: tuple[int, ...] = (512, 2048)
+    seen: tuple[str, ...] = SEEN
     window: int = 256
     row: int = 512
     answer: int = 96
@@ -82,6 +89,11 @@ class Setting:
     def others(self) -> list[str]:
         """The names of all wordings but the usual one."""
         return [wording.name for wording in self.wordings[1:]]
+
+    @property
+    def long(self) -> dict[str, tuple[int, str]]:
+        """The long contexts by name: tokens, and what a drafter sees of them."""
+        return {condition(n, seen): (n, seen) for n in self.lengths for seen in self.seen}
 
 
 EMBEDDED = Setting(
@@ -114,4 +126,6 @@ SMOLLM2 = Setting(
     ),
     every_perturbed=5,
     every_long=10,
+    lengths=(512, 1024, 2048, 4096),
+    seen=ATTENTION,
 )
