@@ -171,7 +171,7 @@ def bench_command(
         context = CONTEXT if context is None else context
         acceptances = _acceptances(acceptance)
         check_assumptions(numbers, context, acceptances)
-        bits = UNQUANTIZED if dequantize else target_bits or TARGET_BITS
+        bits = UNQUANTIZED if dequantize else TARGET_BITS if target_bits is None else target_bits
         on_cpu = mx.default_device() == mx.Device(mx.cpu)
         with measuring as progress:
             pair = random_pair(

@@ -115,6 +115,7 @@ def test_the_command(cli, refuses, small, monkeypatch):
     told = json.loads(cli(*arguments, "--dequantize", "--drafter-bits", 4, "--json")[1])
     assert (told["target_bits"], told["drafter_bits"], told["layers"]) == (16, 4, 2)
     refuses("context is 1", *arguments, "--context", 1)
+    refuses("cannot be quantized to 0 bits", *arguments, "--target-bits", 0)
     refuses("acceptance is 1.5", *arguments, "--acceptance", "1.5")
     refuses("--acceptance is many", *arguments, "--acceptance", "many")
     refuses("--shape measures fixed", *arguments, "--num-draft-tokens", "auto")
