@@ -225,7 +225,7 @@ def generate(
 
 
 def _add_eos_token(tokenizer: TokenizerWrapper, token: str) -> None:
-    if token not in tokenizer.get_vocab() and not token.isdecimal():
+    if token not in tokenizer.get_vocab() and options.read_whole(token) is None:
         raise DriftError(
             f"--extra-eos-token {token}: the tokenizer has no such token; give one of its tokens, "
             "or a token id"

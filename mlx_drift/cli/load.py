@@ -14,6 +14,7 @@ import typer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
 
+from mlx_drift.cli import options
 from mlx_drift.cli.prompts import LaidOut, encode
 from mlx_drift.convert.target import target_folder
 from mlx_drift.decode.fingerprint import fingerprint
@@ -265,9 +266,10 @@ def windowed(
         return drafter.windowed(wanted, drafter.sinks)
     if sinks == "system":
         return drafter.windowed(wanted, len(encode(tokenizer, around.before_place())))
-    if not sinks.isdecimal():
+    count = options.read_whole(sinks)
+    if count is None or count < 0:
         raise DriftError(f"--drafter-sinks is {sinks}; expected a number of tokens, or system")
-    return drafter.windowed(wanted, int(sinks))
+    return drafter.windowed(wanted, count)
 
 
 def confident(drafter: Drafter, least: float | None) -> Drafter:

@@ -198,15 +198,20 @@ QuantizedKvStart = Annotated[int, typer.Option(help=described("quantized_kv_star
 PrefillStepSize = Annotated[int, typer.Option(help=described("prefill_step_size"), min=1)]
 
 
+def read_whole(text: str) -> int | None:
+    """Reads a whole number; None if a text is none, or longer than any that makes sense."""
+    return int(text) if re.fullmatch("-?[0-9]{1,18}", text) else None
+
+
 def read_draft_tokens(text: str) -> int | Literal["auto"]:
     """Reads `--num-draft-tokens`.
 
     Raises:
         DriftError: If it is neither a number that makes sense nor `auto`.
     """
-    if text != "auto" and not text.removeprefix("-").isdecimal():
+    k: int | Literal["auto"] | None = "auto" if text == "auto" else read_whole(text)
+    if k is None:
         raise DriftError(f"--num-draft-tokens is {text}; expected a number, or auto")
-    k: int | Literal["auto"] = "auto" if text == "auto" else int(text)
     check_num_draft_tokens(k)
     return k
 
@@ -223,9 +228,9 @@ def read_tree(text: str | None, **others: object) -> Rows | None:
     """
     if text is None:
         return None
-    if text != "auto" and not text.removeprefix("-").isdecimal():
+    rows: Rows | None = "auto" if text == "auto" else read_whole(text)
+    if rows is None:
         raise DriftError(f"--tree is {text}; expected a number of rows, or auto")
-    rows: Rows = "auto" if text == "auto" else int(text)
     check_tree(rows)
     if given := [name for name, value in others.items() if value is not None]:
         flag = "--" + given[0].replace("_", "-")
