@@ -10,7 +10,8 @@ import sys
 import warnings
 from contextlib import nullcontext
 from importlib import import_module
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from huggingface_hub.utils import logging as hub_log
@@ -97,6 +98,31 @@ app = typer.Typer(
     add_completion=False,
     context_settings=SETTINGS,
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        python = ".".join(map(str, sys.version_info[:3]))
+        own, mlx, mlx_lm = (version(name) for name in ("mlx-drift", "mlx", "mlx-lm"))
+        typer.echo(f"mlx-drift {own} (mlx {mlx}, mlx-lm {mlx_lm}, Python {python})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_tell_version,
+            is_eager=True,
+            help="Tell the versions of mlx-drift and of what it stands on, and exit.",
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 for _name, _help in COMMANDS.items():
     app.command(_name, help=_help)(lambda: None)
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import version
 
 import pytest
 
@@ -32,6 +33,26 @@ def test_help_does_not_wait_for_mlx_lm():
     shown = printed(heavy)
     assert shown.splitlines()[-1] == "[]"
     assert all(name in shown for name in COMMANDS)
+
+
+def test_versions_are_told(cli):
+    code, said, _ = cli("--version")
+    assert code == 0
+    for name in ("mlx-drift", "mlx", "mlx-lm"):
+        assert f"{name} {version(name)}" in said
+
+
+def test_ctrl_c_while_it_is_still_imported_ends_without_a_traceback():
+    code = (
+        "import sys\n"
+        "class Stopped:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'mlx_drift.cli.streams': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stopped())\n"
+        "from mlx_drift.__main__ import main; main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, b"", b"")
 
 
 def test_public_names_are_imported_when_they_are_asked_for():
