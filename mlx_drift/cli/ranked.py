@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mlx_drift.errors import DriftError
-from mlx_drift.ranks.world import SECONDS_OF_GRACE, Ranks, world
+from mlx_drift.ranks.world import SECONDS_OF_GRACE, Ranks, own_rank, world
 
 COMMANDS = "generate", "serve", "measure", "bench"
 """The commands that run over several ranks."""
@@ -29,7 +29,7 @@ def among_ranks(arguments: list[str] | None) -> Iterator[None]:
     Raises:
         DriftError: If the ranks differ, do not find each other, or the command is for one alone.
     """
-    if os.environ["MLX_RANK"] != "0":
+    if own_rank():
         nowhere = Path(os.devnull).open("w")  # noqa: SIM115  # as long as the process
         sys.stdout = sys.stderr = nowhere
     ranks = world()

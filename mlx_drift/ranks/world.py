@@ -21,13 +21,14 @@ from typing import Any, NoReturn
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_drift.errors import DriftError, printable
+from mlx_drift.errors import DriftError, brief, printable
 from mlx_drift.ranks.wire import Connection, Frame, admit, connect, listen
 
 SECONDS_OF_GRACE = 2.0
 """In which rank 0 may meet the error that another rank met, and tell it as its own."""
 
 GREETING_BYTES = 512
+MOST_RANKS = 1 << 16
 
 RESTART = "start with mlx.launch, or unset MLX_RANK"
 
@@ -252,7 +253,7 @@ def world() -> Ranks:
     """
     if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         raise DriftError("several ranks under MPI: use mlx.launch with --backend ring, or jaccl")
-    if "MLX_RANK" not in os.environ or _hosts() == "":  # the latter with mlx.launch -n 1
+    if own_rank() is None or _ring() == []:  # the latter with mlx.launch -n 1
         return ALONE
     try:
         group = mx.distributed.init()
@@ -271,22 +272,55 @@ def ranks_of(model: nn.Module) -> Ranks:
     return ranks
 
 
-def _hosts() -> str | None:
-    """Returns what is in the file that the ring's ranks are told by; None if there is none."""
+def own_rank() -> int | None:
+    """Returns the number that `mlx.launch` gave this process; None if it did not start it.
+
+    Raises:
+        DriftError: If what it was told makes no sense: MLX would end the process without a word.
+    """
+    told = os.environ.get("MLX_RANK")
+    if told is None:
+        return None
+    ring = _ring()
+    size = len(ring) if ring else MOST_RANKS
+    if not (told.isascii() and told.isdigit() and len(told) < 6 and int(told) < size):
+        hosts = f" below {size}, of MLX_HOSTFILE's hosts" if ring else ""
+        raise DriftError(f"MLX_RANK is {brief(told)}; expected a number{hosts}; {RESTART}")
+    return int(told)
+
+
+def _ring() -> list[list[str]] | None:
+    """Returns the addresses of each rank of a ring, `host:port`; None if there is no ring."""
     file = os.environ.get("MLX_HOSTFILE")
     if file is None:
         return None
     try:
-        return Path(file).read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        raise DriftError(f"MLX_HOSTFILE is {file}, which cannot be read; {RESTART}") from None
+        text = Path(file).read_text().strip()
+        ring = json.loads(text) if text else []
+    except (OSError, ValueError, RecursionError):
+        raise DriftError(
+            f"MLX_HOSTFILE is {file}, which cannot be read as JSON; {RESTART}"
+        ) from None
+    if not (isinstance(ring, list) and all(_addressed(host) for host in ring)):
+        raise DriftError(
+            f'{file} of MLX_HOSTFILE holds {brief(ring)}; expected a list with ["host:port"] for '
+            f"every rank; {RESTART}"
+        )
+    return ring
+
+
+def _addressed(host: object) -> bool:
+    return (
+        isinstance(host, list)
+        and bool(host)
+        and all(isinstance(one, str) and one.rpartition(":")[2].isdigit() for one in host)
+    )
 
 
 def _addresses() -> list[str]:
     """Returns where `mlx.launch` says that rank 0 is, by the backend."""
-    if hosts := _hosts():
-        first = json.loads(hosts)[0]  # MLX read it before
-        return [address.rpartition(":")[0] for address in first]
+    if ring := _ring():
+        return [address.rpartition(":")[0] for address in ring[0]]
     if coordinator := os.environ.get("MLX_JACCL_COORDINATOR"):
         return [coordinator.rpartition(":")[0]]
     if host := os.environ.get("NCCL_HOST_IP"):

@@ -1,5 +1,7 @@
 """What is refused before a model is cut, and what two of one folder's copies may differ in."""
 
+import re
+
 import mlx.core as mx
 import pytest
 
@@ -51,6 +53,33 @@ def test_a_launcher_of_one_starts_one_process(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_RANK", "0")
     monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts"))
     assert world.__wrapped__() is ALONE
+
+
+@pytest.mark.parametrize(
+    ("rank", "hosts", "told"),
+    [
+        ("x", '[["a:1"], ["b:1"]]', "MLX_RANK is 'x'; expected a number below 2"),
+        ("-1", None, "MLX_RANK is '-1'; expected a number; start with mlx.launch"),
+        ("2", '[["a:1"], ["b:1"]]', "expected a number below 2, of MLX_HOSTFILE's hosts"),
+        ("9" * 5000, None, "MLX_RANK is '99"),
+        ("0", "{}", r"holds \{\}; expected a list with \["),
+        ("0", '["a:1"]', "expected a list with"),
+        ("0", '[["a"]]', "expected a list with"),
+        ("0", "[[]]", "expected a list with"),
+        ("0", "[" * 100_000, "cannot be read as JSON"),
+        ("0", "host", "cannot be read as JSON"),
+    ],
+)
+def test_what_no_launcher_says_is_refused_in_one_line(
+    tmp_path, monkeypatch, cli, rank, hosts, told
+):
+    monkeypatch.setenv("MLX_RANK", rank)
+    if hosts:
+        (tmp_path / "hosts").write_text(hosts)
+        monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts"))
+    code, out, err = cli("generate", "-p", "hi")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert re.search(told, err)
 
 
 def test_mpi_is_refused(monkeypatch):
