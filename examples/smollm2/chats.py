@@ -14,6 +14,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +47,9 @@ LEAST_VARIED = 0.5
 """The least share of distinct 4-grams in an answer: what a small model repeats without end teaches
 repeating alone."""
 
+LOOKED_AT = 32
+"""Every so many tokens an answer is looked at, whether it still says new things."""
+
 
 @dataclass(eq=False)
 class Chat:
@@ -69,8 +73,16 @@ def varied(answer: list[int]) -> bool:
 class Writer:
     """Writes chats, a row each, until told to stop."""
 
-    def __init__(self, target: Llama, tokenizer: Tokenizer, rows: int, context: int, seed: int):
-        self.decoder = Decoder(target, rows, context)
+    def __init__(
+        self,
+        target: Llama,
+        tokenizer: Tokenizer,
+        rows: int,
+        context: int,
+        seed: int,
+        turns: Sequence[int] = TURNS,
+    ):
+        self.decoder, self.turns = Decoder(target, rows, context), turns
         self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
 
         def encoded(text: str) -> list[int]:
@@ -120,7 +132,7 @@ class Writer:
     def _open(self) -> Chat:
         default = self.rng.random() < DEFAULT_SHARE
         opening = self.openings[0 if default else self.rng.randrange(1, len(self.openings))]
-        turns = 10**6 if self.fill else self.rng.choice(TURNS)
+        turns = 10**6 if self.fill else self.rng.choice(self.turns)
         return Chat([], turns, list(opening), start=len(opening))
 
     def _goes_on(self, chat: Chat, token: int) -> bool:
@@ -131,6 +143,8 @@ class Writer:
             if chat.is_answer and (length >= MOST_ANSWERED or full):
                 self._answered(chat, chat.ids[chat.start :])
                 return False
+            if chat.is_answer and length % LOOKED_AT == 0 and not varied(chat.ids[chat.start :]):
+                return False  # it would say the same until it may say no more
             return not full and token >= FIRST_WORD and (chat.is_answer or length < MOST_ASKED)
         if chat.is_answer:
             if not self._answered(chat, [*chat.ids[chat.start :], token]):
@@ -163,6 +177,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a file of one chat a line")
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--context", type=int, default=1024, help="tokens of a chat at most")
+    parser.add_argument(
+        "--turns", type=int, nargs="+", default=TURNS, help="a chat has one of so many, by chance"
+    )
     parser.add_argument("--tokens", type=float, default=2e6, help="answer tokens to write in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--float32", action="store_true", help="where bfloat16 is slow")
@@ -173,7 +190,7 @@ def main() -> None:
     target = Llama.load(args.target).to(dtype).requires_grad_(False)
     tokenizer = Tokenizer.from_file(str(args.target / "tokenizer.json"))
     seed = args.seed + 1_000_003 * len(written)
-    writer = Writer(target, tokenizer, args.rows, args.context, seed)
+    writer = Writer(target, tokenizer, args.rows, args.context, seed, args.turns)
     start = told = time.monotonic()
     before, steps = said, 0
     with args.out.open("a") as file:

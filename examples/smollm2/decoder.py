@@ -7,6 +7,7 @@ and one row of each group between moves up. The query heads that share keys are 
 several times faster here than PyTorch's fused attention with a mask.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -70,7 +71,7 @@ class Decoder:
         rope = rope_table(target.config, self.lengths[:, None, None])
         x = target.model.embed_tokens(ids)[:, None]
         for layer, keys, values in zip(target.model.layers, self.keys, self.values, strict=True):
-            attention, normed = layer.self_attn, layer.input_layernorm(x)
+            attention, normed = layer.self_attn, _normed(layer.input_layernorm, x)
             q = attention.queries(normed, rope)[:, :, 0].unflatten(1, (attention.kv_heads, -1))
             k, v = attention.keys_values(normed, rope)
             keys[rows, :, self.lengths] = k[:, :, 0].float()
@@ -81,9 +82,14 @@ class Decoder:
                 weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
                 heads.append(weights @ values[group, :, :stop])
             x = x + attention.o_proj(torch.cat(heads).flatten(1)[:, None].to(x.dtype))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = x + layer.mlp(_normed(layer.post_attention_layernorm, x))
         self.lengths += 1
-        return target.logits(x)[:, 0].float()
+        return target.head(_normed(target.model.norm, x))[:, 0].float()
+
+
+def _normed(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A norm, which is made in float32, in the dtype that the model multiplies in."""
+    return norm(x).to(x.dtype)
 
 
 def draw(logits: Tensor, top_p: float, generator: torch.Generator) -> Tensor:
