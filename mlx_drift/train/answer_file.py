@@ -23,13 +23,14 @@ class AnswerFile:
     Args:
         path: The file; it goes on if it is there. Whoever writes it holds its folder.
         settings: What the texts depend on.
+        vocab_size: Of the target: a token from there on is damage.
 
     Raises:
         DriftError: If the file is of other settings, damaged, or cannot be read and written.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]):
-        self.path = path
+    def __init__(self, path: Path, settings: Mapping[str, Any], vocab_size: int):
+        self.path, self.vocab_size = path, vocab_size
         self._known: dict[str, list[Text]] = {}
         header = {FORMAT: FORMAT_VERSION, "settings": json.loads(json.dumps(settings))}
         try:
@@ -73,7 +74,7 @@ class AnswerFile:
         try:
             read = json.loads(line)
             if number > 1:
-                self._known[read["conversation"]] = [_text(one) for one in read["texts"]]
+                self._known[read["conversation"]] = [self._text(one) for one in read["texts"]]
                 return
             theirs, ours = read["settings"], header["settings"]
             version = read[FORMAT]
@@ -90,15 +91,16 @@ class AnswerFile:
                     f"{brief(ours.get(key))}; remove it, or give another --mlx-path"
                 )
 
+    def _text(self, value: Mapping[str, Any]) -> Text:
+        """Reads a text.
 
-def _text(value: Mapping[str, Any]) -> Text:
-    """Reads a text.
-
-    Raises:
-        ValueError, KeyError, TypeError: If it is none.
-    """
-    tokens = [int(token) for token in value["tokens"]]
-    said = [(int(start), int(stop)) for start, stop in value["said"]]
-    if not all(0 < start < stop <= len(tokens) for start, stop in said) or min(tokens) < 0:
-        raise ValueError
-    return Text(tokens, said)
+        Raises:
+            ValueError, KeyError, TypeError: If it is none.
+        """
+        tokens = [int(token) for token in value["tokens"]]
+        said = [(int(start), int(stop)) for start, stop in value["said"]]
+        if not all(0 < start < stop <= len(tokens) for start, stop in said):
+            raise ValueError
+        if not all(0 <= token < self.vocab_size for token in tokens):
+            raise ValueError
+        return Text(tokens, said)

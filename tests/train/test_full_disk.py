@@ -56,10 +56,10 @@ def test_the_best_head_before_is_kept(tmp_path):
 
 def test_answers_before_are_kept(tmp_path):
     path = tmp_path / "answers.jsonl"
-    file = AnswerFile(path, {})
+    file = AnswerFile(path, {}, 8)
     file.add("first", [Text([1, 2, 3], [(1, 3)])])
     with room_for(512), pytest.raises(DriftError, match=r"answers\.jsonl: cannot be read and wri"):
         file.add("second", [Text([7] * 1000, [(1, 1000)])])
-    again = AnswerFile(path, {})
+    again = AnswerFile(path, {}, 8)
     assert again.find("first") == [Text([1, 2, 3], [(1, 3)])]
     assert again.find("second") is None
