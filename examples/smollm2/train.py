@@ -33,9 +33,6 @@ WARMUP = 40  # steps
 WINDOW = 512
 """Answer tokens that are learned of a row at once: behind a long context the chains need memory."""
 
-NEW_FILES = 4
-"""Files of features that are added before an epoch, at most: reading takes as long as learning."""
-
 CHECKPOINT_EVERY = 180.0  # seconds
 
 
@@ -114,7 +111,7 @@ class Training:
         """Takes in the chats that came since; with `--rows` no more than that many."""
         if self.args.rows and len(self.features) >= self.args.rows:
             return
-        for path in extend(self.target, self.args.chats, self.args.features, NEW_FILES):
+        for path in extend(self.target, self.args.chats, self.args.features, self.args.new_files):
             if path not in self.paths:
                 self.paths.append(path)
                 self.features.add(path)
@@ -203,6 +200,12 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=int, default=40, help="questions of each file")
     parser.add_argument("--rows", type=int, help="learn from so many chats, the first, and no more")
+    parser.add_argument(
+        "--new-files",
+        type=int,
+        default=4,
+        help="of features that are added before an epoch, at most, each a minute's work of a core",
+    )
     parser.add_argument("--tokens", type=float, default=10e6, help="answer tokens to learn in all")
     parser.add_argument(
         "--cooldown",
