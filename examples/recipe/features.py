@@ -27,7 +27,7 @@ def read(target: Llama, ids: Tensor, said: Tensor) -> list[Row]:
     with products(target):
         streams = target.hidden_states(ids)
         final = target.model.norm(streams[-1])
-        choice = target.head(final).argmax(-1)
+        choice = target.head(final).max(-1).indices  # argmax takes six times as long in bfloat16
     taps = [streams[tap].float() for tap in tap_layers(target.config.num_hidden_layers)]
     return [
         Row(ids[i], said[i], choice[i], [tap[i : i + 1] for tap in taps], final[i].float())
