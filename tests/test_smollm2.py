@@ -120,6 +120,7 @@ def test_the_folder_is_made_once_and_whole(alike, tmp_path, monkeypatch):
 
 def test_without_the_hub_it_says_what_to_do(tmp_path, monkeypatch, capsys):
     settle(monkeypatch, tmp_path)
+    monkeypatch.setenv("MLX_DRIFT_CACHE", str(tmp_path / "made"))
     set_endpoint(monkeypatch, "http://127.0.0.1:9")  # nobody listens there
 
     def said(*arguments):
@@ -150,4 +151,4 @@ def test_without_the_hub_it_says_what_to_do(tmp_path, monkeypatch, capsys):
     ):
         mx.save_gguf(str(tmp_path / "other.gguf"), weights, metadata)
         assert told in said("--gguf", tmp_path / "other.gguf")
-    assert not [*(command._home()).iterdir()]
+    assert not [*command._home().iterdir()]
