@@ -1,5 +1,8 @@
 """One drafter in training: its weights, its optimizers, and what it takes to go on exactly."""
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,13 @@ class Learner:
     Args:
         drafter: What is trained, in place.
         lr: The peak learning rate of both optimizers.
+        threads: That share a step's rows. The rows are short, so two threads with rows of their
+            own are faster than two in each product; but they share autocast's casts of the
+            weights, so the last bits of a step are another time's no more.
     """
 
-    def __init__(self, drafter: Drafter, lr: float) -> None:
-        self.drafter, self.lr = drafter, lr
+    def __init__(self, drafter: Drafter, lr: float, threads: int = 1) -> None:
+        self.drafter, self.lr, self.threads = drafter, lr, threads
         named = list(drafter.named_parameters())
         matrices = [p for name, p in named if p.dim() == 2 and "lm_head" not in name]
         others = [p for name, p in named if p.dim() == 1 or "lm_head" in name]
@@ -49,24 +55,44 @@ class Learner:
         Returns:
             The mean loss of each step, `[depth]`.
         """
-        weights = STEP_DECAY ** torch.arange(depth)
-        losses, counts = torch.zeros(depth), torch.zeros(depth)
-        for row in rows:  # one by one: rows have lengths of their own, and chains need memory
-            with products(self.drafter):
-                of_row = chain_losses(self.drafter, target, row, depth, most)
-            (of_row.losses * weights).sum().backward()
-            losses += of_row.losses.detach()
-            counts += of_row.rows
+        of_rows = partial(self._of_rows, target, depth, most)
+        if self.threads == 1:
+            found = [of_rows(rows)]
+        else:
+            products_in = max(1, torch.get_num_threads() // self.threads)
+            settle = partial(torch.set_num_threads, products_in)
+            with ThreadPoolExecutor(self.threads, initializer=settle) as pool:
+                found = list(pool.map(of_rows, dealt(rows, self.threads)))
+        (losses, counts, *gradients), *others = found
+        for other in others:
+            for total, more in zip((losses, counts, *gradients), other, strict=True):
+                total += more
         counts.clamp_(min=1)
+        for parameter, gradient in zip(self.drafter.parameters(), gradients, strict=True):
+            parameter.grad = gradient / counts[0]
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * rate
-                for parameter in group["params"]:
-                    parameter.grad /= counts[0]
             with products(self.drafter):
                 optimizer.step()
             optimizer.zero_grad()
         return losses / counts
+
+    def _of_rows(
+        self, target: Llama, depth: int, most: int | None, rows: list[Row]
+    ) -> list[Tensor]:
+        """What some rows say: sums of the losses, how many, sums of each parameter's gradient."""
+        weights = STEP_DECAY ** torch.arange(depth)
+        parameters = list(self.drafter.parameters())
+        sums = [torch.zeros(depth), torch.zeros(depth), *map(torch.zeros_like, parameters)]
+        for row in rows:  # one by one: rows have lengths of their own, and chains need memory
+            with products(self.drafter):
+                losses, counts = chain_losses(self.drafter, target, row, depth, most)
+            loss = (losses * weights).sum()
+            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            for total, more in zip(sums, (losses.detach(), counts, *gradients), strict=True):
+                total += more
+        return sums
 
     def state_dict(self) -> dict[str, Any]:
         """All that training goes on from."""
@@ -80,6 +106,14 @@ class Learner:
         self.drafter.load_state_dict(state["drafter"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+
+
+def dealt(rows: Sequence[Row], shares: int) -> list[list[Row]]:
+    """Deals rows out, the longest first, each to the share that has the fewest tokens so far."""
+    hands: list[list[Row]] = [[] for _ in range(shares)]
+    for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):
+        min(hands, key=lambda hand: sum(len(row.ids) for row in hand)).append(row)
+    return hands
 
 
 def save_whole(state: dict[str, Any], path: Path) -> None:

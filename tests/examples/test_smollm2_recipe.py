@@ -119,3 +119,31 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert "accepted held-out" in capsys.readouterr().out
     for head in train.HEADS:
         assert (tmp_path / "stopped" / head / "config.json").exists()
+
+
+def test_threads_that_share_a_step_add_up_to_it(target):
+    import torch
+
+    from recipe.drafter import NORMALIZED, Eagle3
+    from recipe.features import read
+    from recipe.learner import Learner, dealt
+    from recipe.target import Llama
+
+    model = Llama.load(target).requires_grad_(False)
+    rows = []
+    for length in (9, 40, 17, 30, 21):
+        ids = torch.randint(VOCAB, (1, length))
+        rows += read(model, ids, torch.ones_like(ids, dtype=torch.bool))
+    sizes = [[len(row.ids) for row in hand] for hand in dealt(rows, 2)]
+    assert sizes == [[40, 17], [30, 21, 9]]
+
+    def learned(threads):
+        torch.manual_seed(0)
+        head = Eagle3(model.config, torch.arange(VOCAB), NORMALIZED)
+        head.init_from_target(model)
+        learner = Learner(head, 1e-3, threads)
+        return torch.stack([learner.learn(model, rows, 3, 1.0) for _ in range(4)])
+
+    alone = learned(1)
+    assert (alone[-1] < alone[0]).all()
+    torch.testing.assert_close(learned(2), alone, atol=0, rtol=2e-3)
