@@ -6,17 +6,17 @@ al., arXiv 2406.08464).
 
 from mlx_drift.errors import DriftError
 from mlx_drift.generate import stream_generate
-from mlx_drift.train.answer_file import AnswerFile
 from mlx_drift.train.answers import Answerer, draw
 from mlx_drift.train.conversations import Conversation
 from mlx_drift.train.layout import Text
+from mlx_drift.train.text_file import TextFile
 
 PLACE = "<query>"
 TEMP, TOP_P, MOST_TOKENS = 1.0, 0.95, 192
 SOURCE = "self"
 
 
-def ask_oneself(answerer: Answerer, number: int, file: AnswerFile) -> Conversation | None:
+def ask_oneself(answerer: Answerer, number: int, file: TextFile) -> Conversation | None:
     """Lets the target write a question.
 
     Args:

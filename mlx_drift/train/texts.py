@@ -8,13 +8,13 @@ from typing import Any
 from mlx_drift.decode.fingerprint import fingerprint
 from mlx_drift.errors import DriftError
 from mlx_drift.target.model import Target
-from mlx_drift.train.answer_file import AnswerFile
 from mlx_drift.train.answers import Answerer
 from mlx_drift.train.conversations import Conversation
 from mlx_drift.train.held_out import Held
 from mlx_drift.train.layout import Text
 from mlx_drift.train.questions import ask_oneself
 from mlx_drift.train.repetition import varied
+from mlx_drift.train.text_file import TextFile
 
 
 class Gathering:
@@ -44,7 +44,7 @@ class Gathering:
             "target": fingerprint(answerer.model),
         }
         self.answerer, self.layout, self.stop, self.tell = answerer, answerer.layout, stop, tell
-        self.file = AnswerFile(file, settings, Target(answerer.model, lazy=True).shape.vocab_size)
+        self.file = TextFile(file, settings, Target(answerer.model, lazy=True).shape.vocab_size)
         self.stopped = False
         self.notes: list[str] = []
 

@@ -16,7 +16,6 @@ from mlx_drift.drafters.prompt_lookup import PromptLookupDrafter
 from mlx_drift.measure.acceptance.asking import Settings, answer
 from mlx_drift.measure.acceptance.wording import Wording
 from mlx_drift.target.model import Target
-from mlx_drift.train.answer_file import AnswerFile
 from mlx_drift.train.answers import Answerer, Asking
 from mlx_drift.train.checkpoint import order
 from mlx_drift.train.conversations import Conversation, read_conversations, read_data
@@ -28,6 +27,7 @@ from mlx_drift.train.memory import estimate_memory
 from mlx_drift.train.objective import Objective, Row
 from mlx_drift.train.repetition import distinct, replay_lookup
 from mlx_drift.train.rows import see
+from mlx_drift.train.text_file import TextFile
 from tiny import HIDDEN, tiny_drafter, tiny_llama
 
 SAID = [
@@ -302,27 +302,27 @@ def test_every_text_comes_once_an_epoch():
 
 def test_answers_survive_a_line_that_was_cut(tmp_path):
     path, texts = tmp_path / "answers.jsonl", [Text([1, 2, 3], [(1, 3)])]
-    AnswerFile(path, {"seed": 0}, 8).add("a", texts)
+    TextFile(path, {"seed": 0}, 8).add("a", texts)
     with path.open("ab") as stream:
         stream.write(b'{"conversation": "b", "te')
-    again = AnswerFile(path, {"seed": 0}, 8)
+    again = TextFile(path, {"seed": 0}, 8)
     assert (again.find("a"), again.find("b")) == (texts, None)
     again.add("b", [])
-    assert AnswerFile(path, {"seed": 0}, 8).find("b") == []
-    with pytest.raises(DriftError, match="holds answers of another seed, 0, not 1"):
-        AnswerFile(path, {"seed": 1}, 8)
+    assert TextFile(path, {"seed": 0}, 8).find("b") == []
+    with pytest.raises(DriftError, match="holds texts of other settings: seed was 0, not 1"):
+        TextFile(path, {"seed": 1}, 8)
     with path.open("ab") as stream:
         stream.write(b"no json\n")
     with pytest.raises(DriftError, match="damaged in line 4"):
-        AnswerFile(path, {"seed": 0}, 8)
+        TextFile(path, {"seed": 0}, 8)
 
 
 @pytest.mark.parametrize("token", [3, -1, 10**30])
 def test_answers_with_a_token_that_the_target_has_not_are_damaged(token, tmp_path):
     path = tmp_path / "answers.jsonl"
-    AnswerFile(path, {}, 2**100).add("a", [Text([1, token], [(1, 2)])])
+    TextFile(path, {}, 2**100).add("a", [Text([1, token], [(1, 2)])])
     with pytest.raises(DriftError, match="damaged in line 2; remove it"):
-        AnswerFile(path, {}, 3)
+        TextFile(path, {}, 3)
 
 
 def test_distinct_4_grams():

@@ -10,10 +10,10 @@ from mlx.utils import tree_flatten
 from mlx_drift import DriftError
 from mlx_drift.demo import DEMO
 from mlx_drift.files.tensors import read_safetensors
-from mlx_drift.train.answer_file import AnswerFile
 from mlx_drift.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from mlx_drift.train.head_file import read_head, write_head
 from mlx_drift.train.layout import Text
+from mlx_drift.train.text_file import TextFile
 
 
 @contextmanager
@@ -56,10 +56,10 @@ def test_the_best_head_before_is_kept(tmp_path):
 
 def test_answers_before_are_kept(tmp_path):
     path = tmp_path / "answers.jsonl"
-    file = AnswerFile(path, {}, 8)
+    file = TextFile(path, {}, 8)
     file.add("first", [Text([1, 2, 3], [(1, 3)])])
     with room_for(512), pytest.raises(DriftError, match=r"answers\.jsonl: cannot be read and wri"):
         file.add("second", [Text([7] * 1000, [(1, 1000)])])
-    again = AnswerFile(path, {}, 8)
+    again = TextFile(path, {}, 8)
     assert again.find("first") == [Text([1, 2, 3], [(1, 3)])]
     assert again.find("second") is None

@@ -16,11 +16,11 @@ import mlx.nn as nn
 
 from mlx_drift.decode.fingerprint import fingerprint
 from mlx_drift.drafters.protocol import Drafter
-from mlx_drift.errors import DriftError, brief
+from mlx_drift.errors import DriftError
+from mlx_drift.files.line_file import LineFile
 from mlx_drift.measure.acceptance.asking import Answer, Answers, Settings
 from mlx_drift.measure.acceptance.questions import Question
 
-FORMAT = "mlx_drift_answers"
 FORMAT_VERSION = 1
 
 MOST_TOKENS = 1 << 31
@@ -82,9 +82,6 @@ def describe(
 class AnswerFile:
     """Answers that survive the run, one a line; a context manager. Without a path it keeps none.
 
-    The first line says what the answers depend on. A last line that a killed run left unfinished is
-    taken away: its question is asked again.
-
     Args:
         path: The file; it goes on if it is there.
         settings: What the answers depend on: `describe`.
@@ -95,42 +92,27 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any]):
-        self.path = path
         self._known: dict[tuple[str, str], tuple[int, Answers]] = {}
-        self._stream = None
+        self._file: LineFile | None = None
+        self._lock = None
         if path is None:
             return
+        advice = "give another file to --save"
+        self._most = settings["num_draft_tokens"]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = path.open("a+b")
-            self._go_on(settings)
+            self._lock = path.open("ab")
+            flock(self._lock, LOCK_EX | LOCK_NB)  # it goes with the process
+            self._file = LineFile(path, "answers", FORMAT_VERSION, settings, self._take, advice)
         except DriftError:
             self._close()
             raise
         except BlockingIOError:
             self._close()
-            raise DriftError(
-                f"{path}: another run is writing to it; give another file to --save"
-            ) from None
+            raise DriftError(f"{path}: another run is writing to it; {advice}") from None
         except OSError as error:
             self._close()
             raise DriftError(f"{path}: cannot be written ({error.strerror})") from None
-
-    def _go_on(self, settings: dict[str, Any]) -> None:
-        """Takes what the file has, for this run alone; the lock goes with the process."""
-        assert self._stream is not None
-        flock(self._stream, LOCK_EX | LOCK_NB)
-        self._stream.seek(0)
-        data = self._stream.read()
-        header = {FORMAT: FORMAT_VERSION, "settings": settings}
-        whole = data[: data.rfind(b"\n") + 1]
-        if not whole and data and not json.dumps(header).encode().startswith(data):
-            raise DriftError(f"{self.path} is not a file of answers; give another one to --save")
-        for number, line in enumerate(whole.splitlines(), 1):
-            self._take(line, number, settings)
-        self._stream.truncate(len(whole))
-        if not whole:
-            self._write(header)
 
     def __enter__(self) -> "AnswerFile":
         """Returns itself."""
@@ -153,7 +135,8 @@ class AnswerFile:
         """
         number, answers = self._known.get((_digest(task.question), task.name), (0, None))
         if answers is not None and _names(answers) != _names(task.gives):
-            raise self._damaged(number)
+            assert self._file is not None
+            raise self._file.damaged(number)
         return answers
 
     def add(self, task: Task, answers: Answers) -> None:
@@ -162,72 +145,31 @@ class AnswerFile:
         Raises:
             DriftError: If the disk does not take them.
         """
-        if self._stream is None:
+        if self._file is None:
             return
-        try:
-            self._write(
-                {
-                    "question": f"{task.question.source}/{task.question.id}",
-                    "fingerprint": _digest(task.question),
-                    "task": task.name,
-                    "answers": {
-                        condition: {name: asdict(answer) for name, answer in by_drafter.items()}
-                        for condition, by_drafter in answers.items()
-                    },
-                }
-            )
-        except OSError as error:
-            raise DriftError(f"{self.path}: cannot be written ({error.strerror})") from None
+        self._file.append(
+            {
+                "question": f"{task.question.source}/{task.question.id}",
+                "fingerprint": _digest(task.question),
+                "task": task.name,
+                "answers": {
+                    condition: {name: asdict(answer) for name, answer in by_drafter.items()}
+                    for condition, by_drafter in answers.items()
+                },
+            }
+        )
 
     def _close(self) -> None:
         """Gives the file, and its lock, back."""
-        if self._stream is not None:
-            self._stream.close()
+        if self._lock is not None:
+            self._lock.close()
 
-    def _write(self, line: dict[str, Any]) -> None:
-        assert self._stream is not None
-        self._stream.write(json.dumps(line).encode() + b"\n")
-        self._stream.flush()
-
-    def _take(self, line: bytes, number: int, settings: dict[str, Any]) -> None:
-        """Takes one line of the file."""
-        try:
-            read = json.loads(line)
-            if number == 1:
-                if read[FORMAT] != FORMAT_VERSION:
-                    raise KeyError
-                self._compare(read["settings"], settings)
-                return
-            most = settings["num_draft_tokens"]
-            answers = {
-                condition: {name: _answer(value, most) for name, value in by_drafter.items()}
-                for condition, by_drafter in read["answers"].items()
-            }
-            self._known[read["fingerprint"], read["task"]] = number, answers
-        except DriftError:  # a ValueError, but one that says what is wrong
-            raise
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            OverflowError,
-            RecursionError,
-        ):
-            raise self._damaged(number) from None
-
-    def _damaged(self, number: int) -> DriftError:
-        what = "is not a file of answers" if number == 1 else f"is damaged in line {number}"
-        return DriftError(f"{self.path} {what}; give another one to --save")
-
-    def _compare(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-        """Checks that the file's answers are of the same settings."""
-        if (found := _difference(theirs, ours)) is not None:
-            where, was, now = found
-            raise DriftError(
-                f"{self.path} holds answers of other settings: {where} was {brief(was)}, not "
-                f"{brief(now)}; give another file to --save"
-            )
+    def _take(self, number: int, value: Any) -> None:
+        answers = {
+            condition: {name: _answer(answer, self._most) for name, answer in by_drafter.items()}
+            for condition, by_drafter in value["answers"].items()
+        }
+        self._known[value["fingerprint"], value["task"]] = number, answers
 
 
 def collect(
@@ -255,15 +197,6 @@ def collect(
         found.append((task.question, answers))
         progress(done, len(tasks))
     return found
-
-
-def _difference(theirs: Any, ours: Any, where: str = "") -> tuple[str, Any, Any] | None:
-    """Finds the first place in which two objects differ, and what is there."""
-    if not (isinstance(theirs, dict) and isinstance(ours, dict)):
-        return None if theirs == ours else (where, theirs, ours)
-    pairs = ((key, theirs.get(key), ours.get(key)) for key in sorted({*theirs, *ours}))
-    found = (_difference(a, b, f"{where} {key}".strip()) for key, a, b in pairs)
-    return next((one for one in found if one is not None), None)
 
 
 def _answer(value: dict[str, Any], most: int) -> Answer:

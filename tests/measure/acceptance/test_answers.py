@@ -78,9 +78,15 @@ class TestGoingOn:
             path.write_bytes(b"".join([*lines[:3], wrong, *lines[4:]]))
             with pytest.raises(DriftError, match="damaged in line 4"):
                 self.run(path, [])
-        for other in (b"a text\n", b"a text without an end", b'{"mlx_drift_answers": 9}\n'):
+        texts = b'{"mlx_drift_texts": 1, "settings": {}}\n'
+        for other, told in {
+            b"a text\n": "not a file of answers",
+            b"a text without an end": "not a file of answers",
+            texts: "not a file of answers",
+            b'{"mlx_drift_answers": 9}\n': "is of version 9, not 1; give another",
+        }.items():
             path.write_bytes(other)
-            with pytest.raises(DriftError, match="not a file of answers"):
+            with pytest.raises(DriftError, match=told):
                 self.run(path, [])
             assert path.read_bytes() == other  # which is left alone
         with pytest.raises(DriftError, match="cannot be written"):
