@@ -66,11 +66,23 @@ def check_said(config: DrafterConfig, form: Mapping[str, Written], where: str) -
         kinds = " and ".join(KINDS[kind] for kind in form)
         raise DriftError(
             f"{where}: the format of {title} is written for {kinds}, and this is a drafter of the "
-            f"type {config.drafter_type!r}"
+            f"type {config.drafter_type!r}{_elsewhere(config)}"
         )
     for what in written.unsaid(config):
-        raise DriftError(f"{where}: {what}, which the format of {written.title} cannot say")
+        raise DriftError(
+            f"{where}: {what}, which the format of {written.title} cannot say{_elsewhere(config)}"
+        )
     return written
+
+
+def _elsewhere(config: DrafterConfig) -> str:
+    """Names the formats that can say all of a config, as the end of a refusal."""
+    able = [
+        name
+        for name, form in FORMATS.items()
+        if (written := form.get(config.drafter_type)) and not any(written.unsaid(config))
+    ]
+    return f"; --format {' or '.join(able)} can" if able else ""
 
 
 def _unsaid_by_any(config: Eagle3Config) -> Iterator[str]:

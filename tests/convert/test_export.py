@@ -125,10 +125,10 @@ def test_what_the_tools_read(tmp_path):
 REFUSED = [
     ("specforge", SPECULATORS["norm_before_fc"], "norm_before_residual is on"),
     ("specforge", head(norm_before_fc=True, **PLAIN), "norm_before_fc is on"),
-    ("specforge", SPECULATORS["qk_norm"], "qk_norm is on"),
+    ("specforge", SPECULATORS["qk_norm"], "qk_norm is on, which .* say; --format speculators can"),
     ("specforge", SPECULATORS["two layers"], "it has 2 layers"),
     ("specforge", SPECULATORS["the embedding"], "the embedding, the output of no layer"),
-    ("speculators", head(gated=True, **PLAIN), "its attention has a gate"),
+    ("speculators", head(gated=True, **PLAIN), "its attention has a gate .* say$"),
     ("speculators", head(fc_norm=True, norm_before_fc=True, **PLAIN), "both fc_norm and norm_bef"),
 ]
 
@@ -144,8 +144,12 @@ def test_what_a_format_cannot_say_is_refused_by_name(form, made, message, tmp_pa
 @pytest.mark.parametrize(
     ("form", "kind", "message"),
     [
-        ("specforge", "mtp", "is written for EAGLE-3 drafters, and this is .* type 'mtp'"),
-        ("specforge", "dflash", "type 'dflash'"),
+        (
+            "specforge",
+            "mtp",
+            "is written for EAGLE-3 drafters, and this is .* type 'mtp'; --format speculators can",
+        ),
+        ("specforge", "dflash", "type 'dflash'$"),
         ("speculators", "medusa", "is written for EAGLE-3 drafters and MTP heads.* 'medusa'"),
     ],
 )
