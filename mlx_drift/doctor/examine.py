@@ -5,7 +5,6 @@ rows verified and rolled back, drafts chained, and nothing of it is ever compute
 refuses is what a run would refuse.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,11 +34,10 @@ from mlx_drift.doctor.diagnosis import (
     Diagnosis,
     DrafterFacts,
     Family,
-    Memory,
-    RankMemory,
     Source,
     Taps,
 )
+from mlx_drift.doctor.memory import rank_memory, run_memory
 from mlx_drift.doctor.ranks import parts
 from mlx_drift.drafters.config import check_target, read_config
 from mlx_drift.drafters.fold import fold
@@ -148,7 +146,7 @@ def doctor(
 
         try:
             told = [
-                examine(part).rank_memory(rank, weights, diagnosis)
+                rank_memory(rank, weights, examine(part).known_caches(), diagnosis.memory)
                 for rank, (part, weights) in enumerate(parts(build, ranks, pipeline))
             ]
         except DriftError as error:
@@ -244,12 +242,25 @@ class Examination:
             caches=self.caches,
             taps=self.taps,
             drafter=self.drafter,
-            memory=self._memory(weights, weights_from),
+            memory=run_memory(
+                weights, weights_from, self.known_caches(), self.drafter, self._tap_nbytes()
+            ),
             refused=self.refused,
             would_refuse=[line for line in self.would_refuse if line not in self.refused],
             notes=self.notes,
             ranks=[],
         )
+
+    def known_caches(self) -> list[CacheKind] | None:
+        """The target's caches; None if none can be fed."""
+        return None if self.empty is None else self.caches
+
+    def _tap_nbytes(self) -> int:
+        """Bytes of one tap's states while a prompt is processed."""
+        if self.target is None:
+            return 0
+        rows = min(self.step_size, self.context)
+        return rows * self.target.shape.hidden_size * self.target.dtype.size
 
     def _ask(self, question: Callable[[], Answer]) -> Answer | None:
         """Puts a question to the code of a real run; None if it refuses, which is noted."""
@@ -346,41 +357,6 @@ class Examination:
         dtype = str(self.target.dtype).rpartition(".")[2]
         return replace(family, **vars(self.target.shape), dtype=dtype)
 
-    def rank_memory(self, rank: int, weights: int, whole: Diagnosis) -> RankMemory:
-        """Tells what a rank would hold: this part of the target, and the drafter whole."""
-        memory = whole.memory
-        caches = sum(kind.nbytes for kind in self.caches)
-        total = None
-        if memory.weights is not None and self.empty is not None:
-            total = weights + caches + memory.drafter + memory.drafter_caches + memory.taps
-        fits = None if total is None else total <= memory.machine
-        known = None if memory.weights is None else weights
-        return RankMemory(rank, known, caches, total, fits)
-
-    def _memory(self, weights: int | None, weights_from: Source | None) -> Memory:
-        caches = None if self.empty is None else sum(kind.nbytes for kind in self.caches)
-        own, kept, taps = 0, 0, 0
-        if self.drafter is not None and self.target is not None:
-            own = self.drafter.nbytes
-            kept = sum(kind.nbytes for kind in self.drafter.caches) + self.drafter.seed_nbytes
-            rows = min(self.step_size, self.context) * len(self.drafter.taps)
-            taps = rows * self.target.shape.hidden_size * self.target.dtype.size
-        total = None
-        if weights is not None and caches is not None:
-            total = weights + caches + own + kept + taps
-        machine = machine_memory()
-        return Memory(
-            weights=weights,
-            weights_from=weights_from,
-            caches=caches,
-            drafter=own,
-            drafter_caches=kept,
-            taps=taps,
-            total=total,
-            machine=machine,
-            fits=None if total is None else total <= machine,
-        )
-
 
 def check_converted(name: str) -> None:
     """Checks that `load_drafter` takes a drafter on this machine without conversion.
@@ -396,12 +372,3 @@ def check_converted(name: str) -> None:
             f"mlx-drift convert {path} --mlx-path OUT"
         )
     read_config(path)
-
-
-def machine_memory() -> int:
-    """Returns the bytes that the default device has for a model."""
-    facts = mx.device_info()
-    for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
-        if (size := facts.get(key)) is not None:
-            return int(size)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

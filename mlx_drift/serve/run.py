@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import uvicorn
 
-from mlx_drift.doctor.examine import machine_memory
+from mlx_drift.doctor.memory import machine_memory
 from mlx_drift.errors import DriftError
 from mlx_drift.ranks.world import world
 from mlx_drift.serve.api.served import Defaults

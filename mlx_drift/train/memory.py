@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
-from mlx_drift.doctor.examine import machine_memory
+from mlx_drift.doctor.memory import machine_memory
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.errors import DriftError
 from mlx_drift.target.model import Target

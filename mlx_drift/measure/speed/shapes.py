@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes
 
 from mlx_drift.doctor.build import nbytes_of
-from mlx_drift.doctor.examine import machine_memory
+from mlx_drift.doctor.memory import machine_memory
 from mlx_drift.drafters.chain import ChainDrafter
 from mlx_drift.drafters.chain_config import Eagle3Config
 from mlx_drift.drafters.fold import fold
