@@ -86,19 +86,37 @@ def _head_dim(values: Values, tensors: Tensors, heads: int) -> int:
     return values.rule("head_dim", output.shape[1] // heads, "columns of o_proj over heads")
 
 
+def sliding_layers(values: Values, num_layers: int) -> list[int]:
+    """Tells which layers slide by what the file says, whatever their window is.
+
+    A layer slides if `layer_types` says so, as in vLLM and speculators; without `layer_types` all
+    do, or none, as `use_sliding_window` says, whose `false` only the Qwen configs obey where there
+    are both.
+    """
+    kinds = _layer_types(values, num_layers)
+    enabled = values.checked("use_sliding_window", bool)
+    obeyed = str(values.config.get("model_type", "")).startswith("qwen") or not kinds
+    if enabled is False and obeyed:
+        return []
+    if not kinds:
+        return [*range(num_layers)] if enabled else []
+    return [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
+
+
+def _layer_types(values: Values, num_layers: int) -> list[str]:
+    return list(map(str, values.checked("layer_types", list) or []))[:num_layers]
+
+
 def _window(values: Values, num_layers: int, override: int | None) -> tuple[int | None, list[int]]:
     """Reads the sliding window, and which layers see everything all the same.
 
-    transformers keeps `sliding_window` in a file even where it is off. A layer slides if
-    `layer_types` says so, as in vLLM and speculators; without `layer_types` all do, or none, as
-    `use_sliding_window` says, whose `false` only the Qwen configs obey where there are both.
+    transformers keeps `sliding_window` in a file even where it is off.
     """
     values.look("max_window_layers")
     if override is not None:
         values.look("layer_types", "use_sliding_window", "sliding_window")
         return values.override("sliding_window", override or None), []
-    kinds = list(map(str, values.checked("layer_types", list) or []))[:num_layers]
-    enabled = values.checked("use_sliding_window", bool)
+    kinds, enabled = _layer_types(values, num_layers), values.checked("use_sliding_window", bool)
     if values.take("sliding_window") is None:
         if "sliding_attention" in kinds and enabled is not False:
             raise DriftError(
@@ -117,10 +135,13 @@ def _window(values: Values, num_layers: int, override: int | None) -> tuple[int 
             f"{values.file}: layer_types names {len(kinds)} layers, but the weights have "
             f"{num_layers}"
         )
-    obeyed = str(values.config.get("model_type", "")).startswith("qwen") or not kinds
-    if (enabled is False and obeyed) or (enabled is None and not kinds):
-        return values.rule("sliding_window", None, "the file does not say that it is on"), []
-    full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
-    if len(full) == num_layers:
-        return values.rule("sliding_window", None, "layer_types: all layers see everything"), []
-    return window, full
+    sliding = sliding_layers(values, num_layers)
+    if not sliding:
+        all_full = kinds and enabled is not False
+        why = (
+            "layer_types: all layers see everything"
+            if all_full
+            else "the file does not say that it is on"
+        )
+        return values.rule("sliding_window", None, why), []
+    return window, [layer for layer in range(num_layers) if layer not in sliding]

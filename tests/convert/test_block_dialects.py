@@ -76,6 +76,19 @@ def test_windows_are_those_of_each_lineage(tmp_path):
     assert (ours.sliding_window, ours.full_attention_layers, ours.causal_layers) == (6, (), ())
 
 
+@pytest.mark.parametrize("window", [0, 4])
+def test_another_window_does_not_change_who_sees_whom(window, tmp_path):
+    """A head learned which slots a slot sees; --window says how far back it reads."""
+    for name, causal in {"dflash z-lab sliding": (0,), "dflash z-lab": ()}.items():
+        variant = BLOCK_VARIANTS[name]
+        variant.spell(variant.made, tmp_path / name)
+        first, second = tmp_path / f"{name} first", tmp_path / f"{name} second"
+        given = convert_drafter(str(tmp_path / name), first, window=window).config
+        assert (given.sliding_window, given.causal_layers) == (window or None, causal)
+        again = convert_drafter(str(first), second, window=3).config
+        assert (again.sliding_window, again.causal_layers) == (3, causal)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
