@@ -6,6 +6,8 @@ B drafts), by a flag, or by the user; the second by who wrote the file. EAGLE-3'
 nothing here: those ids are other defaults.
 """
 
+from typing import Any
+
 from mlx_drift.convert.conventions import TapConvention, Undecided, Values, read_tap_ids
 from mlx_drift.convert.dialects.dflash import has_markov
 from mlx_drift.convert.eagle3 import gated, read_draft_vocab_size
@@ -44,7 +46,7 @@ def understand_dflash(given: Given) -> Understood:
         "block_size": block_size,
         "mask_token_id": read_mask_token(values, "mask_token_id"),
         "slots": _slots(values, block_size, given.overrides.slots, has_markov(tensors.keys())),
-        "causal_layers": _causal_layers(values, layers["num_layers"], of_speculators),
+        "causal_layers": _causal_layers(values, layers, of_speculators),
         "window_rule": values.rule(
             "window_rule", "anchor" if of_speculators else "slot", "the trainer's mask"
         ),
@@ -180,14 +182,14 @@ def _slots(values: Values, block_size: int, override: Slots | None, is_dspark: b
     )
 
 
-def _causal_layers(values: Values, num_layers: int, of_speculators: bool) -> list[int]:
+def _causal_layers(values: Values, layers: dict[str, Any], of_speculators: bool) -> list[int]:
     """Tells in which layers a slot sees only the slots before it.
 
     They are those that were trained to slide: another window at run time does not change them.
     """
-    sliding = []
-    if values.config.get("sliding_window") is not None:
-        sliding = sliding_layers(values, num_layers)
+    num_layers = layers["num_layers"]
+    windows = values.config.get("sliding_window"), layers["sliding_window"]
+    sliding = [] if windows == (None, None) else sliding_layers(values, num_layers)
     if of_speculators:
         full = values.checked("sliding_window_non_causal", bool)
         values.provenance["causal_layers"] = "file: sliding_window_non_causal"

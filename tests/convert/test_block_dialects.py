@@ -89,6 +89,17 @@ def test_another_window_does_not_change_who_sees_whom(window, tmp_path):
         assert (again.sliding_window, again.causal_layers) == (3, causal)
 
 
+def test_a_window_that_the_file_lacks_is_given(tmp_path):
+    variant = BLOCK_VARIANTS["dflash z-lab sliding"]
+    variant.spell(variant.made, tmp_path / "head")
+    path = tmp_path / "head" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": None}))
+    with pytest.raises(DriftError, match="Say which: --window W"):
+        convert_drafter(str(tmp_path / "head"), tmp_path / "out")
+    given = convert_drafter(str(tmp_path / "head"), tmp_path / "out", window=6).config
+    assert (given.sliding_window, given.causal_layers) == (6, (0,))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
